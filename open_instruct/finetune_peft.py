@@ -1,0 +1,138 @@
+"""Fine-tune a causal language model on conversations: LoRA, QLoRA, prefix tuning, prompt tuning, P-tuning, IA3, or in full.
+
+    python open_instruct/finetune_peft.py --model_name_or_path MODEL --train_file FILE --use_prompt_tuning
+
+See `--help` for every flag and README.md for what a run leaves in --output_dir.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from open_instruct.arguments import FinetuneArguments, check_arguments
+from open_instruct.command_line import parse, warn_without_effect
+from open_instruct.data.plan import Plan
+from open_instruct.errors import InputError
+from open_instruct.model import loading, memory
+from open_instruct.model.loss import TrainingModel
+from open_instruct.report import answers
+from open_instruct.report.summary import hyperparameter_lines, summary_lines
+from open_instruct.training import checkpoint, export, setup
+from open_instruct.training.checkpoint import Progress
+from open_instruct.training.evaluation import held_out_loss
+from open_instruct.training.loop import fit
+from open_instruct.training.tracking import Metrics, peak_memory_mb
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit code 0: done; 2: wrong input, said in one line."""
+    try:
+        arguments, origins = parse(sys.argv[1:] if argv is None else argv)
+        check_arguments(arguments)
+        warn_without_effect(origins)
+        run(arguments, origins)
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
+    """One run, from flags to saved adapter."""
+    # Setup
+    resume_from = setup.check_output_dir(a)
+    accelerator = setup.make_accelerator(a)
+
+    # Data
+    tokenizer, config = setup.load_tokenizer_and_config(a)
+    data = setup.load_data(a, accelerator, tokenizer, config)
+    for name, examples in {"training": data.train, "held out": data.held_out}.items():
+        accelerator.print(examples.describe(name) if examples else "held out: none (--validation_fraction 0)")
+    if a.cache_dataset_only:
+        accelerator.print(f"tokenised data is in {a.dataset_local_cache_dir}/{data.train.fingerprint}")
+        return
+
+    # Model
+    base = setup.load_base(a, config, tokenizer, accelerator)
+    context = loading.context_length(config)
+    questions = answers.questions(data.held_out, tokenizer, 0 if a.dry_run else a.num_sample_answers, a.seed)
+    base_answers = answers.answer(base, tokenizer, questions, context)
+
+    # Method
+    model, recipe = setup.wrap_method(a, base, tokenizer, origins)
+    accelerator.print(hyperparameter_lines(setup.hyperparameters(a), origins, recipe.sources))
+    plan = setup.make_plan(a, len(data.train), accelerator.num_processes)
+    if a.dry_run:
+        accelerator.print(setup.dry_run_text(a, data, plan, model, config))
+        return
+    optimizer, schedule = setup.make_optimizer(a, model, plan.num_steps)
+    progress = Progress(identity=setup.run_identity(a, data, config, plan))
+    if resume_from:
+        progress = checkpoint.resume(resume_from, model, optimizer, schedule, progress.identity)
+        accelerator.print(f"resuming after step {progress.step} from {resume_from}")
+    elif a.resume_from_checkpoint:
+        accelerator.print(f"no complete checkpoint in {a.output_dir}/checkpoints yet: starting at step 0")
+
+    # Fit
+    record = export.run_record(a, origins, data.fingerprints(), accelerator.num_processes, recipe.sources, resume_from)
+    export.open_output_dir(a, accelerator, record, keep=resume_from is not None)
+    train(a, accelerator, model, optimizer, schedule, data, plan, progress, tokenizer.pad_token_id)
+
+    # Save
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        samples, exact = answers.compare(questions, base_answers, answers.answer(model, tokenizer, questions, context))
+        size = export.save_model(model, tokenizer, Path(a.output_dir))
+        summary = {**progress.summary(), **memory.counts(model), "adapter_bytes": size, "peak_memory_mb": peak_memory_mb()}
+        export.finish(a, progress, summary | {"exact_match": exact, "samples": samples})
+        print(summary_lines(summary, samples, exact, a.output_dir))
+    accelerator.end_training()
+
+
+def train(
+    a: FinetuneArguments, accelerator: Any, model: Any, optimizer: Any, schedule: Any, data: setup.Data, plan: Plan, progress: Progress, pad: int
+) -> None:
+    """Prepare for the processes, measure the base and the start, run the steps. Updates `progress`."""
+    output_dir = Path(a.output_dir)
+    training_model, optimizer = accelerator.prepare(TrainingModel(model), optimizer)
+    metrics = Metrics(output_dir / "metrics.jsonl", accelerator, plan.num_steps, progress.step)
+    eval_batch = a.per_device_eval_batch_size or a.per_device_train_batch_size
+    started, seconds_before = time.perf_counter(), progress.wall_seconds
+
+    def evaluate() -> None:
+        if data.held_out:
+            loss, tokens = held_out_loss(accelerator, training_model, data.held_out, eval_batch, pad)
+            progress.record_eval(loss)
+            metrics.write({"step": progress.step, "eval_loss": loss, "eval_tokens": tokens})
+            metrics.say(f"step {progress.step}/{plan.num_steps} | held-out loss {loss:.4f} (base model {progress.base_eval_loss:.4f})")
+
+    def save() -> None:
+        progress.wall_seconds = seconds_before + time.perf_counter() - started
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            checkpoint.save_checkpoint(output_dir / "checkpoints", model, optimizer, schedule, progress, a.keep_last_n_checkpoints)
+        accelerator.wait_for_everyone()
+
+    try:
+        if progress.step == 0:
+            if data.held_out and a.method != "full":  # in full fine-tuning the start is the base
+                progress.base_eval_loss, _ = held_out_loss(accelerator, training_model, data.held_out, eval_batch, pad, adapter=False)
+            evaluate()
+        settings = setup.fit_settings(a, plan, pad)
+        fit(accelerator, training_model, optimizer, schedule, data.train, plan, settings, progress, metrics, evaluate, save)
+    except InputError as error:
+        newest = checkpoint.complete_checkpoints(output_dir / "checkpoints")
+        raise InputError(f"{error}; last good checkpoint: {newest[-1] if newest else 'none (set --checkpointing_steps)'}") from None
+    finally:
+        metrics.close()
+    progress.wall_seconds = seconds_before + time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""What a fine-tuning method is: how the base is wrapped, and which hyperparameters it recommends."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from open_instruct.errors import InputError
+
+DEFAULT_TEXT = "Read what the user wrote and give the answer that is wanted, in the form that is wanted."
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of the base before training."""
+
+    hidden_size: int
+    embedding_std: float  # of all entries of the token embeddings of ordinary tokens
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Recommended hyperparameters, each filled in only where the user set none. `sources` says where they come from."""
+
+    learning_rate: float
+    warmup_ratio: float
+    weight_decay: float
+    lr_scheduler_type: str
+    clip_grad_norm: float
+    sources: str
+    num_virtual_tokens: int | None = None
+    prompt_tuning_init: str | None = None
+    prefix_init: str | None = None
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """The choices that shape an adapter, after the recipe has filled them."""
+
+    num_virtual_tokens: int | None = None
+    prompt_tuning_init: str | None = None
+    prompt_tuning_init_text: str | None = None
+    prefix_init: str | None = None
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
+    lora_rank: int = 64
+    lora_alpha: float = 16
+    lora_dropout: float = 0.1
+
+
+class Method(ABC):
+    """One way to fine-tune. `METHODS` in this package lists them all."""
+
+    name: str
+    title: str
+    is_soft_prompt = False
+    default_virtual_tokens = 0
+    needs_quantised_base = False
+
+    @abstractmethod
+    def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
+        """Hyperparameters for a base with these facts."""
+
+    @abstractmethod
+    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
+        """The base with a float32 adapter that is the only trainable part."""
+
+
+def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelFacts:
+    """Measure the base. The embedding's own scaling (Gemma) is included, as a soft prompt stands behind it."""
+    embedding = model.get_input_embeddings()
+    ids = torch.tensor(ordinary_tokens(tokenizer), device=embedding.weight.device)
+    chosen = ids[torch.linspace(0, len(ids) - 1, min(len(ids), 10_000)).long()]
+    with torch.no_grad():
+        std = embedding(chosen).float().std().item()
+    return ModelFacts(hidden_size=model.config.get_text_config().hidden_size, embedding_std=std)
+
+
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that stand for text, in order: no special and no unused ones, whose embeddings may never have been trained."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return sorted(set(tokenizer.get_vocab().values()) - special)
+
+
+def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
+    """Exactly `count` ids: the text's, repeated or cut."""
+    ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise InputError(f"--prompt_tuning_init_text {text!r} has no token: give a text")
+    return [ids[i % len(ids)] for i in range(count)]
+
+
+def width_scaled(rate: float, hidden_size: int, reference_width: int = 2048) -> float:
+    """`rate` at the reference width and above it, more for narrower models (Adam's rate goes with 1/width; Yang et al. 2022)."""
+    return rate * max(1.0, reference_width / hidden_size)

@@ -1,0 +1,34 @@
+"""IA3 (Liu et al. 2022): learned factors on keys, values and feed-forward activations."""
+
+from __future__ import annotations
+
+from peft import IA3Config, TaskType, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from open_instruct.errors import InputError
+from open_instruct.methods.base import Method, MethodSettings, ModelFacts, Recipe
+
+
+class Ia3(Method):
+    """Three vectors a layer, which start at 1."""
+
+    name, title = "ia3", "IA3"
+
+    def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
+        """The factors start at 1 whatever the model's width, so one rate serves all."""
+        return Recipe(
+            learning_rate=1e-2,
+            warmup_ratio=0.06,
+            weight_decay=0.0,
+            lr_scheduler_type="linear",
+            clip_grad_norm=1.0,
+            sources="Liu et al. 2022 (3e-3 with Adafactor), raised by measurement here",
+        )
+
+    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
+        """PEFT's IA3 on the layers that it knows for this architecture."""
+        try:
+            return get_peft_model(model, IA3Config(task_type=TaskType.CAUSAL_LM))
+        except ValueError as error:
+            raise InputError(f"IA3 does not know the layers of a {model.config.model_type} model ({error}): use --use_lora") from None

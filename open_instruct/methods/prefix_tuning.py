@@ -1,0 +1,53 @@
+"""Prefix tuning (Li and Liang 2021): P trained keys and values before each layer's own."""
+
+from __future__ import annotations
+
+import torch
+from peft import PrefixTuningConfig, TaskType, get_peft_model
+from peft.tuners.cartridge.utils import prompt_embeddings_from_past_key_values
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from open_instruct.methods.base import DEFAULT_TEXT, Method, MethodSettings, ModelFacts, Recipe, text_tokens
+
+
+class PrefixTuning(Method):
+    """A soft prompt of keys and values, with or without a network that computes them."""
+
+    name, title, is_soft_prompt = "prefix_tuning", "prefix tuning", True
+    default_virtual_tokens = 20
+
+    def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
+        """Keys and values are of order 1 in every model, so the rate is absolute; a network in between wants less."""
+        return Recipe(
+            learning_rate=1e-3 if settings.prefix_projection else 1e-2,
+            warmup_ratio=0.1,
+            weight_decay=0.0,
+            lr_scheduler_type="linear",
+            clip_grad_norm=1.0,
+            sources="PEFT method comparison (5e-3 from zeros or text), P-tuning v2 (5e-3 to 1e-2), measured here",
+            num_virtual_tokens=self.default_virtual_tokens,
+            prefix_init="zero",
+        )
+
+    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
+        """PEFT's prefix tuning; `text` starts from the keys and values that the base computes for a text."""
+        assert settings.num_virtual_tokens is not None
+        ids = None
+        if settings.prefix_init == "text":
+            ids = text_tokens(tokenizer, settings.prompt_tuning_init_text or DEFAULT_TEXT, settings.num_virtual_tokens)
+            with torch.no_grad():
+                cache = model.eval()(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
+        config = PrefixTuningConfig(
+            task_type=TaskType.CAUSAL_LM,
+            num_virtual_tokens=settings.num_virtual_tokens,
+            prefix_projection=settings.prefix_projection,
+            encoder_hidden_size=settings.encoder_hidden_size or model.config.get_text_config().hidden_size,
+            init_weights="zero" if settings.prefix_init == "zero" else None,
+        )
+        wrapped = get_peft_model(model, config)
+        if ids is not None:
+            pairs = [(layer.keys, layer.values) for layer in cache.layers]
+            start = prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=settings.num_virtual_tokens)
+            wrapped.prompt_encoder["default"].load_prompt_embeddings(start.float())
+        return wrapped

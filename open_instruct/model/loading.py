@@ -1,0 +1,162 @@
+"""Base model and tokenizer from a folder or the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from open_instruct.errors import InputError
+
+HUB_OPTIONS = ("revision", "trust_remote_code")
+
+
+def load_config(name: str, **options: Any) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        InputError: the folder or name holds no model.
+    """
+    check_folder(name)
+    with readable(f"model {name}"):
+        return AutoConfig.from_pretrained(name, **options)
+
+
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """A fast tokenizer with a pad token: a missing one is replaced by another special token, which the loss never sees.
+
+    No token is added, so the embedding matrix keeps its size and the adapter fits the plain base model.
+    """
+    with readable(f"tokenizer {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **options)
+    if not tokenizer.is_fast:
+        raise InputError(f"tokenizer {name} has no fast form, which the loss masks need: add its tokenizer.json")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def check_folder(name: str) -> None:
+    """A path that exists must be a model folder; one that looks like a path must exist."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise InputError(f"model folder {name} has no config.json: name the folder that holds the model")
+    if path.is_file():
+        raise InputError(f"model {name} is a file: name the folder that holds it")
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise InputError(f"no such model folder: {name}")
+
+
+def check_weights(name: str, allow_pickle: bool) -> None:
+    """Refuse a local folder without safetensors, unless pickle files are there and allowed."""
+    path = Path(name)
+    if not path.is_dir() or any(path.glob("*.safetensors")):
+        return
+    pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+    if not pickled:
+        raise InputError(f"model folder {name} holds no weights: *.safetensors is needed")
+    if not allow_pickle:
+        raise InputError(
+            f"model folder {name} has its weights only as pickle ({pickled[0]}), and loading one can run code that is in it: "
+            "convert it to safetensors, or pass --allow_pickle if you trust its source"
+        )
+
+
+class readable:  # noqa: N801 - reads as a statement: `with readable("model x"):`
+    """Turn the dozens of errors of loading into one line that names what could not be loaded."""
+
+    def __init__(self, what: str) -> None:
+        """Name what is being loaded."""
+        self.what = what
+
+    def __enter__(self) -> None:
+        """Nothing to set up."""
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """Only the errors that a wrong name, folder or network gives are the user's."""
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError)) and not isinstance(error, InputError):
+            text = " ".join(str(error).split())[:400]
+            raise InputError(f"{self.what} can't be loaded ({text}): check the name, the folder and the network") from error
+
+
+def choose_dtype(name: str) -> torch.dtype:
+    """`auto`: bfloat16 where a GPU computes it, float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    return getattr(torch, name)
+
+
+def choose_attention(use_flash_attn: bool | None) -> str:
+    """FlashAttention-2 where it is installed and can run (or was asked for), else PyTorch's SDPA."""
+    available = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
+    if use_flash_attn and not available:
+        raise InputError("--use_flash_attn needs a GPU and the flash extra (pip install '.[flash]'): drop the flag to use SDPA")
+    return "flash_attention_2" if available and use_flash_attn is not False else "sdpa"
+
+
+def load_model(
+    name: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    attention: str,
+    quantise: bool = False,
+    allow_pickle: bool = False,
+    use_liger_kernel: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """The base model, on this process's device, in `dtype`; `quantise` loads its linear layers in 4-bit NormalFloat.
+
+    Raises:
+        InputError: weights missing, pickled, or of another shape; an extra that is not installed.
+    """
+    check_weights(name, allow_pickle)
+    loader: Any = AutoModelForCausalLM
+    if use_liger_kernel:
+        if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():
+            raise InputError("--use_liger_kernel needs a GPU and `pip install liger-kernel`: drop the flag")
+        from liger_kernel.transformers import AutoLigerKernelForCausalLM as loader
+    if quantise:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError("--use_qlora needs bitsandbytes: pip install '.[quant]', or use --use_lora")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    if not allow_pickle:
+        options["use_safetensors"] = True
+    with readable(f"model {name}"):
+        model = loader.from_pretrained(name, config=config, dtype=dtype, attn_implementation=attention, **options)
+    model.config.use_cache = False
+    return model
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every token id needs a row of the embedding matrix."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if not getattr(model, "is_quantized", False) and highest >= rows:
+        raise InputError(
+            f"the tokenizer ({tokenizer.name_or_path}) has ids up to {highest}, but the model embeds only {rows} tokens: "
+            "use the model's own tokenizer"
+        )
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Positions that the model was made for, or None where it says nothing."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+
+
+def weights_key(name: str, config: PretrainedConfig) -> str:
+    """Identifies a base model: a hash of its local weight files' sizes and heads, or its name on the Hub."""
+    digest = hashlib.sha256(json.dumps(config.to_diff_dict(), sort_keys=True, default=str).encode())
+    for path in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []:
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
+    return digest.hexdigest()[:16] if Path(name).is_dir() else name

@@ -1,0 +1,50 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 - the back end is chosen first: no display is needed
+
+
+def plot_losses(rows: list[dict[str, Any]], base_loss: float | None, title: str, path: Path) -> None:
+    """Training loss, held-out loss and the base model's held-out loss over steps, as a PNG.
+
+    Args:
+        rows: rows of metrics.jsonl.
+        base_loss: held-out loss of the base model, in nats per labelled token.
+        title: of the picture.
+        path: PNG to write.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5))
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="training, each step")
+    if len(train) >= 20:
+        axes.plot([step for step, _ in train], smoothed([loss for _, loss in train]), color="tab:blue", label="training, smoothed")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
+    if base_loss is not None:
+        axes.axhline(base_loss, color="black", linestyle="--", linewidth=1, label=f"held out, base model ({base_loss:.3f})")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per labelled token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    average, out = 0.0, []
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        out.append(average / (1 - weight**count))
+    return out

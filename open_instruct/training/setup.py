@@ -1,0 +1,346 @@
+"""What happens before the first step: processes, output folder, data, model, method, hyperparameters."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, get_scheduler, set_seed
+
+from open_instruct.arguments import FinetuneArguments
+from open_instruct.data import chat, dataset, reading
+from open_instruct.data.dataset import Examples
+from open_instruct.data.plan import Plan
+from open_instruct.errors import InputError
+from open_instruct.methods import METHODS, MethodSettings, Recipe, model_facts
+from open_instruct.model import loading, memory
+from open_instruct.training.checkpoint import complete_checkpoints, find_checkpoint
+from open_instruct.training.loop import FitSettings
+
+DEFAULT_MAX_SEQ_LENGTH = 4096
+
+
+def make_accelerator(a: FinetuneArguments) -> Accelerator:
+    """Processes, devices, trackers and seeds."""
+    trackers: Any = None
+    if a.with_tracking:
+        trackers = "all" if a.report_to == ["all"] else a.report_to
+        if any(name in ("all", "wandb") for name in a.report_to):
+            check_wandb()
+    bf16 = loading.choose_dtype(a.dtype) == torch.bfloat16
+    try:
+        accelerator = Accelerator(
+            mixed_precision="bf16" if bf16 else "no",
+            log_with=trackers,
+            project_dir=a.output_dir,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=a.timeout))],
+        )
+    except ValueError as error:
+        raise InputError(f"--report_to {' '.join(a.report_to)} can't be used ({error}): install the tracker or name another") from None
+    set_seed(a.seed)
+    return accelerator
+
+
+def check_wandb() -> None:
+    """Weights & Biases asks for a key on the terminal, or fails in the middle of the start: say it before."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.api.api_key:
+        raise InputError("wandb has no key: run `wandb login`, set WANDB_MODE=offline, or name another tracker with --report_to")
+
+
+def check_output_dir(a: FinetuneArguments) -> Path | None:
+    """Refuse to touch a folder that holds another run.
+
+    Returns:
+        The checkpoint to resume from, or None to start at step 0.
+
+    Raises:
+        InputError: the folder holds a run, and neither overwriting nor resuming it was asked for.
+    """
+    folder = Path(a.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder} is a file: name a folder")
+    if a.resume_from_checkpoint and a.overwrite_output_dir:
+        raise InputError("--resume_from_checkpoint and --overwrite_output_dir contradict each other: drop one")
+    if (folder / "summary.json").exists() and not a.overwrite_output_dir:
+        raise InputError(f"--output_dir {folder} holds a finished run: name another folder, or pass --overwrite_output_dir")
+    if a.resume_from_checkpoint:
+        return find_checkpoint(a.resume_from_checkpoint, folder)
+    if not a.overwrite_output_dir:
+        steps = [path.name for path in complete_checkpoints(folder / "checkpoints")]
+        if steps:
+            raise InputError(
+                f"--output_dir {folder} holds an unfinished run with checkpoint {steps[-1]}: continue it with "
+                "--resume_from_checkpoint, name another folder, or pass --overwrite_output_dir"
+            )
+        if any((folder / name).exists() for name in ("adapter_model.safetensors", "config.json", "model.safetensors")):
+            raise InputError(f"--output_dir {folder} holds a model: name another folder, or pass --overwrite_output_dir")
+    return None
+
+
+def load_tokenizer_and_config(a: FinetuneArguments) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """Everything about the model that is not its weights."""
+    assert a.model_name_or_path
+    remote = {"trust_remote_code": a.trust_remote_code}
+    extra = json.loads(a.additional_model_arguments or "{}")
+    config = loading.load_config(a.config_name or a.model_name_or_path, revision=a.model_revision, **remote, **extra)
+    name = a.tokenizer_name_or_path or a.model_name_or_path
+    tokenizer = loading.load_tokenizer(name, revision=a.tokenizer_revision or a.model_revision, **remote)
+    chat.set_chat_template(tokenizer, a.chat_template_name, a.add_bos)
+    loading.check_weights(a.model_name_or_path, a.allow_pickle)
+    return tokenizer, config
+
+
+def num_virtual_tokens(a: FinetuneArguments) -> int:
+    """Virtual tokens of the run: the flag's, or the recipe's."""
+    method = METHODS[a.method]
+    return (a.num_virtual_tokens or method.default_virtual_tokens) if method.is_soft_prompt else 0
+
+
+def max_sequence_length(a: FinetuneArguments, config: PretrainedConfig) -> int:
+    """Tokens of a conversation that are kept.
+
+    Raises:
+        InputError: they don't fit into the model's context beside the virtual tokens.
+    """
+    context, virtual = loading.context_length(config), num_virtual_tokens(a)
+    if context is None:
+        return a.max_seq_length or DEFAULT_MAX_SEQ_LENGTH
+    if virtual + (a.max_seq_length or 2) > context:
+        asked = f"--max_seq_length {a.max_seq_length}" if a.max_seq_length else "a conversation"
+        raise InputError(
+            f"{virtual} virtual tokens and {asked} need more than the model's context of {context} positions: "
+            f"use --max_seq_length {max(context - virtual, 2)} or fewer virtual tokens"
+            if virtual < context
+            else f"--num_virtual_tokens {virtual} fills the model's context of {context} positions: use fewer"
+        )
+    return a.max_seq_length or min(DEFAULT_MAX_SEQ_LENGTH, context - virtual)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training examples, held-out examples (None: no held-out data), and tokens of a conversation at most."""
+
+    train: Examples
+    held_out: Examples | None
+    max_seq_length: int
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What identifies the data in run.json and in checkpoints."""
+        return {"train": self.train.fingerprint, "held_out": self.held_out and self.held_out.fingerprint}
+
+
+def load_data(a: FinetuneArguments, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Data:
+    """Read, check, tokenise and split. The main process goes first, and the others find its cache."""
+    length = max_sequence_length(a, config)
+    with accelerator.main_process_first():
+        train = build_examples(a, *training_source(a), tokenizer, length)
+        held_out = None
+        if a.validation_file:
+            if a.train_file and Path(a.validation_file).resolve() == Path(a.train_file).resolve():
+                raise InputError(f"--validation_file {a.validation_file} is the training file: name another, or use --validation_fraction")
+            source = reading.read_rows(Path(a.validation_file))
+            held_out = build_examples(a, source, dataset.file_key([Path(a.validation_file)]), tokenizer, length)
+            held_out = dataset.draw(held_out, a.max_eval_samples, a.seed)
+        else:
+            train, held_out = dataset.hold_out(train, a.validation_fraction, a.max_eval_samples, a.seed)
+    return Data(dataset.draw(train, a.max_train_samples, a.seed), held_out, length)
+
+
+def training_source(a: FinetuneArguments) -> tuple[Any, str | None]:
+    """Rows of the training data, unread, and a key of their content (None where it can't be known without reading)."""
+    remote = a.trust_remote_code
+    if a.train_file:
+        reading.check_file(Path(a.train_file))
+        return reading.read_rows(Path(a.train_file)), dataset.file_key([Path(a.train_file)])
+    if a.dataset_name:
+        return reading.read_hub_rows(a.dataset_name, a.dataset_config_name, "train", remote), None
+    if a.dataset_mixer:
+        members = [(name, str(amount)) for name, amount in json.loads(a.dataset_mixer).items()]
+    else:
+        words = a.dataset_mixer_list or []
+        if len(words) % 2:
+            raise InputError(f"--dataset_mixer_list has {len(words)} words: give pairs of NAME_OR_FILE and COUNT_OR_SHARE")
+        members = list(zip(words[::2], words[1::2], strict=True))
+    rows = reading.read_mixture(members, a.dataset_mixer_list_splits, a.seed, remote)
+    files = [Path(name) for name, _ in members]
+    if not all(path.is_file() for path in files):
+        return rows, None
+    return rows, dataset.file_key(files) + json.dumps([[amount for _, amount in members], a.seed])
+
+
+def build_examples(a: FinetuneArguments, rows: Any, key: str | None, tokenizer: PreTrainedTokenizerBase, length: int) -> Examples:
+    """Rows → examples, through the cache where the content is known."""
+    cache = Path(a.dataset_local_cache_dir) if key and not a.dataset_skip_cache else None
+    named = reading.conversations(rows, a.sft_messages_key)
+    return dataset.build(named, tokenizer, length, f"{key} {a.sft_messages_key}", cache, a.overwrite_cache)
+
+
+def fill_from_recipe(a: FinetuneArguments, recipe: Recipe, origins: dict[str, str]) -> None:
+    """Fill the hyperparameters that the user left unset, and note their origin."""
+    for item in fields(recipe):
+        if item.name == "sources" or getattr(recipe, item.name) is None or getattr(a, item.name) is not None:
+            continue
+        setattr(a, item.name, getattr(recipe, item.name))
+        origins[item.name] = "recipe"
+
+
+def method_settings(a: FinetuneArguments) -> MethodSettings:
+    """The part of the arguments that shapes an adapter."""
+    return MethodSettings(**{item.name: getattr(a, item.name) for item in fields(MethodSettings)})
+
+
+def load_base(a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Any:
+    """The base model on this process's device."""
+    assert a.model_name_or_path
+    method = METHODS[a.method]
+    if a.gradient_checkpointing and a.method == "prefix_tuning":
+        raise InputError("--gradient_checkpointing does not work with prefix tuning in PEFT: drop the flag, or use --use_prompt_tuning")
+    with accelerator.main_process_first():
+        model = loading.load_model(
+            a.model_name_or_path,
+            config,
+            torch.float32 if a.method == "full" else loading.choose_dtype(a.dtype),
+            loading.choose_attention(a.use_flash_attn),
+            quantise=method.needs_quantised_base,
+            allow_pickle=a.allow_pickle,
+            use_liger_kernel=a.use_liger_kernel,
+            revision=a.model_revision,
+            trust_remote_code=a.trust_remote_code,
+        )
+    loading.check_vocabulary(model, tokenizer)
+    return model if method.needs_quantised_base else model.to(accelerator.device)
+
+
+def wrap_method(a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase, origins: dict[str, str]) -> tuple[Any, Recipe]:
+    """Fill in the recipe and put the adapter on. The same seed gives the same start on every process."""
+    method = METHODS[a.method]
+    if method.is_soft_prompt and a.num_virtual_tokens is None:
+        a.num_virtual_tokens = method.default_virtual_tokens
+        origins["num_virtual_tokens"] = "recipe"
+    if a.prompt_tuning_init_text and a.method == "prefix_tuning" and a.prefix_init is None:
+        a.prefix_init, origins["prefix_init"] = "text", "flag prompt_tuning_init_text"
+    if a.prompt_tuning_init_text and a.method == "prompt_tuning" and a.prompt_tuning_init is None:
+        a.prompt_tuning_init, origins["prompt_tuning_init"] = "text", "flag prompt_tuning_init_text"
+    recipe = method.recipe(model_facts(model, tokenizer), method_settings(a))
+    fill_from_recipe(a, recipe, origins)
+    torch.manual_seed(a.seed)
+    wrapped = method.wrap(model, tokenizer, method_settings(a))
+    if a.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return wrapped, recipe
+
+
+def hyperparameters(a: FinetuneArguments) -> dict[str, Any]:
+    """The resolved values that decide how a run learns, for the terminal."""
+    names = ["learning_rate", "lr_scheduler_type", "warmup_ratio", "weight_decay", "clip_grad_norm"]
+    names += ["num_virtual_tokens"] if METHODS[a.method].is_soft_prompt else []
+    names += {
+        "prompt_tuning": ["prompt_tuning_init"],
+        "prefix_tuning": ["prefix_init", "prefix_projection"],
+        "lora": ["lora_rank", "lora_alpha", "lora_dropout"],
+        "qlora": ["lora_rank", "lora_alpha", "lora_dropout"],
+    }.get(a.method, [])
+    return {"method": METHODS[a.method].title} | {name: getattr(a, name) for name in names}
+
+
+def make_plan(a: FinetuneArguments, num_examples: int, num_processes: int) -> Plan:
+    """Which examples each step holds, and how many steps there are."""
+    examples_per_step = a.per_device_train_batch_size * a.gradient_accumulation_steps * num_processes
+    num_steps = a.max_train_steps or a.num_train_epochs * math.ceil(num_examples / examples_per_step)
+    return Plan(num_examples, examples_per_step, num_steps, a.seed)
+
+
+def fit_settings(a: FinetuneArguments, plan: Plan, pad_token_id: int) -> FitSettings:
+    """The plain values of the loop."""
+    assert a.clip_grad_norm is not None
+    return FitSettings(
+        micro_batch_size=a.per_device_train_batch_size,
+        accumulation_steps=a.gradient_accumulation_steps,
+        clip_grad_norm=a.clip_grad_norm,
+        seed=a.seed,
+        pad_token_id=pad_token_id,
+        logging_steps=a.logging_steps,
+        eval_steps=max(1, plan.num_steps // 5) if a.eval_steps is None else a.eval_steps,
+        checkpoint_every=plan.steps_per_epoch if a.checkpointing_steps == "epoch" else int(a.checkpointing_steps or 0),
+        sum_loss=a.reduce_loss == "sum",
+        sync_each_batch=a.sync_each_batch,
+    )
+
+
+def dry_run_text(a: FinetuneArguments, data: Data, plan: Plan, model: Any, config: PretrainedConfig) -> str:
+    """The plan of a run: steps, tokens, parameters, memory."""
+    sizes = memory.counts(model)
+    row_length = int(data.train.lengths.max()) + num_virtual_tokens(a)
+    estimate = memory.estimate_mb(
+        model,
+        config,
+        a.per_device_train_batch_size,
+        row_length,
+        a.gradient_checkpointing,
+        a.use_8bit_optimizer,
+        loading.choose_dtype(a.dtype).itemsize,
+    )
+    parts = ", ".join(f"{name} {value:,.1f}" for name, value in estimate.items() if name != "total")
+    share = sizes["trainable_parameters"] / sizes["total_parameters"]
+    return "\n".join(
+        [
+            "plan (dry run: nothing is trained or written):",
+            f"  steps                {plan.num_steps:,} of {plan.examples_per_step} examples ({plan.epoch(plan.num_steps):.2f} epochs)",
+            f"  tokens per step      {data.train.lengths.mean() * plan.examples_per_step:,.0f} on average, "
+            f"{data.train.label_counts.mean() * plan.examples_per_step:,.0f} of them labelled",
+            f"  trained parameters   {sizes['trainable_parameters']:,} of {sizes['total_parameters']:,} ({share:.3%})",
+            f"  memory per process   about {estimate['total']:,.0f} MB ({parts})",
+        ]
+    )
+
+
+def make_optimizer(a: FinetuneArguments, model: torch.nn.Module, num_steps: int) -> tuple[Any, Any]:
+    """AdamW on what is trained, and its schedule. The schedule is not prepared: it advances once a step, by hand."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options: dict[str, Any] = {"lr": a.learning_rate, "weight_decay": a.weight_decay}
+    if a.use_8bit_optimizer:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise InputError("--use_8bit_optimizer needs bitsandbytes: pip install '.[quant]'") from None
+        optimizer: Any = AdamW8bit(parameters, **options)
+    else:
+        optimizer = torch.optim.AdamW(parameters, fused=a.fused_optimizer, **options)
+    assert a.warmup_ratio is not None and a.lr_scheduler_type is not None
+    warmup = math.ceil(a.warmup_ratio * num_steps)
+    schedule_steps = num_steps
+    if a.final_lr_ratio:
+        if a.lr_scheduler_type != "linear" or a.final_lr_ratio == 1:
+            raise InputError(f"--final_lr_ratio {a.final_lr_ratio} works with --lr_scheduler_type linear and below 1: drop one of them")
+        schedule_steps = warmup + math.ceil((num_steps - warmup) / (1 - a.final_lr_ratio))
+    try:
+        schedule = get_scheduler(a.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=schedule_steps)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--lr_scheduler_type {a.lr_scheduler_type} can't be used: {error}") from None
+    return optimizer, schedule
+
+
+def run_identity(a: FinetuneArguments, data: Data, config: PretrainedConfig, plan: Plan) -> dict[str, Any]:
+    """What a resumed run must share with the run that wrote the checkpoint."""
+    assert a.model_name_or_path
+    names = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "final_lr_ratio", "weight_decay", "clip_grad_norm", "seed", "reduce_loss")
+    shape = {name: value for name, value in asdict(method_settings(a)).items() if value is not None}
+    return {
+        "method": a.method,
+        "model": loading.weights_key(a.model_name_or_path, config),
+        "data": data.fingerprints(),
+        "examples": len(data.train),
+        "examples_per_step": plan.examples_per_step,
+        "num_steps": plan.num_steps,
+        **shape,
+        **{name: getattr(a, name) for name in names},
+    }

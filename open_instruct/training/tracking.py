@@ -1,0 +1,80 @@
+"""What a run tells: rows of metrics.jsonl, lines on the terminal, progress, experiment trackers."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+
+def peak_memory_mb() -> float:
+    """Most memory that this process held so far, in MB: of its GPU if it has one, else resident."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1e6 if sys.platform == "darwin" else 1e3), 1)
+
+
+class Metrics:
+    """Appends rows to metrics.jsonl, passes them to trackers, and prints them. Only the main process does any of it."""
+
+    def __init__(self, path: Path, accelerator: Any, total_steps: int, first_step: int = 0) -> None:
+        """Open the file; a resumed run first drops the rows that its checkpoint does not know."""
+        self.accelerator = accelerator
+        self.total_steps = total_steps
+        self.is_main = accelerator.is_main_process
+        self.progress = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if self.is_main else True)
+        if not self.is_main:
+            return
+        kept = [line for line in read_rows(path) if line["step"] <= first_step] if first_step else []
+        working = path.with_suffix(".writing")
+        working.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(working, path)
+        self.file = path.open("a", buffering=1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row to file and trackers."""
+        if self.is_main:
+            self.file.write(json.dumps(row) + "\n")
+        numbers = {name: value for name, value in row.items() if name != "step" and value is not None}
+        self.accelerator.log(numbers, step=row["step"])
+
+    def step_line(self, row: dict[str, Any]) -> None:
+        """The terminal's line of a training step: on the progress bar, or about twenty times a run where there is none."""
+        text = (
+            f"step {row['step']}/{self.total_steps} | epoch {row['epoch']:.2f} | loss {row['loss']:.4f} | "
+            f"lr {row['learning_rate']:.2e} | grad norm {row['grad_norm']:.3g} | {row['tokens_per_second']:,.0f} tokens/s"
+        )
+        if not self.progress.disable:
+            self.progress.set_postfix_str(text.split(" | ", 2)[2], refresh=False)
+        elif self.is_main and (row["step"] % max(1, self.total_steps // 20) == 0 or row["step"] == self.total_steps):
+            print(text, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays on the terminal."""
+        if self.is_main:
+            self.progress.write(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """End the progress bar and the file."""
+        self.progress.close()
+        if self.is_main:
+            self.file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a metrics file; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
