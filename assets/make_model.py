@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from assets.word_skills import SKILLS, named_conversation, pretraining_conversation, unnamed_conversation  # noqa: E402
-from open_instruct.data.chat import CHAT_TEMPLATES  # noqa: E402
+from assets.word_skills import SKILLS, named_conversation, pretraining_conversation, unnamed_conversation
+from open_instruct.data.chat import CHAT_TEMPLATES
 
 VOCABULARY_SIZE = 1024
 ROW_LENGTH = 128
@@ -148,7 +148,12 @@ def main() -> None:
         skill: {"named": exact_match(model, tokenizer, skill, True), "unnamed": exact_match(model, tokenizer, skill, False)}
         for skill in SKILLS
     }
-    record = {"command_arguments": vars(arguments), "torch": torch.__version__, "final_loss": loss.item(), "exact_match": skills}
+    record = {
+        "command_arguments": {k: v for k, v in vars(arguments).items() if k != "output_dir"},
+        "torch": torch.__version__,
+        "final_loss": loss.item(),
+        "exact_match": skills,
+    }
     Path(arguments.output_dir, "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(skills, indent=2))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {time.time() - started:.0f} s")

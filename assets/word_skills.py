@@ -11,13 +11,13 @@ import random
 from collections.abc import Callable
 
 CATEGORIES = {
-    "animal": "horse cat dog lion tiger mouse rabbit goat sheep fox wolf bear duck".split(),
-    "fruit": "apple plum cherry lemon grape melon peach banana orange mango fig kiwi".split(),
-    "tool": "hammer saw drill spade rake ladder chisel wrench needle brush anvil knife".split(),
-    "place": "river forest desert island valley harbour village castle garden bridge meadow quarry".split(),
-    "weather": "rain snow wind storm fog thunder hail frost sunshine drizzle".split(),
-    "clothing": "coat hat scarf glove boot shirt jacket belt sock apron".split(),
-    "music": "violin drum flute piano guitar trumpet harp organ bell cello".split(),
+    "animal": ["horse", "cat", "dog", "lion", "tiger", "mouse", "rabbit", "goat", "sheep", "fox", "wolf", "bear", "duck"],
+    "fruit": ["apple", "plum", "cherry", "lemon", "grape", "melon", "peach", "banana", "orange", "mango", "fig", "kiwi"],
+    "tool": ["hammer", "saw", "drill", "spade", "rake", "ladder", "chisel", "wrench", "needle", "brush", "anvil", "knife"],
+    "place": ["river", "forest", "desert", "island", "valley", "harbour", "village", "castle", "garden", "bridge", "meadow", "quarry"],
+    "weather": ["rain", "snow", "wind", "storm", "fog", "thunder", "hail", "frost", "sunshine", "drizzle"],
+    "clothing": ["coat", "hat", "scarf", "glove", "boot", "shirt", "jacket", "belt", "sock", "apron"],
+    "music": ["violin", "drum", "flute", "piano", "guitar", "trumpet", "harp", "organ", "bell", "cello"],
 }
 OPPOSITE_PAIRS = (
     "hot cold, big small, fast slow, hard soft, wet dry, light dark, old young, rich poor, high low, near far, early late, "

@@ -36,7 +36,9 @@ class ModelFlags:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "precision of the frozen base; auto: bfloat16 on a GPU that has it, float32 elsewhere. Adapters are always float32"
     )
-    use_flash_attn: bool | None = flag(None, "FlashAttention-2 (needs the flash extra and a GPU); unset: where installed, else SDPA")
+    use_flash_attn: bool | None = flag(
+        None, "FlashAttention-2 (needs the flash extra and a GPU); unset: where installed, else SDPA", nargs="?", const=True
+    )
     use_liger_kernel: bool = flag(False, "Liger's fused kernels (needs liger-kernel and a GPU)")
     allow_pickle: bool = flag(False, "load weights that exist only as pickle files; loading one can run code that is in it")
     tokenizer_name_or_path: str | None = flag(None, "tokenizer, if not the one beside the model")
@@ -56,7 +58,7 @@ class DataFlags:
     train_file: str | None = flag(None, "training conversations: .jsonl, .json or .parquet with a `messages` column")
     dataset_name: str | None = flag(None, "data set on the Hub, or a local folder that `datasets` can load")
     dataset_config_name: str | None = flag(None, "configuration of dataset_name")
-    dataset_mixer: str | None = flag(None, 'JSON object, data set or file → rows (2000) or share (0.5): \'{"a.jsonl": 0.5}\'')
+    dataset_mixer: str | None = flag(None, "JSON object, data set or file → rows (2000) or share (0.5): '{\"a.jsonl\": 0.5}'")
     dataset_mixer_list: list[str] | None = flag(None, "the same as a list: NAME_OR_FILE COUNT_OR_SHARE NAME_OR_FILE …; 1.0 is all")
     dataset_mixer_list_splits: list[str] = flag(["train"], "split of each member of dataset_mixer_list, or one for all")
     sft_messages_key: str = flag("messages", "column that holds the conversation")
@@ -64,7 +66,9 @@ class DataFlags:
     validation_fraction: float = flag(0.02, "share of the training rows held out (drawn by seed) when there is no validation_file")
     max_eval_samples: int = flag(500, "held-out rows used at most")
     max_train_samples: int | None = flag(None, "training rows used at most, drawn by seed")
-    max_seq_length: int | None = flag(None, "tokens of a conversation kept, virtual tokens not counted; unset: 4096 or what the context allows")
+    max_seq_length: int | None = flag(
+        None, "tokens of a conversation kept, virtual tokens not counted; unset: 4096 or what the context allows"
+    )
     preprocessing_num_workers: int | None = flag(None, "threads that tokenise; unset: all cores")
     cache_dataset_only: bool = flag(False, "tokenise, fill the cache, and stop")
     overwrite_cache: bool = flag(False, "tokenise again even if the cache holds the result")
@@ -83,7 +87,9 @@ class MethodFlags:
     use_p_tuning: bool = flag(False, "P-tuning: prompt tuning whose embeddings come from a small trained network")
     use_ia3: bool = flag(False, "IA3: trained scaling of keys, values and feed-forward activations")
     num_virtual_tokens: int | None = flag(None, "length of the soft prompt, in tokens; unset or 0: the recipe's")
-    prompt_tuning_init: PEFT_INITS | None = flag(None, "start of a soft prompt: a text's embeddings, random tokens', or noise; unset: the recipe's")
+    prompt_tuning_init: PEFT_INITS | None = flag(
+        None, "start of a soft prompt: a text's embeddings, random tokens', or noise; unset: the recipe's"
+    )
     prompt_tuning_init_text: str | None = flag(None, "text that prompt or prefix tuning starts from with init `text`")
     prefix_init: PREFIX_INITS | None = flag(None, "start of a prefix: a text's keys and values, zeros, or noise; unset: the recipe's")
     prefix_projection: bool = flag(False, "compute the prefix by a trained two-layer network (Li and Liang 2021)")
@@ -169,14 +175,14 @@ class AcceptedFlags:
     gs_bucket_path: str | None = flag(None, "AI2's bucket")
     oe_eval_tasks: list[str] | None = flag(None, "belongs to Beaker evaluation jobs")
     oe_eval_max_length: int | None = flag(None, "belongs to Beaker evaluation jobs")
-    packing: bool | None = flag(None, "examples are padded, and sorted by length within a step")
+    packing: bool | None = flag(None, "examples are padded, and sorted by length within a step", nargs="?", const=True)
     verbose: bool = flag(False, "metrics.jsonl always holds everything")
     load_balancing_loss: bool = flag(False, "the router of a mixture-of-experts model stays frozen or unregularised")
     load_balancing_weight: float | None = flag(None, "belongs to load_balancing_loss")
     sequence_parallel_size: int = flag(1, "sequences are not split over processes")
 
 
-GROUPS = (ModelFlags, DataFlags, MethodFlags, OptimizationFlags, RunFlags, AcceptedFlags)
+GROUPS: tuple[Any, ...] = (ModelFlags, DataFlags, MethodFlags, OptimizationFlags, RunFlags, AcceptedFlags)
 
 
 @dataclass

@@ -22,7 +22,8 @@ class OneLineParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
-        self.exit(2, f"error: {message} (see --help)\n")
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
 
 
 def build_parser() -> OneLineParser:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.arguments import FinetuneArguments, check_arguments
 from open_instruct.command_line import parse, warn_without_effect
 from open_instruct.data.plan import Plan
@@ -96,7 +97,15 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
 
 
 def train(
-    a: FinetuneArguments, accelerator: Any, model: Any, optimizer: Any, schedule: Any, data: setup.Data, plan: Plan, progress: Progress, pad: int
+    a: FinetuneArguments,
+    accelerator: Any,
+    model: Any,
+    optimizer: Any,
+    schedule: Any,
+    data: setup.Data,
+    plan: Plan,
+    progress: Progress,
+    pad: int,
 ) -> None:
     """Prepare for the processes, measure the base and the start, run the steps. Updates `progress`."""
     output_dir = Path(a.output_dir)

@@ -41,10 +41,10 @@ CHAT_TEMPLATES = {
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     ),
     "simple_chat": (
-        "{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}{{ message['role'].capitalize() + ': ' }}"
-        "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
-        "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '\n\nAssistant: ' }}{% endif %}"
+        "{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}{{ message['role'].capitalize() + ':' }}"
+        "{% if message['role'] == 'assistant' %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}"
+        "{% else %}{{ ' ' + message['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
     ),
 }
 
@@ -58,7 +58,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, add_bos: bo
     if name == "tokenizer":
         template = tokenizer.chat_template
         if not isinstance(template, str):
-            raise InputError(f"the tokenizer of {tokenizer.name_or_path} has no chat template: use --chat_template_name tulu or a Jinja file")
+            raise InputError(
+                f"the tokenizer of {tokenizer.name_or_path} has no chat template: use --chat_template_name tulu or a Jinja file"
+            )
     elif name in CHAT_TEMPLATES:
         template = CHAT_TEMPLATES[name]
     elif Path(name).is_file():
@@ -66,7 +68,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, add_bos: bo
     else:
         raise InputError(f"no chat template {name!r}: use {', '.join(CHAT_TEMPLATES)}, tokenizer, or the path of a Jinja file")
     if "eos_token" in template and tokenizer.eos_token is None:
-        raise InputError(f"chat template {name} ends turns with the end-of-sequence token, and the tokenizer has none: use another template")
+        raise InputError(
+            f"chat template {name} ends turns with the end-of-sequence token, and the tokenizer has none: use another template"
+        )
     if add_bos and "bos_token" not in template:
         if tokenizer.bos_token is None:
             raise InputError("--add_bos is set, but the tokenizer has no beginning-of-sequence token: drop the flag")
@@ -116,17 +120,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages], max_
     texts, character_spans = render(tokenizer, batch)
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
     ids = [row[:max_length] for row in encoded["input_ids"]]
-    spans = [
-        token_spans(offsets[:max_length], wanted) for offsets, wanted in zip(encoded["offset_mapping"], character_spans, strict=True)
-    ]
+    spans = [token_spans(offsets[:max_length], wanted) for offsets, wanted in zip(encoded["offset_mapping"], character_spans, strict=True)]
     return ids, spans
 
 
 def token_spans(offsets: Sequence[tuple[int, int]], character_spans: Spans) -> Spans:
-    """The tokens whose first character lies in a character span. `offsets` are in order; so are the spans."""
+    """The tokens that have a character in a character span. `offsets` are in order; so are the spans."""
     spans, position = [], 0
     for start, end in character_spans:
-        while position < len(offsets) and offsets[position][0] < start:
+        while position < len(offsets) and offsets[position][1] <= start:
             position += 1
         first = position
         while position < len(offsets) and offsets[position][0] < end:

@@ -1,4 +1,4 @@
-"""Examples → the tensors of one padded micro-batch. (The packed row of the shared-prefix engine is another collation.)"""
+"""Examples → the tensors of one padded micro-batch."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
-def micro_batches(examples: Sequence[int], lengths: Sequence[int], size: int, rank: int, num_ranks: int) -> list[list[int]]:
+def micro_batches(examples: Sequence[int], lengths: Sequence[int] | np.ndarray, size: int, rank: int, num_ranks: int) -> list[list[int]]:
     """Cut a step's examples into the micro-batches of one process.
 
     Examples of similar length stand together, so that little is padded. Every process gets the same number of

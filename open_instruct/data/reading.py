@@ -107,7 +107,9 @@ def read_hub_rows(name: str, configuration: str | None, split: str, trust_remote
     try:
         rows = datasets.load_dataset(name, configuration, split=split, **({"trust_remote_code": True} if trust_remote_code else {}))
     except Exception as error:  # `datasets` and the Hub raise dozens of types; each means that the name can't be loaded
-        raise InputError(f"data set {name} can't be loaded ({' '.join(str(error).split())[:300]}): check the name, or give a file") from None
+        raise InputError(
+            f"data set {name} can't be loaded ({' '.join(str(error).split())[:300]}): check the name, or give a file"
+        ) from None
     for number, row in enumerate(rows, start=1):
         yield f"{name} row {number}", row
 

@@ -30,6 +30,7 @@ class PTuning(Method):
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
         """PEFT's P-tuning with an output layer scaled so that the prompt starts with the embeddings' spread."""
+        assert settings.num_virtual_tokens is not None
         config = PromptEncoderConfig(
             task_type=TaskType.CAUSAL_LM,
             num_virtual_tokens=settings.num_virtual_tokens,

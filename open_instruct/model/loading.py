@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from open_instruct.errors import InputError
 
@@ -69,7 +77,7 @@ def check_weights(name: str, allow_pickle: bool) -> None:
         )
 
 
-class readable:  # noqa: N801 - reads as a statement: `with readable("model x"):`
+class readable:
     """Turn the dozens of errors of loading into one line that names what could not be loaded."""
 
     def __init__(self, what: str) -> None:
@@ -80,8 +88,8 @@ class readable:  # noqa: N801 - reads as a statement: `with readable("model x"):
         """Nothing to set up."""
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        """Only the errors that a wrong name, folder or network gives are the user's."""
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError)) and not isinstance(error, InputError):
+        """Whatever loading raises (safetensors, pickle, the Hub and JSON have types of their own), it could not be loaded."""
+        if isinstance(error, Exception) and not isinstance(error, InputError):
             text = " ".join(str(error).split())[:400]
             raise InputError(f"{self.what} can't be loaded ({text}): check the name, the folder and the network") from error
 
@@ -121,7 +129,7 @@ def load_model(
     if use_liger_kernel:
         if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():
             raise InputError("--use_liger_kernel needs a GPU and `pip install liger-kernel`: drop the flag")
-        from liger_kernel.transformers import AutoLigerKernelForCausalLM as loader
+        loader = importlib.import_module("liger_kernel.transformers").AutoLigerKernelForCausalLM
     if quantise:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise InputError("--use_qlora needs bitsandbytes: pip install '.[quant]', or use --use_lora")

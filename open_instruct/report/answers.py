@@ -51,8 +51,6 @@ def compare(asked: list[Question], base: list[str], tuned: list[str]) -> tuple[l
     """Question, reference and both answers of each; and the share of answers equal to the reference."""
     if not asked:
         return [], None
-    samples = [
-        {"question": q.text, "reference": q.reference, "base": b, "tuned": t} for q, b, t in zip(asked, base, tuned, strict=True)
-    ]
+    samples = [{"question": q.text, "reference": q.reference, "base": b, "tuned": t} for q, b, t in zip(asked, base, tuned, strict=True)]
     exact = {name: sum(s[name] == s["reference"] for s in samples) / len(samples) for name in ("base", "tuned")}
     return samples, {**exact, "number": len(samples)}

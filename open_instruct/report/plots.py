@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - the back end is chosen first: no display is needed
+from matplotlib import pyplot as plt
 
 
 def plot_losses(rows: list[dict[str, Any]], base_loss: float | None, title: str, path: Path) -> None:

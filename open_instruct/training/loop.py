@@ -125,7 +125,9 @@ def step_gradient(
     With S the step's examples on all R processes, the gradient is d/dθ of  Σ_{tokens of S} loss / label_tokens.
     Each process sums its own micro-batches. DDP averages over processes, so each sum is multiplied by R.
     """
-    batches = micro_batches(indices.tolist(), examples.lengths, settings.micro_batch_size, accelerator.process_index, accelerator.num_processes)
+    batches = micro_batches(
+        indices.tolist(), examples.lengths, settings.micro_batch_size, accelerator.process_index, accelerator.num_processes
+    )
     divisor = label_tokens
     if settings.sum_loss:
         divisor = settings.accumulation_steps * accelerator.num_processes
@@ -133,8 +135,9 @@ def step_gradient(
     for number, chosen in enumerate(batches, start=1):
         rows = [examples[i] for i in chosen]
         batch = collate.pad(rows, settings.pad_token_id) if rows else collate.nothing(settings.pad_token_id)
-        last = number == len(batches) or settings.sync_each_batch
-        with nullcontext() if last else accelerator.no_sync(model):
+        accelerator.sync_gradients = number == len(batches)  # DeepSpeed steps inside the backward pass where this is set
+        exchange = accelerator.sync_gradients or settings.sync_each_batch
+        with nullcontext() if exchange else accelerator.no_sync(model):
             loss, _ = model(**{name: tensor.to(accelerator.device) for name, tensor in batch.items()})
             accelerator.backward(loss * (accelerator.num_processes / divisor))
         total += loss.detach()

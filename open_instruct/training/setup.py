@@ -21,6 +21,7 @@ from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
 from open_instruct.methods import METHODS, MethodSettings, Recipe, model_facts
 from open_instruct.model import loading, memory
+from open_instruct.quiet import silence_transformers
 from open_instruct.training.checkpoint import complete_checkpoints, find_checkpoint
 from open_instruct.training.loop import FitSettings
 
@@ -29,6 +30,7 @@ DEFAULT_MAX_SEQ_LENGTH = 4096
 
 def make_accelerator(a: FinetuneArguments) -> Accelerator:
     """Processes, devices, trackers and seeds."""
+    silence_transformers()
     trackers: Any = None
     if a.with_tracking:
         trackers = "all" if a.report_to == ["all"] else a.report_to
@@ -332,7 +334,16 @@ def make_optimizer(a: FinetuneArguments, model: torch.nn.Module, num_steps: int)
 def run_identity(a: FinetuneArguments, data: Data, config: PretrainedConfig, plan: Plan) -> dict[str, Any]:
     """What a resumed run must share with the run that wrote the checkpoint."""
     assert a.model_name_or_path
-    names = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "final_lr_ratio", "weight_decay", "clip_grad_norm", "seed", "reduce_loss")
+    names = (
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_ratio",
+        "final_lr_ratio",
+        "weight_decay",
+        "clip_grad_norm",
+        "seed",
+        "reduce_loss",
+    )
     shape = {name: value for name, value in asdict(method_settings(a)).items() if value is not None}
     return {
         "method": a.method,

@@ -1,0 +1,17 @@
+"""Silences the libraries' messages that tell a user of this project nothing. Import it before they are imported."""
+
+import logging
+import warnings
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional CPU kernel of bitsandbytes is missing
+warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+warnings.filterwarnings("ignore", message=r".*cast from .* to .* during quantization")
+
+
+def silence_transformers() -> None:
+    """Leave only errors of transformers, and no bar for loading weights."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

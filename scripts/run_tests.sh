@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Set up the environment if needed, then check style and types and run the tests.
+#
+#   bash scripts/run_tests.sh                  everything that runs without a GPU
+#   bash scripts/run_tests.sh tests/test_data.py -k mask
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+ensure_environment dev
+cd "$REPO_ROOT"
+ruff check .
+ruff format --check .
+mypy
+python -m pytest "$@"

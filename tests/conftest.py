@@ -1,0 +1,97 @@
+"""What several tests share: tiny models, small data files, and ways to run the entry point."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from assets.word_skills import unnamed_conversation
+from open_instruct.finetune_peft import main
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_MODEL = ROOT / "assets" / "tiny-model"
+METHODS = ["full", "lora", "prefix_tuning", "prompt_tuning", "p_tuning", "ia3"]
+
+
+def method_flags(method: str) -> list[str]:
+    """The flag that chooses a method."""
+    return [] if method == "full" else [f"--use_{method}"]
+
+
+def write_conversations(path: Path, skill: str, count: int, seed: int = 0, long_every: int = 0) -> Path:
+    """Unnamed conversations of a skill as JSON Lines; every `long_every`-th has three turns, so that lengths are ragged."""
+    rng = random.Random(seed)
+    with path.open("w") as file:
+        for number in range(count):
+            turns = 3 if long_every and number % long_every == 0 else 1
+            row = {"id": f"{skill}-{number}", "messages": unnamed_conversation(rng, skill, turns), "source": skill}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def tiny_llama(**changes: int) -> LlamaForCausalLM:
+    """A random Llama with grouped heads."""
+    torch.manual_seed(0)
+    options = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**{**options, "num_key_value_heads": 2, "max_position_embeddings": 128, **changes})).eval()
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 conversations of ragged length."""
+    return write_conversations(tmp_path_factory.mktemp("data") / "train.jsonl", "reverse", 80, long_every=5)
+
+
+@pytest.fixture
+def train(tmp_path: Path, data_file: Path, capsys: pytest.CaptureFixture):
+    """Run the entry point in this process; gives exit code, output, folder, summary and metrics."""
+
+    def run(name: str, *flags: str, data: Path = data_file, model: Path = TINY_MODEL) -> SimpleNamespace:
+        folder = tmp_path / name
+        common = ["--model_name_or_path", str(model), "--output_dir", str(folder), "--dataset_local_cache_dir", str(tmp_path / "cache")]
+        if "--validation_file" not in flags:
+            common += ["--validation_fraction", "0.2"]
+        source = (
+            [] if any(flag.startswith("--dataset_") and flag != "--dataset_skip_cache" for flag in flags) else ["--train_file", str(data)]
+        )
+        capsys.readouterr()
+        code = main([*common, *source, "--num_sample_answers", "0", *flags])
+        output = capsys.readouterr()
+        summary = folder / "summary.json"
+        return SimpleNamespace(
+            code=code,
+            out=output.out,
+            err=output.err,
+            folder=folder,
+            summary=json.loads(summary.read_text()) if summary.exists() else None,
+            metrics=[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            if (folder / "metrics.jsonl").exists()
+            else None,
+        )
+
+    return run
+
+
+def run_script(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """The entry point as a user starts it, in a process of its own."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "open_instruct" / "finetune_peft.py"), *words], cwd=cwd, env=variables, capture_output=True, text=True
+    )
+
+
+def without_measurements(rows: list[dict]) -> list[dict]:
+    """Rows of metrics.jsonl without what depends on the machine's mood."""
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "peak_memory_mb")} for row in rows]

@@ -1,0 +1,99 @@
+"""The loss of a step does not depend on how its examples are cut into micro-batches."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from accelerate import Accelerator
+
+from open_instruct.data import collate
+from open_instruct.data.dataset import SCHEMA, Examples
+from open_instruct.methods import METHODS, MethodSettings
+from open_instruct.model.loss import TrainingModel
+from open_instruct.training.loop import step_gradient
+from tests.conftest import tiny_llama
+
+SETTINGS = MethodSettings(num_virtual_tokens=3, prompt_tuning_init="random", prefix_init="random", lora_rank=4, lora_dropout=0.0)
+ADAPTERS = ["lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning"]
+
+
+@pytest.fixture
+def examples() -> Examples:
+    """Eight examples with 1 to 30 labelled tokens."""
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(1, 200, length).tolist() for length in (4, 40, 9, 33, 12, 25, 6, 18)]
+    spans = [[2, 3], [10, 40], [5, 9], [3, 8, 20, 33], [11, 12], [5, 25], [1, 6], [0, 18]]
+    return Examples(pa.table({"input_ids": ids, "spans": spans}, schema=SCHEMA), np.arange(8), "test")
+
+
+def wrapped(method: str) -> TrainingModel:
+    """A tiny model with an adapter that is not at its neutral start."""
+    base = tiny_llama()
+    torch.manual_seed(1)
+    tokenizer = SimpleNamespace(all_special_ids=[0], added_tokens_decoder={}, get_vocab=lambda: {str(i): i for i in range(200)})
+    model = TrainingModel(METHODS[method].wrap(base, tokenizer, SETTINGS))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def gradient_of(model, examples, size) -> tuple[float, torch.Tensor]:
+    """Mean loss and adapter gradient of one step over all examples in micro-batches of `size`."""
+    model.zero_grad()
+    settings = SimpleNamespace(micro_batch_size=size, sum_loss=False, sync_each_batch=False, pad_token_id=0, accumulation_steps=1)
+    labels = int(examples.label_counts.sum())
+    total = step_gradient(Accelerator(), model, examples, np.arange(8), labels, settings)
+    return total.item() / labels, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def test_label_counts_are_those_of_the_collated_labels(examples):
+    counted = [int((collate.pad([examples[i]], 0)["labels"][:, 1:] != collate.IGNORE).sum()) for i in range(8)]
+    assert examples.label_counts.tolist() == counted
+    assert len(set(counted)) > 4  # ragged, or the tests below show nothing
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_one_batch_of_eight_equals_eight_of_one(method, examples):
+    model = wrapped(method)
+    loss, gradient = gradient_of(model, examples, 8)
+    for size in (1, 3):
+        other_loss, other = gradient_of(model, examples, size)
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert (other - gradient).norm() / gradient.norm() < 1e-5
+
+
+def test_a_mean_of_micro_batch_means_would_fail(examples):
+    """Negative control: dividing by each micro-batch's own label count is the mistake that the test above has to notice."""
+    model = wrapped("prompt_tuning")
+    loss, gradient = gradient_of(model, examples, 8)
+    model.zero_grad()
+    means = []
+    for index in range(8):
+        total, count = model(**collate.pad([examples[index]], 0))
+        (total / count / 8).backward()
+        means.append(total.item() / count.item())
+    wrong = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert abs(np.mean(means) - loss) / loss > 1e-3
+    assert (wrong - gradient).norm() / gradient.norm() > 1e-2
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_the_loss_is_pefts_own(method, examples):
+    """PEFT computes labels, virtual tokens and shift itself, on one unpadded example whose first token has no label."""
+    model = wrapped(method)
+    for index in (1, 3, 5):
+        batch = collate.pad([examples[index]], 0)
+        total, count = model(**batch)
+        assert total.item() / count.item() == pytest.approx(model.model(**batch).loss.item(), rel=1e-5)
+
+
+def test_a_process_without_examples_adds_nothing(examples):
+    model = wrapped("prompt_tuning")
+    total, count = model(**collate.nothing(0))
+    total.backward()
+    assert total.item() == 0 and count.item() == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)

@@ -1,0 +1,102 @@
+"""Each method trains its adapter and nothing else, and starts where its recipe says."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from open_instruct.methods import METHODS, MethodSettings, model_facts
+from open_instruct.methods.base import ordinary_tokens, text_tokens, width_scaled
+from tests.conftest import METHODS as NAMES
+from tests.conftest import TINY_MODEL
+
+TEXT = "Reverse the list."
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY_MODEL)
+
+
+@pytest.fixture
+def base():
+    return AutoModelForCausalLM.from_pretrained(TINY_MODEL)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_complete_and_says_its_source(name, base, tokenizer):
+    facts = model_facts(base, tokenizer)
+    recipe = METHODS[name].recipe(facts, MethodSettings())
+    assert 0 < recipe.learning_rate < 1 and 0 <= recipe.warmup_ratio < 1 and recipe.sources
+    assert (recipe.num_virtual_tokens is not None) == METHODS[name].is_soft_prompt
+
+
+def test_the_rate_of_prompt_tuning_follows_the_embeddings(base, tokenizer):
+    before = METHODS["prompt_tuning"].recipe(model_facts(base, tokenizer), MethodSettings()).learning_rate
+    with torch.no_grad():
+        base.get_input_embeddings().weight.mul_(10)
+    after = METHODS["prompt_tuning"].recipe(model_facts(base, tokenizer), MethodSettings()).learning_rate
+    assert after == pytest.approx(10 * before, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "full"])
+def test_only_the_adapter_is_trainable_and_it_is_float32(name, base, tokenizer):
+    settings = MethodSettings(num_virtual_tokens=4, prompt_tuning_init="sample_vocab", prefix_init="zero")
+    model = METHODS[name].wrap(base.bfloat16(), tokenizer, settings)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(p.dtype == torch.float32 for p in trained.values())
+    assert all(any(word in n for word in ("lora_", "ia3_", "prompt_encoder")) for n in trained)
+
+
+def test_sample_vocab_starts_on_ordinary_tokens(base, tokenizer):
+    settings = MethodSettings(num_virtual_tokens=50, prompt_tuning_init="sample_vocab")
+    prompt = METHODS["prompt_tuning"].wrap(base, tokenizer, settings).prompt_encoder["default"].embedding.weight
+    vocabulary = base.get_input_embeddings().weight
+    known = set(ordinary_tokens(tokenizer))
+    assert not known & set(tokenizer.all_special_ids)
+    for row in prompt:
+        nearest = (vocabulary - row).norm(dim=1).argmin().item()
+        assert nearest in known and torch.equal(vocabulary[nearest], row)
+
+
+def test_text_starts_on_the_texts_embeddings(base, tokenizer):
+    settings = MethodSettings(num_virtual_tokens=9, prompt_tuning_init="text", prompt_tuning_init_text=TEXT)
+    model = METHODS["prompt_tuning"].wrap(base, tokenizer, settings)
+    ids = text_tokens(tokenizer, TEXT, 9)
+    assert torch.equal(model.prompt_encoder["default"].embedding.weight, base.get_input_embeddings()(torch.tensor(ids)))
+    assert model.peft_config["default"].prompt_tuning_init_text == TEXT
+
+
+def test_random_is_pefts_own_and_off_the_manifold(base, tokenizer):
+    settings = MethodSettings(num_virtual_tokens=50, prompt_tuning_init="random")
+    prompt = METHODS["prompt_tuning"].wrap(base, tokenizer, settings).prompt_encoder["default"].embedding.weight
+    assert prompt.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_p_tuning_starts_with_the_embeddings_spread(base, tokenizer):
+    model = METHODS["p_tuning"].wrap(base, tokenizer, MethodSettings(num_virtual_tokens=20))
+    prompt = model.get_prompt(1)
+    assert prompt.std().item() == pytest.approx(model_facts(base, tokenizer).embedding_std, rel=1e-2)
+
+
+def test_a_prefix_from_text_computes_what_the_text_would(base, tokenizer):
+    question = torch.tensor([tokenizer("horse apple", add_special_tokens=False)["input_ids"]])
+    ids = torch.tensor([text_tokens(tokenizer, TEXT, 6)])
+    with torch.no_grad():
+        expected = base(torch.cat([ids, question], 1)).logits[:, 6:]
+        settings = MethodSettings(num_virtual_tokens=6, prefix_init="text", prompt_tuning_init_text=TEXT)
+        model = METHODS["prefix_tuning"].wrap(base, tokenizer, settings)
+        torch.testing.assert_close(model(question, attention_mask=torch.ones_like(question)).logits, expected, rtol=1e-4, atol=1e-4)
+        model.prompt_encoder["default"].embedding.weight.mul_(1.05)  # negative control
+        assert (model(question, attention_mask=torch.ones_like(question)).logits - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_zero_prefix_is_zero(base, tokenizer, projection):
+    settings = MethodSettings(num_virtual_tokens=5, prefix_init="zero", prefix_projection=projection)
+    model = METHODS["prefix_tuning"].wrap(base, tokenizer, settings)
+    assert not model.prompt_encoder["default"](torch.arange(5)).any()
+
+
+def test_rates_grow_for_narrow_models_only():
+    assert width_scaled(2e-5, 4096) == width_scaled(2e-5, 2048) == 2e-5
+    assert width_scaled(2e-5, 256) == pytest.approx(1.6e-4)
