@@ -44,7 +44,7 @@ class ModelFlags:
     tokenizer_name_or_path: str | None = flag(None, "tokenizer, if not the one beside the model")
     tokenizer_name: str | None = flag(None, "older name of tokenizer_name_or_path")
     tokenizer_revision: str | None = flag(None, "branch, tag or commit of the tokenizer on the Hub")
-    trust_remote_code: bool = flag(False, "run Python code that comes with the model or the data set")
+    trust_remote_code: bool = flag(False, "run Python code that comes with the model")
     add_bos: bool = flag(False, "put the beginning-of-sequence token before every conversation, if the template does not")
     chat_template_name: str = flag(
         "tulu", "tulu, chatml, zephyr or simple_chat; tokenizer: the tokenizer's own; or the path of a Jinja file"
@@ -228,7 +228,14 @@ def check_arguments(arguments: FinetuneArguments) -> None:
     at_least: dict[str, float] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1}
     at_least |= {"max_train_steps": 1, "max_train_samples": 1, "max_eval_samples": 1, "max_seq_length": 2, "logging_steps": 1}
     at_least |= {"num_virtual_tokens": 1, "lora_rank": 1, "eval_steps": 0, "num_sample_answers": 0, "per_device_eval_batch_size": 1}
-    at_least |= {"encoder_hidden_size": 1, "keep_last_n_checkpoints": -1, "weight_decay": 0.0, "timeout": 1, "seed": 0}
+    at_least |= {
+        "encoder_hidden_size": 1,
+        "preprocessing_num_workers": 1,
+        "keep_last_n_checkpoints": -1,
+        "weight_decay": 0.0,
+        "timeout": 1,
+        "seed": 0,
+    }
     for name, bound in at_least.items():
         value = getattr(a, name)
         if value is not None and value < bound:

@@ -19,6 +19,7 @@ from open_instruct.arguments import FinetuneArguments, check_arguments
 from open_instruct.command_line import parse, warn_without_effect
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
+from open_instruct.methods import METHODS
 from open_instruct.model import loading, memory
 from open_instruct.model.loss import TrainingModel
 from open_instruct.report import answers
@@ -31,7 +32,7 @@ from open_instruct.training.tracking import Metrics, peak_memory_mb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit code 0: done; 2: wrong input, said in one line."""
+    """Entry point. Exit code 0: done; 2: wrong input, said in one line; 130: interrupted."""
     try:
         arguments, origins = parse(sys.argv[1:] if argv is None else argv)
         check_arguments(arguments)
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: continue with --resume_from_checkpoint if there is a checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -67,7 +71,7 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
 
     # Method
     model, recipe = setup.wrap_method(a, base, tokenizer, origins)
-    accelerator.print(hyperparameter_lines(setup.hyperparameters(a), origins, recipe.sources))
+    accelerator.print(hyperparameter_lines(METHODS[a.method].title, setup.hyperparameters(a), origins, recipe.sources))
     plan = setup.make_plan(a, len(data.train), accelerator.num_processes)
     if a.dry_run:
         accelerator.print(setup.dry_run_text(a, data, plan, model, config))
@@ -109,6 +113,7 @@ def train(
 ) -> None:
     """Prepare for the processes, measure the base and the start, run the steps. Updates `progress`."""
     output_dir = Path(a.output_dir)
+    setup.configure_deepspeed(a, accelerator)
     training_model, optimizer = accelerator.prepare(TrainingModel(model), optimizer)
     metrics = Metrics(output_dir / "metrics.jsonl", accelerator, plan.num_steps, progress.step)
     eval_batch = a.per_device_eval_batch_size or a.per_device_train_batch_size

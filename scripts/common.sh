@@ -29,7 +29,7 @@ ensure_environment() {
         return
     fi
     echo "installing pinned dependencies (a minute or two)" >&2
-    python -m pip install --quiet --constraint "$REPO_ROOT/constraints.txt" --editable "$REPO_ROOT[$extra]"
+    python -m pip install --quiet --constraint "$REPO_ROOT/constraints.txt" --editable "${REPO_ROOT}[$extra]"
     if ! python "$REPO_ROOT/scripts/check_environment.py" "$extra" >&2; then
         echo "error: the environment is still incomplete" >&2
         exit 1

@@ -244,3 +244,22 @@ def test_as_a_process_from_another_folder(tmp_path, data_file):
     for part in ("held-out loss", "trained parameters", "adapter size", "tokens/s", "question 3", "base model", "tuned model"):
         assert part in result.stdout
     assert "Warning" not in result.stderr
+
+
+def test_every_way_to_name_the_data_gives_the_same_run(train, data_file, tmp_path):
+    flags = ["--use_prompt_tuning", *SHORT]
+    runs = [
+        train("file", *flags),
+        train("folder", *flags, "--dataset_name", str(data_file.parent)),
+        train("list", *flags, "--dataset_mixer_list", str(data_file), "1.0"),
+        train("mixer", *flags, "--dataset_mixer", json.dumps({str(data_file): 1.0})),
+    ]
+    assert all(run.code == 0 for run in runs), [run.err for run in runs]
+    assert len({json.dumps(without_measurements(run.metrics)) for run in runs}) == 1
+
+
+def test_without_held_out_data_nothing_is_claimed(train):
+    run = train("run", "--use_prompt_tuning", *SHORT, "--validation_fraction", "0")
+    assert run.code == 0, run.err
+    assert run.summary["base_eval_loss"] is None and "base not measured" in run.out
+    assert not [row for row in run.metrics if "eval_loss" in row]

@@ -100,12 +100,12 @@ def as_row(place: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def read_hub_rows(name: str, configuration: str | None, split: str, trust_remote_code: bool = False) -> Iterator[Row]:
+def read_hub_rows(name: str, configuration: str | None, split: str) -> Iterator[Row]:
     """The rows of a data set on the Hub or of a local folder that `datasets` can load."""
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, configuration, split=split, **({"trust_remote_code": True} if trust_remote_code else {}))
+        rows = datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # `datasets` and the Hub raise dozens of types; each means that the name can't be loaded
         raise InputError(
             f"data set {name} can't be loaded ({' '.join(str(error).split())[:300]}): check the name, or give a file"
@@ -114,14 +114,14 @@ def read_hub_rows(name: str, configuration: str | None, split: str, trust_remote
         yield f"{name} row {number}", row
 
 
-def read_source(name: str, configuration: str | None = None, split: str = "train", trust_remote_code: bool = False) -> Iterator[Row]:
+def read_source(name: str, configuration: str | None = None, split: str = "train") -> Iterator[Row]:
     """A file by its name if it looks like one, else a data set by name."""
     if Path(name).suffix in (".jsonl", ".json", ".parquet") or Path(name).is_file():
         return read_rows(Path(name))
-    return read_hub_rows(name, configuration, split, trust_remote_code)
+    return read_hub_rows(name, configuration, split)
 
 
-def read_mixture(members: list[tuple[str, str]], splits: list[str], seed: int, trust_remote_code: bool = False) -> Iterator[Row]:
+def read_mixture(members: list[tuple[str, str]], splits: list[str], seed: int) -> Iterator[Row]:
     """Rows of several sources one after another.
 
     Args:
@@ -129,12 +129,11 @@ def read_mixture(members: list[tuple[str, str]], splits: list[str], seed: int, t
             is a number of rows, as in open-instruct.
         splits: one split for each member, or one for all.
         seed: of the draw of rows where an amount is less than all.
-        trust_remote_code: let a data set run its own code.
     """
     if len(splits) not in (1, len(members)):
         raise InputError(f"{len(splits)} splits for {len(members)} data sets: give one for each, or one for all")
     for index, (name, amount) in enumerate(members):
-        rows = list(read_source(name, split=splits[index if len(splits) > 1 else 0], trust_remote_code=trust_remote_code))
+        rows = list(read_source(name, split=splits[index if len(splits) > 1 else 0]))
         count = mixture_count(name, amount, len(rows))
         chosen = range(len(rows)) if count == len(rows) else sorted(random.Random(seed).sample(range(len(rows)), count))
         yield from (rows[i] for i in chosen)

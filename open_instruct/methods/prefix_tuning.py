@@ -20,12 +20,12 @@ class PrefixTuning(Method):
     def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
         """Keys and values are of order 1 in every model, so the rate is absolute; a network in between wants less."""
         return Recipe(
-            learning_rate=1e-3 if settings.prefix_projection else 1e-2,
+            learning_rate=1e-3 if settings.prefix_projection else 3e-2,
             warmup_ratio=0.1,
             weight_decay=0.0,
             lr_scheduler_type="linear",
             clip_grad_norm=1.0,
-            sources="PEFT method comparison (5e-3 from zeros or text), P-tuning v2 (5e-3 to 1e-2), measured here",
+            sources="LLM-Adapters (3e-2), Eyuboglu et al. 2025 (2e-2), P-tuning v2 (5e-3 to 1e-2), raised by measurement here",
             num_virtual_tokens=self.default_virtual_tokens,
             prefix_init="zero",
         )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 
-def hyperparameter_lines(values: dict[str, Any], origins: dict[str, str], sources: str) -> str:
+def hyperparameter_lines(title: str, values: dict[str, Any], origins: dict[str, str], sources: str) -> str:
     """One line for each resolved hyperparameter, with its origin."""
     width = max(len(name) for name in values)
     lines = []
     for name, value in values.items():
         shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         lines.append(f"  {name:<{width}}  {shown:<14}  {origins.get(name, 'default')}")
-    return "hyperparameters (value, origin):\n" + "\n".join(lines) + f"\n  recipe from: {sources}"
+    return f"{title}, hyperparameters (value, origin):\n" + "\n".join(lines) + f"\n  recipe from: {sources}"
 
 
 def loss_text(value: float | None) -> str:

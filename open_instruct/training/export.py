@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.arguments import FinetuneArguments
@@ -81,7 +82,8 @@ def start_trackers(accelerator: Any, a: FinetuneArguments) -> None:
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> int:
     """Write the adapter (or the whole model) and the tokenizer beside a rename, and return the weights' size in bytes."""
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=output_dir) as working:
-        model.save_pretrained(working)
+        # PEFT would ask the Hub whether the vocabulary grew; it never does here.
+        model.save_pretrained(working, **({"save_embedding_layers": False} if isinstance(model, PeftModel) else {}))
         tokenizer.save_pretrained(working)
         (Path(working) / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form
         size = sum(path.stat().st_size for path in Path(working).glob("*.safetensors"))

@@ -143,6 +143,8 @@ class Data:
 def load_data(a: FinetuneArguments, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Data:
     """Read, check, tokenise and split. The main process goes first, and the others find its cache."""
     length = max_sequence_length(a, config)
+    if a.preprocessing_num_workers:
+        os.environ["RAYON_NUM_THREADS"] = str(a.preprocessing_num_workers)  # of the Rust tokenizer
     with accelerator.main_process_first():
         train = build_examples(a, *training_source(a), tokenizer, length)
         held_out = None
@@ -159,12 +161,11 @@ def load_data(a: FinetuneArguments, accelerator: Accelerator, tokenizer: PreTrai
 
 def training_source(a: FinetuneArguments) -> tuple[Any, str | None]:
     """Rows of the training data, unread, and a key of their content (None where it can't be known without reading)."""
-    remote = a.trust_remote_code
     if a.train_file:
         reading.check_file(Path(a.train_file))
         return reading.read_rows(Path(a.train_file)), dataset.file_key([Path(a.train_file)])
     if a.dataset_name:
-        return reading.read_hub_rows(a.dataset_name, a.dataset_config_name, "train", remote), None
+        return reading.read_hub_rows(a.dataset_name, a.dataset_config_name, "train"), None
     if a.dataset_mixer:
         members = [(name, str(amount)) for name, amount in json.loads(a.dataset_mixer).items()]
     else:
@@ -172,7 +173,7 @@ def training_source(a: FinetuneArguments) -> tuple[Any, str | None]:
         if len(words) % 2:
             raise InputError(f"--dataset_mixer_list has {len(words)} words: give pairs of NAME_OR_FILE and COUNT_OR_SHARE")
         members = list(zip(words[::2], words[1::2], strict=True))
-    rows = reading.read_mixture(members, a.dataset_mixer_list_splits, a.seed, remote)
+    rows = reading.read_mixture(members, a.dataset_mixer_list_splits, a.seed)
     files = [Path(name) for name, _ in members]
     if not all(path.is_file() for path in files):
         return rows, None
@@ -251,7 +252,7 @@ def hyperparameters(a: FinetuneArguments) -> dict[str, Any]:
         "lora": ["lora_rank", "lora_alpha", "lora_dropout"],
         "qlora": ["lora_rank", "lora_alpha", "lora_dropout"],
     }.get(a.method, [])
-    return {"method": METHODS[a.method].title} | {name: getattr(a, name) for name in names}
+    return {name: getattr(a, name) for name in names}
 
 
 def make_plan(a: FinetuneArguments, num_examples: int, num_processes: int) -> Plan:
@@ -329,6 +330,13 @@ def make_optimizer(a: FinetuneArguments, model: torch.nn.Module, num_steps: int)
     except (ValueError, TypeError) as error:
         raise InputError(f"--lr_scheduler_type {a.lr_scheduler_type} can't be used: {error}") from None
     return optimizer, schedule
+
+
+def configure_deepspeed(a: FinetuneArguments, accelerator: Accelerator) -> None:
+    """DeepSpeed clips by its configuration, at 1.0 if it says nothing: write the run's bound there (0: none)."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:
+        plugin.deepspeed_config["gradient_clipping"] = max(a.clip_grad_norm or 0.0, 0.0)
 
 
 def run_identity(a: FinetuneArguments, data: Data, config: PretrainedConfig, plan: Plan) -> dict[str, Any]:
