@@ -39,13 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         warn_without_effect(origins)
         run(arguments, origins)
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return say_error(error)
     except KeyboardInterrupt:
         print("interrupted: continue with --resume_from_checkpoint if there is a checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def say_error(error: InputError) -> int:
+    """Print one line, and end this process so that its launcher ends the others: they may wait in a collective for it."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(5)  # an error that every process meets is said by the first, and the launcher ends this one meanwhile
+    print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        os._exit(2)
+    return 2
 
 
 def run(a: FinetuneArguments, origins: dict[str, str]) -> None:

@@ -10,4 +10,5 @@ cd "$REPO_ROOT"
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# Two workers with one thread each: the models are too small to fill a core.
+OMP_NUM_THREADS=1 python -m pytest -n 2 "$@"

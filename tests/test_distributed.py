@@ -12,7 +12,7 @@ from tests.conftest import ROOT, TINY_MODEL, without_measurements
 
 def run_processes(count: int, folder, data, per_device: int) -> tuple[list[dict], dict]:
     """Train prompt tuning on `count` CPU processes; asserts that there really were so many."""
-    words = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", "0"] if count > 1 else []
+    words = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"] if count > 1 else []
     result = subprocess.run(
         [
             sys.executable, *words, str(ROOT / "open_instruct" / "finetune_peft.py"), "--model_name_or_path", str(TINY_MODEL),
@@ -45,7 +45,7 @@ def test_two_processes_train_as_one(tmp_path, data_file):
 def test_bad_input_is_said_once_by_two_processes(tmp_path):
     result = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
             str(ROOT / "open_instruct" / "finetune_peft.py"), "--model_name_or_path", str(TINY_MODEL), "--train_file", "missing.jsonl",
         ],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True,

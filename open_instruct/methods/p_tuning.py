@@ -7,7 +7,7 @@ from peft import PromptEncoderConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.methods.base import Method, MethodSettings, ModelFacts, Recipe, model_facts
+from open_instruct.methods.base import Method, MethodSettings, ModelFacts, Recipe, model_facts, width_scaled
 
 
 class PTuning(Method):
@@ -17,14 +17,14 @@ class PTuning(Method):
     default_virtual_tokens = 20
 
     def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
-        """The rate is the network's, not the prompt's, so it does not go with the embeddings' spread."""
+        """The rate is the network's, not the prompt's, so it goes with the width, not with the embeddings' spread."""
         return Recipe(
-            learning_rate=1e-3,
+            learning_rate=min(5e-3, width_scaled(2e-4, facts.hidden_size)),
             warmup_ratio=0.06,
             weight_decay=0.0,
             lr_scheduler_type="linear",
             clip_grad_norm=1.0,
-            sources="PEFT method comparison and NeMo (1e-4 at hidden size 3072), raised by measurement here",
+            sources="PEFT method comparison and NeMo (1e-4 at hidden size 3072); rate over width after Yang et al. 2022, measured here",
             num_virtual_tokens=self.default_virtual_tokens,
         )
 
