@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,28 @@ def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
         average = weight * average + (1 - weight) * value
         out.append(average / (1 - weight**count))
     return out
+
+
+def plot_sources(counts: dict[str, Counter[str]], title: str, path: Path, most: int = 30) -> None:
+    """Shares of each value, input against subsets, as grouped bars.
+
+    Args:
+        counts: for "input" and each subset, how many rows have each value.
+        title: of the picture.
+        path: PNG to write.
+        most: values shown, the commonest of the input first.
+    """
+    names = [name for name, _ in counts["input"].most_common(most)][::-1]
+    height = 0.8 / len(counts)
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.4 * len(names)))
+    for number, (label, counter) in enumerate(counts.items()):
+        total = sum(counter.values())
+        places = [row + 0.4 - (number + 0.5) * height for row in range(len(names))]
+        axes.barh(places, [counter[name] / total for name in names], height=height, label=f"{label} ({total:,} rows)")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("share of the rows")
+    axes.set_title(title)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
