@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -70,6 +71,12 @@ def check_output_dir(a: FinetuneArguments) -> Path | None:
     folder = Path(a.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file: name a folder")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {folder} can't be written ({error.strerror}): name another folder") from None
     if a.resume_from_checkpoint and a.overwrite_output_dir:
         raise InputError("--resume_from_checkpoint and --overwrite_output_dir contradict each other: drop one")
     if (folder / "summary.json").exists() and not a.overwrite_output_dir:
