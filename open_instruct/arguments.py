@@ -55,14 +55,16 @@ class ModelFlags:
 class DataFlags:
     """Training and held-out data. Exactly one of train_file, dataset_name, dataset_mixer and dataset_mixer_list."""
 
-    train_file: str | None = flag(None, "training conversations: .jsonl, .json or .parquet with a `messages` column")
+    train_file: list[str] | None = flag(
+        None, "training conversations: JSON Lines, JSON array, Arrow or Parquet files, folders of them, or globs; one or several"
+    )
     dataset_name: str | None = flag(None, "data set on the Hub, or a local folder that `datasets` can load")
     dataset_config_name: str | None = flag(None, "configuration of dataset_name")
     dataset_mixer: str | None = flag(None, "JSON object, data set or file → rows (2000) or share (0.5): '{\"a.jsonl\": 0.5}'")
     dataset_mixer_list: list[str] | None = flag(None, "the same as a list: NAME_OR_FILE COUNT_OR_SHARE NAME_OR_FILE …; 1.0 is all")
     dataset_mixer_list_splits: list[str] = flag(["train"], "split of each member of dataset_mixer_list, or one for all")
     sft_messages_key: str = flag("messages", "column that holds the conversation")
-    validation_file: str | None = flag(None, "held-out conversations; never trained on")
+    validation_file: str | None = flag(None, "held-out conversations, a file or folder as train_file; never trained on")
     validation_fraction: float = flag(0.02, "share of the training rows held out (drawn by seed) when there is no validation_file")
     max_eval_samples: int = flag(500, "held-out rows used at most")
     max_train_samples: int | None = flag(None, "training rows used at most, drawn by seed")

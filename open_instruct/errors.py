@@ -1,5 +1,32 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and how a tool ends."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
 
 
 class InputError(ValueError):
     """Wrong input: names the value seen, why it is wrong, and the remedy. Entry points print it and exit with code 2."""
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do a tool's work. 0: done; 2: wrong input, said in one line; 130: interrupted or told to end."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        work()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing half-written remains", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0

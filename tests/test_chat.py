@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from open_instruct.data import chat
-from open_instruct.data.dataset import tokenize_all
+from open_instruct.data.dataset import new_counts, tokenize_all
 from open_instruct.errors import InputError
 from tests.conftest import TINY_MODEL
 
@@ -121,9 +121,11 @@ def test_truncation_is_counted_and_rows_without_a_label_are_skipped(tokenizer):
     ids, spans = chat.tokenize(tokenizer, CONVERSATIONS, 1000)
     named = [(str(i), messages) for i, messages in enumerate(CONVERSATIONS)]
     length = spans[1][0][0] + 1  # the second conversation keeps exactly one labelled token
-    table, counts = tokenize_all(named, tokenizer, length)
-    assert counts["num_read"] == 3
+    counts = new_counts()
+    (table,) = tokenize_all(named, tokenizer, length, counts)
+    assert counts["num_read"] == 3 and counts["first_label"] == min(row[0][0] for row in spans)
     assert counts["num_truncated"] == sum(len(row) > length for row in ids)
     assert table["spans"].to_pylist()[1 - counts["num_skipped"]] == [length - 1, length]
-    _, counts = tokenize_all(named, tokenizer, min(row[0][0] for row in spans))
+    counts = new_counts()
+    list(tokenize_all(named, tokenizer, min(row[0][0] for row in spans), counts))
     assert counts["num_skipped"] == 3

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from peft import PeftModel
@@ -11,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from open_instruct.data import chat, collate
-from open_instruct.data.dataset import tokenize_all
+from open_instruct.data.dataset import new_counts, tokenize_all
 from open_instruct.data.reading import conversations, read_rows
 from open_instruct.model.loss import TrainingModel
 from tests.conftest import METHODS, TINY_MODEL, method_flags, run_script, without_measurements, write_conversations
@@ -29,7 +32,7 @@ def plain_loss(model, path) -> float:
     """Held-out loss by a plain loop over single examples, sharing no code with the evaluation of a run."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     chat.set_chat_template(tokenizer, "tulu")
-    table, _ = tokenize_all(conversations(read_rows(path)), tokenizer, 1000)
+    (table,) = tokenize_all(conversations(read_rows(path)), tokenizer, 1000, new_counts())
     total = count = 0
     for row in table.to_pylist():
         ids = torch.tensor([row["input_ids"]])
@@ -209,7 +212,8 @@ def test_the_second_start_reads_the_cache(train, data_file, tmp_path):
     first = train("run", "--use_prompt_tuning", "--cache_dataset_only")
     assert first.code == 0 and not first.folder.exists() and len(list((tmp_path / "cache").iterdir())) == 1
     second = train("run", "--use_prompt_tuning", *SHORT)
-    assert second.code == 0 and second.out.splitlines()[0] == first.out.splitlines()[0]
+    assert second.code == 0 and second.out.splitlines()[0] == first.out.splitlines()[1]
+    assert "form messages" in first.out
 
 
 def test_a_tokenizer_without_a_pad_token_works(train, tmp_path):
@@ -263,3 +267,25 @@ def test_without_held_out_data_nothing_is_claimed(train):
     assert run.code == 0, run.err
     assert run.summary["base_eval_loss"] is None and "base not measured" in run.out
     assert not [row for row in run.metrics if "eval_loss" in row]
+
+
+def test_processes_that_start_together_share_one_cache(data_file, tmp_path):
+    words = ["--model_name_or_path", str(TINY_MODEL), "--train_file", str(data_file), "--cache_dataset_only"]
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda _: run_script(*words, cwd=tmp_path), range(3)))
+    assert [result.returncode for result in results] == [0, 0, 0], results[0].stderr
+    assert len(list((tmp_path / "local_dataset_cache").iterdir())) == 1
+
+
+def test_training_reads_what_the_tools_read(train, tmp_path):
+    """A Parquet folder, an Alpaca file and a glob, together."""
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    rows = [{"instruction": "Reverse.", "input": "cat dog", "output": "dog cat"}] * 20
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    write_conversations(tmp_path / "c1.jsonl", "sort", 20)
+    flags = ["--model_name_or_path", str(TINY_MODEL), "--output_dir", str(tmp_path / "out"), "--use_prompt_tuning", *SHORT]
+    result = run_script("--train_file", str(folder), str(tmp_path / "alpaca.json"), str(tmp_path / "c*.jsonl"), *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "form Alpaca" in result.stdout and "of 60 read" in result.stdout

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from open_instruct.methods import METHODS, MethodSettings, model_facts
 from open_instruct.methods.base import ordinary_tokens, text_tokens, width_scaled
+from open_instruct.model.loading import load_model
 from tests.conftest import METHODS as NAMES
 from tests.conftest import TINY_MODEL
 
@@ -100,3 +101,27 @@ def test_a_zero_prefix_is_zero(base, tokenizer, projection):
 def test_rates_grow_for_narrow_models_only():
     assert width_scaled(2e-5, 4096) == width_scaled(2e-5, 2048) == 2e-5
     assert width_scaled(2e-5, 256) == pytest.approx(1.6e-4)
+
+
+@pytest.mark.parametrize("shape", [(4, 20), (1, 1)])
+def test_qloras_gradient_is_that_of_lora_on_the_dequantised_base(shape, base, tokenizer):
+    """Bitsandbytes' CPU kernels register no derivative for some shapes; the adapter's gradient must be right all the same."""
+    bnb = pytest.importorskip("bitsandbytes")
+    config = AutoConfig.from_pretrained(TINY_MODEL)
+    quantised = load_model(str(TINY_MODEL), config, torch.float32, "sdpa", quantise=True)
+    layers = dict(quantised.named_modules())
+    with torch.no_grad():
+        for name, module in base.named_modules():
+            if isinstance(layers[name], bnb.nn.Linear4bit):
+                weight = layers[name].weight
+                module.weight.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
+    settings = MethodSettings(lora_rank=4, lora_dropout=0.0)
+    models = [METHODS["lora"].wrap(model, tokenizer, settings) for model in (quantised, base)]
+    adapter = {name: torch.randn_like(p) * 0.1 for name, p in models[0].named_parameters() if p.requires_grad}
+    gradients = []
+    for model in models:
+        model.load_state_dict(adapter, strict=False)
+        ids = torch.arange(300, 300 + shape[0] * shape[1]).view(shape)
+        model(input_ids=ids).logits.log_softmax(-1)[..., 5].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 1e-5

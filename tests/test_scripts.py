@@ -41,7 +41,7 @@ def test_a_launcher_composes_flags_that_the_trainer_accepts(script):
     check_arguments(arguments)
     assert words[:2] == ["accelerate", "launch"]
     assert arguments.method in script.name
-    assert Path(arguments.model_name_or_path).is_dir() and Path(arguments.train_file).is_file()
+    assert Path(arguments.model_name_or_path).is_dir() and Path(arguments.train_file[0]).is_file()
     assert arguments.overwrite_output_dir
 
 
@@ -54,7 +54,7 @@ def test_environment_variables_override_and_accumulation_is_derived():
     entry = next(i for i, word in enumerate(words) if word.endswith("finetune_peft.py"))
     arguments, _ = parse(words[entry + 1 :])
     assert words[words.index("--num_processes") + 1] == "2"
-    assert (arguments.model_name_or_path, arguments.train_file, arguments.output_dir) == ("m", "t.jsonl", "o")
+    assert (arguments.model_name_or_path, arguments.train_file, arguments.output_dir) == ("m", ["t.jsonl"], "o")
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (4, 4)
     assert (arguments.learning_rate, arguments.seed, arguments.validation_file) == (0.5, 3, None)
     assert not arguments.overwrite_output_dir

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -41,13 +42,13 @@ class Examples:
 
     def __post_init__(self) -> None:
         """Lengths are looked up for every step; count them once."""
-        ids, spans = self.table["input_ids"].combine_chunks(), self.table["spans"].combine_chunks()
+        lengths, spans = pc.list_value_length(self.table["input_ids"]), self.table["spans"].combine_chunks()
         bounds = spans.flatten().to_numpy(zero_copy_only=False)
         offsets = spans.offsets.to_numpy(zero_copy_only=False)
         signed = bounds * np.where(np.arange(len(bounds)) % 2 == 0, -1, 1)
         totals = np.add.reduceat(np.append(signed, 0), offsets[:-1]) if len(offsets) > 1 else np.zeros(0, int)
         starts_at_zero = bounds[offsets[:-1]] == 0 if len(offsets) > 1 else np.zeros(0, bool)
-        self.lengths = ids.value_lengths().to_numpy(zero_copy_only=False)[self.rows]
+        self.lengths = lengths.to_numpy()[self.rows]
         self.label_counts = (totals - starts_at_zero)[self.rows]
 
     def __len__(self) -> int:
@@ -98,13 +99,14 @@ def build(
     parts = [TOKENISATION_VERSION, source_key, tokenizer_key(tokenizer), str(tokenizer.chat_template), max_length]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     entry = cache_dir / fingerprint if cache_dir else None
-    if entry and (entry / "counts.json").exists() and not overwrite_cache:
+    if entry is None:
+        counts = new_counts()
+        table = pa.concat_tables([SCHEMA.empty_table(), *tokenize_all(named_conversations, tokenizer, max_length, counts)])
+    else:
+        if overwrite_cache or not (entry / "counts.json").exists():
+            fill_cache(entry, named_conversations, tokenizer, max_length)
         counts = json.loads((entry / "counts.json").read_text())
         table = pa.ipc.open_stream(pa.memory_map(str(entry / "tokens.arrow"))).read_all()
-    else:
-        table, counts = tokenize_all(named_conversations, tokenizer, max_length)
-        if entry:
-            write_cache(entry, table, counts)
     if table.num_rows == 0:
         if counts["num_read"] == 0:
             raise InputError("the data holds no conversation: nothing can be trained on")
@@ -115,21 +117,26 @@ def build(
     return Examples(table, np.arange(table.num_rows), fingerprint, counts["num_read"], counts["num_truncated"], counts["num_skipped"])
 
 
+def new_counts() -> dict[str, int]:
+    """What is counted while tokenising. `first_label`: where the earliest answer begins, in tokens."""
+    return {"num_read": 0, "num_truncated": 0, "num_skipped": 0, "first_label": 0}
+
+
 def tokenize_all(
-    named_conversations: Iterable[tuple[str, list[dict[str, Any]]]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[pa.Table, dict[str, int]]:
-    """Tokenise batch by batch; rows without a label that can be predicted are counted and left out."""
-    counts = {"num_read": 0, "num_truncated": 0, "num_skipped": 0, "first_label": 0}
-    earliest: list[int] = []
-    tables = []
+    named_conversations: Iterable[tuple[str, list[dict[str, Any]]]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    counts: dict[str, int],
+) -> Iterator[pa.Table]:
+    """Tokenise batch by batch; rows without a label that can be predicted are left out. Updates `counts`."""
     with tqdm(desc="tokenising", unit=" rows", disable=None, delay=2) as progress:
         for batch in batches(named_conversations, BATCH_ROWS):
-            # One token more than is kept tells a truncated conversation from one that just fits.
             ids, spans = chat.tokenize(tokenizer, [messages for _, messages in batch], 2**31)
             rows: dict[str, list[list[int]]] = {"input_ids": [], "spans": []}
             for row_ids, row_spans in zip(ids, spans, strict=True):
                 counts["num_truncated"] += len(row_ids) > max_length
-                earliest += [start for start, _ in row_spans[:1]]
+                for start, _ in row_spans[:1]:
+                    counts["first_label"] = min(counts["first_label"] or start, start)
                 kept = [(start, min(end, max_length)) for start, end in row_spans if start < max_length]
                 if not any(end > max(start, 1) for start, end in kept):
                     counts["num_skipped"] += 1
@@ -137,10 +144,8 @@ def tokenize_all(
                 rows["input_ids"].append(row_ids[:max_length])
                 rows["spans"].append([bound for span in kept for bound in span])
             counts["num_read"] += len(batch)
-            tables.append(pa.table(rows, schema=SCHEMA))
+            yield pa.table(rows, schema=SCHEMA)
             progress.update(len(batch))
-    counts["first_label"] = min(earliest, default=0)
-    return pa.concat_tables(tables) if tables else SCHEMA.empty_table(), counts
 
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -155,19 +160,24 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def write_cache(entry: Path, table: pa.Table, counts: dict[str, int]) -> None:
-    """Write into a folder of its own and rename it, so that processes that start together can't see half a cache."""
+def fill_cache(
+    entry: Path, named_conversations: Iterable[tuple[str, list[dict[str, Any]]]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> None:
+    """Tokenise into a folder of its own and rename it, so that processes that start together can't see half a cache."""
     entry.parent.mkdir(parents=True, exist_ok=True)
     working = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
+    counts = new_counts()
     try:
         with pa.OSFile(str(working / "tokens.arrow"), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-            writer.write_table(table)
+            for table in tokenize_all(named_conversations, tokenizer, max_length, counts):
+                writer.write_table(table)
         (working / "counts.json").write_text(json.dumps(counts))
         if entry.exists():
             shutil.rmtree(entry)
         os.replace(working, entry)
-    except FileExistsError:
-        pass  # another process was faster with the same content
+    except OSError:
+        if not (entry / "counts.json").exists():  # else another process was faster with the same content
+            raise
     finally:
         shutil.rmtree(working, ignore_errors=True)
 

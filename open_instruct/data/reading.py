@@ -1,40 +1,64 @@
-"""Files and Hub data sets → validated conversations, one at a time.
-
-A conversation is a list of messages, each {"role", "content"} with a role of `ROLES`. Every row carries its place
-("train.jsonl:17"), so that an error names it.
-"""
+"""Files, folders and Hub data sets → rows with their places ("train.jsonl:17"), one at a time; rows → conversations."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet
-
+from open_instruct.data import forms, lines, shards
 from open_instruct.errors import InputError
 
-ROLES = ("system", "user", "assistant", "tool")
 LFS_HEADER = b"version https://git-lfs"
 Row = tuple[str, dict[str, Any]]
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a JSON Lines, JSON-array or Parquet file, with their places.
+def is_json(path: Path) -> bool:
+    """Whether a name ends like JSON, compressed or not."""
+    name = path.with_suffix("") if path.suffix in lines.COMPRESSION else path
+    return name.suffix in (".jsonl", ".json")
+
+
+def files_of(source: str, split: str = "train") -> list[Path]:
+    """The files that a source names: itself, a glob's, or the shards of a folder or of a data set on the Hub."""
+    path = Path(source).expanduser()
+    if path.is_file() or (is_json(path) and not any(mark in source for mark in "*?[")):
+        check_file(path)
+        return [path]
+    if path.is_dir():
+        found = sorted((p for p in path.iterdir() if is_json(p)), key=shards.natural)
+        if found:
+            shards.check_sequence(found)
+            return found
+    return shards.source_files(source, split)
+
+
+def read_files(paths: Sequence[Path]) -> Iterator[Row]:
+    """The rows of files of any known kind, one file after another.
 
     Raises:
-        InputError: the file is missing, empty, a Git LFS pointer, not UTF-8, malformed, or of another kind.
+        InputError: a file is missing, empty, a Git LFS pointer, not UTF-8, malformed, or of another kind.
     """
+    for path in paths:
+        yield from read_rows(path)
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of one file."""
     check_file(path)
-    if path.suffix == ".parquet":
-        return read_parquet(path)
-    if path.suffix not in (".jsonl", ".json"):
-        raise InputError(f"{path} ends in {path.suffix or 'nothing'}: training data must be .jsonl, .json or .parquet")
-    with path.open("rb") as file:
-        is_array = file.read(256).lstrip().startswith(b"[")
-    return read_json_array(path) if is_array else read_json_lines(path)
+    if not is_json(path):
+        if path.suffix not in shards.SUFFIXES:
+            raise InputError(
+                f"{path} ends in {path.suffix or 'nothing'}: conversations must be .jsonl, .json, .arrow, .feather or .parquet"
+            )
+        return read_table(path)
+    if path.suffix not in lines.COMPRESSION:
+        with path.open("rb") as file:
+            if file.read(256).lstrip().startswith(b"["):
+                return read_json_array(path)
+    return read_json_lines(path)
 
 
 def check_file(path: Path) -> None:
@@ -43,7 +67,7 @@ def check_file(path: Path) -> None:
         near = sorted(p.name for p in path.parent.glob("*.json*"))[:5] if path.parent.is_dir() else []
         raise InputError(f"no such file: {path}" + (f" (its folder has {', '.join(near)})" if near else ""))
     if path.is_dir():
-        raise InputError(f"{path} is a folder: name a .jsonl, .json or .parquet file, or load it with --dataset_name")
+        raise InputError(f"{path} is a folder: name a file")
     with path.open("rb") as file:
         head = file.read(len(LFS_HEADER))
     if not head:
@@ -54,43 +78,40 @@ def check_file(path: Path) -> None:
 
 def read_json_lines(path: Path) -> Iterator[Row]:
     """One row a line; blank lines are passed over."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            place = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8").strip()
+    with lines.open_bytes(path) as file:
+        try:
+            for number, line in enumerate(iter(file.readline, b""), start=1):
+                text = line.strip()
                 if text:
-                    yield place, as_row(place, json.loads(text))
-            except UnicodeDecodeError as error:
-                raise InputError(f"{place}: not UTF-8 ({error.reason} at byte {error.start}): convert the file to UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise InputError(f"{place}: malformed JSON ({error.msg} at column {error.colno}): one object a line is needed") from None
+                    yield from parse_line(f"{path}:{number}", text)
+        except OSError as error:
+            raise InputError(f"{path} can't be read ({error}): fetch or compress it again") from None
+
+
+def parse_line(place: str, line: bytes) -> Iterator[Row]:
+    """One JSON object."""
+    try:
+        yield place, as_row(place, json.loads(line.decode("utf-8")))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: not UTF-8 ({error.reason} at byte {error.start}): convert the file to UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{place}: malformed JSON ({error.msg} at column {error.colno}): one object a line is needed") from None
 
 
 def read_json_array(path: Path) -> Iterator[Row]:
-    """The members of one JSON array; the whole file is held in memory."""
-    try:
-        rows = json.loads(path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}): convert the file to UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: malformed JSON ({error.msg} at column {error.colno})") from None
-    for number, row in enumerate(rows, start=1):
+    """The members of one JSON array, one at a time."""
+    for number, line in enumerate(lines.array_rows(path), start=1):
         place = f"{path} row {number}"
-        yield place, as_row(place, row)
+        yield place, as_row(place, json.loads(line))
 
 
-def read_parquet(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file, a record batch at a time."""
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path} row {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path} is not a readable Parquet file: {error}") from None
+def read_table(path: Path) -> Iterator[Row]:
+    """The rows of an Arrow, Feather or Parquet file, a record batch at a time."""
+    number = 0
+    for batch in shards.open_shard(path).batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path} row {number}", row
 
 
 def as_row(place: str, value: Any) -> dict[str, Any]:
@@ -107,36 +128,31 @@ def read_hub_rows(name: str, configuration: str | None, split: str) -> Iterator[
     try:
         rows = datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # `datasets` and the Hub raise dozens of types; each means that the name can't be loaded
-        raise InputError(
-            f"data set {name} can't be loaded ({' '.join(str(error).split())[:300]}): check the name, or give a file"
-        ) from None
+        raise InputError(f"data set {name} can't be loaded ({shards.one_line(error)}): check the name, or give a file") from None
     for number, row in enumerate(rows, start=1):
         yield f"{name} row {number}", row
 
 
-def read_source(name: str, configuration: str | None = None, split: str = "train") -> Iterator[Row]:
-    """A file by its name if it looks like one, else a data set by name."""
-    if Path(name).suffix in (".jsonl", ".json", ".parquet") or Path(name).is_file():
-        return read_rows(Path(name))
-    return read_hub_rows(name, configuration, split)
-
-
 def read_mixture(members: list[tuple[str, str]], splits: list[str], seed: int) -> Iterator[Row]:
-    """Rows of several sources one after another.
+    """Rows of several sources one after another. A source is read twice, to count and to choose, and never held.
 
     Args:
-        members: (file or data set, amount) pairs. An amount with a point is a share of the rows (1.0: all), one without
-            is a number of rows, as in open-instruct.
+        members: (file, folder or data set, amount) pairs. An amount with a point is a share of the rows (1.0: all), one
+            without is a number of rows, as in open-instruct.
         splits: one split for each member, or one for all.
         seed: of the draw of rows where an amount is less than all.
     """
     if len(splits) not in (1, len(members)):
         raise InputError(f"{len(splits)} splits for {len(members)} data sets: give one for each, or one for all")
     for index, (name, amount) in enumerate(members):
-        rows = list(read_source(name, split=splits[index if len(splits) > 1 else 0]))
-        count = mixture_count(name, amount, len(rows))
-        chosen = range(len(rows)) if count == len(rows) else sorted(random.Random(seed).sample(range(len(rows)), count))
-        yield from (rows[i] for i in chosen)
+        files = files_of(name, splits[index if len(splits) > 1 else 0])
+        if amount == "1.0":
+            yield from read_files(files)
+            continue
+        num_rows = sum(1 for _ in read_files(files))
+        count = mixture_count(name, amount, num_rows)
+        chosen = set(random.Random(seed).sample(range(num_rows), count))
+        yield from (row for number, row in enumerate(read_files(files)) if number in chosen)
 
 
 def mixture_count(name: str, amount: str, num_rows: int) -> int:
@@ -151,32 +167,6 @@ def mixture_count(name: str, amount: str, num_rows: int) -> int:
 
 
 def conversations(rows: Iterable[Row], key: str = "messages") -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Check each row's messages.
-
-    Raises:
-        InputError: naming the place, the value and the remedy for the first row that is no conversation.
-    """
+    """Each row's place and checked messages."""
     for place, row in rows:
-        messages = row.get(key)
-        if messages is None:
-            raise InputError(f"{place}: no `{key}` (columns: {', '.join(row) or 'none'}): each row needs {key}: [{{role, content}}, …]")
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise InputError(f"{place}: `{key}` must be a list of {{role, content}} objects that is not empty")
-        for number, message in enumerate(messages, start=1):
-            check_message(f"{place}: message {number}", message)
-        roles = [message["role"] for message in messages]
-        if "assistant" not in roles:
-            raise InputError(f"{place}: no assistant message: there is nothing to learn from it; remove the row")
-        if next(role for role in roles if role != "system") == "assistant":
-            raise InputError(f"{place}: the assistant speaks first: a user message must come before it")
-        yield place, messages
-
-
-def check_message(place: str, message: dict[str, Any]) -> None:
-    """Role and content of one message."""
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise InputError(f"{place} has role {role!r}: known roles are {', '.join(ROLES)}")
-    if not isinstance(content, str) or not content.strip():
-        seen = "null" if content is None else "empty" if isinstance(content, str) else f"a {type(content).__name__}"
-        raise InputError(f"{place} ({role}) has content that is {seen}: give it text, or remove the row")
+        yield place, forms.to_messages(place, row, key)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from open_instruct.data.writing import flush
 from open_instruct.errors import InputError
 
 MARK = "COMPLETED"
@@ -93,15 +94,6 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Any, schedule: An
     if keep >= 0:
         for old in complete_checkpoints(folder)[: -max(keep, 1)]:
             shutil.rmtree(old)
-
-
-def flush(path: Path) -> None:
-    """Make the operating system write a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

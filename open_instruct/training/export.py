@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -19,20 +18,13 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.arguments import FinetuneArguments
+from open_instruct.data.writing import flush, write_json
 from open_instruct.report.plots import plot_losses
-from open_instruct.training.checkpoint import Progress, flush
+from open_instruct.training.checkpoint import Progress
 from open_instruct.training.tracking import read_rows
 
 RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "adapter_config.json", "checkpoints")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "deepspeed", "flash_attn")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that is either the old one or the new one, never half."""
-    working = path.with_name(f".{path.name}.writing")
-    working.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    flush(working)
-    os.replace(working, path)
 
 
 def run_record(

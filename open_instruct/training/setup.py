@@ -16,7 +16,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from open_instruct.arguments import FinetuneArguments
-from open_instruct.data import chat, dataset, reading
+from open_instruct.data import chat, dataset, forms, reading
 from open_instruct.data.dataset import Examples
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
@@ -153,24 +153,33 @@ def load_data(a: FinetuneArguments, accelerator: Accelerator, tokenizer: PreTrai
     if a.preprocessing_num_workers:
         os.environ["RAYON_NUM_THREADS"] = str(a.preprocessing_num_workers)  # of the Rust tokenizer
     with accelerator.main_process_first():
-        train = build_examples(a, *training_source(a), tokenizer, length)
+        rows, key = training_source(a)
+        train = build_examples(a, said(rows, accelerator, a.sft_messages_key), key, tokenizer, length)
         held_out = None
         if a.validation_file:
-            if a.train_file and Path(a.validation_file).resolve() == Path(a.train_file).resolve():
+            if any(Path(a.validation_file).resolve() == Path(name).resolve() for name in a.train_file or []):
                 raise InputError(f"--validation_file {a.validation_file} is the training file: name another, or use --validation_fraction")
-            source = reading.read_rows(Path(a.validation_file))
-            held_out = build_examples(a, source, dataset.file_key([Path(a.validation_file)]), tokenizer, length)
+            files = reading.files_of(a.validation_file)
+            held_out = build_examples(a, reading.read_files(files), dataset.file_key(files), tokenizer, length)
             held_out = dataset.draw(held_out, a.max_eval_samples, a.seed)
         else:
             train, held_out = dataset.hold_out(train, a.validation_fraction, a.max_eval_samples, a.seed)
     return Data(dataset.draw(train, a.max_train_samples, a.seed), held_out, length)
 
 
+def said(rows: Any, accelerator: Accelerator, key: str) -> Any:
+    """The rows, unchanged; the first one's form is printed when it is read."""
+    for number, (place, row) in enumerate(rows):
+        if number == 0:
+            accelerator.print(f"reading {place}: form {forms.form_of(place, row, key)}")
+        yield place, row
+
+
 def training_source(a: FinetuneArguments) -> tuple[Any, str | None]:
     """Rows of the training data, unread, and a key of their content (None where it can't be known without reading)."""
     if a.train_file:
-        reading.check_file(Path(a.train_file))
-        return reading.read_rows(Path(a.train_file)), dataset.file_key([Path(a.train_file)])
+        files = [path for source in a.train_file for path in reading.files_of(source)]
+        return reading.read_files(files), dataset.file_key(files)
     if a.dataset_name:
         return reading.read_hub_rows(a.dataset_name, a.dataset_config_name, "train"), None
     if a.dataset_mixer:
@@ -180,11 +189,10 @@ def training_source(a: FinetuneArguments) -> tuple[Any, str | None]:
         if len(words) % 2:
             raise InputError(f"--dataset_mixer_list has {len(words)} words: give pairs of NAME_OR_FILE and COUNT_OR_SHARE")
         members = list(zip(words[::2], words[1::2], strict=True))
-    rows = reading.read_mixture(members, a.dataset_mixer_list_splits, a.seed)
-    files = [Path(name) for name, _ in members]
-    if not all(path.is_file() for path in files):
-        return rows, None
-    return rows, dataset.file_key(files) + json.dumps([[amount for _, amount in members], a.seed])
+    splits = a.dataset_mixer_list_splits
+    files = [path for name, _ in members for path in reading.files_of(name, splits[0])] if len(splits) == 1 else []
+    key = dataset.file_key(files) + json.dumps([members, a.seed]) if files else None
+    return reading.read_mixture(members, splits, a.seed), key
 
 
 def build_examples(a: FinetuneArguments, rows: Any, key: str | None, tokenizer: PreTrainedTokenizerBase, length: int) -> Examples:

@@ -1,0 +1,278 @@
+#!/usr/bin/env python3
+"""Draw nested, seeded subsets from a file of conversations.
+
+python sample_subsets.py FILE --sizes 9000 90000 --seed 42 [--stratify source] [-o DIR]
+
+Each smaller subset is part of each larger one. The same seed gives the same bytes on every machine and Python version.
+The file (JSON Lines, a JSON array, Arrow or Parquet) is read once and never held in memory. Beside the subsets stand a
+manifest and a picture of the sources, input against subsets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from arrow2json import positive, to_lines
+from open_instruct.data import lines, shards
+from open_instruct.data.reading import check_file
+from open_instruct.data.writing import AtomicFile, check_output, write_json
+from open_instruct.errors import InputError, exit_code
+from open_instruct.report.plots import plot_sources
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file as numbered rows."""
+
+    path: Path
+    kind: str  # "lines", "array" or "arrow"
+    num_rows: int
+    values: list[str] | None  # of the column that was asked for
+    sha256: str
+    spans: np.ndarray | None = None  # byte offsets of JSON Lines
+
+
+def permutation(num_rows: int, seed: int) -> np.ndarray:
+    """A random order of the rows, from the Mersenne Twister, whose `random()` Python promises not to change."""
+    rng = random.Random(seed)
+    return np.argsort(np.array([rng.random() for _ in range(num_rows)]), kind="stable")
+
+
+def nested_subsets(num_rows: int, sizes: Sequence[int], seed: int, values: Sequence[str] | None = None) -> dict[int, np.ndarray]:
+    """Row numbers of each size: uniform without replacement, each smaller set part of each larger one.
+
+    Args:
+        num_rows: rows to draw from.
+        sizes: of the subsets.
+        seed: of the draw.
+        values: for a stratified draw, each row's stratum; its share is kept, rounded by largest remainder.
+
+    Returns:
+        Size → row numbers in drawn order.
+
+    Raises:
+        InputError: a size is larger than the number of rows.
+    """
+    too_many = [size for size in sizes if size > num_rows]
+    if too_many:
+        raise InputError(f"{too_many[0]:,} rows were asked for, but there are only {num_rows:,}: ask for fewer")
+    order = permutation(num_rows, seed)
+    if values is None:
+        return {size: order[:size] for size in sizes}
+    names = {name: number for number, name in enumerate(sorted(set(values)))}
+    strata = np.fromiter((names[value] for value in values), np.int64, num_rows)
+    totals = np.bincount(strata, minlength=len(names))
+    by_stratum = [order[strata[order] == index] for index in range(len(names))]
+    rank = np.empty(num_rows, np.int64)
+    rank[order] = np.arange(num_rows)
+    subsets, bound = {}, totals
+    for size in sorted(sizes, reverse=True):
+        bound = allocate(totals, size, bound)
+        chosen = np.concatenate([rows[:count] for rows, count in zip(by_stratum, bound, strict=True)])
+        subsets[size] = chosen[np.argsort(rank[chosen], kind="stable")]
+    return {size: subsets[size] for size in sizes}
+
+
+def allocate(totals: np.ndarray, size: int, bound: np.ndarray) -> np.ndarray:
+    """Largest-remainder shares of `size` in proportion to `totals`, none above `bound`.
+
+    The bound is the next larger subset's allocation: largest remainders alone can give a stratum one row more in a smaller
+    subset than in a larger one (the Alabama paradox), which would break nesting.
+    """
+    exact = totals * size  # in units of 1 / totals.sum(): whole numbers, so no rounding differs between machines
+    counts, remainders = np.divmod(exact, totals.sum())
+    counts = np.minimum(counts, bound)
+    order = np.lexsort((np.arange(len(totals)), -remainders))
+    while counts.sum() < size:
+        for index in order:
+            if counts.sum() < size and counts[index] < bound[index]:
+                counts[index] += 1
+    return counts
+
+
+def open_table(path: Path, column: str | None) -> Table:
+    """Count the rows and read the wanted column, in one pass."""
+    check_file(path)
+    with path.open("rb") as file:
+        head = file.read(256)
+    if path.suffix in shards.SUFFIXES or head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+        shard = shards.open_shard(path)
+        values = arrow_values(shard, column) if column else None
+        return Table(path, "arrow", shard.num_rows, values, file_hash(path))
+    if head.lstrip().startswith(b"["):
+        texts: list[str] | None = [] if column else None
+        count = 0
+        for count, row in enumerate(lines.array_rows(path), start=1):
+            if texts is not None and column is not None:
+                texts.append(lines.whole_value(row, column, path, count - 1))
+        return Table(path, "array", count, texts, file_hash(path))
+    spans, texts, sha256 = lines.index_lines(path, column)
+    return Table(path, "lines", len(spans), texts, sha256, spans)
+
+
+def default_column(path: Path) -> str | None:
+    """`source`, if the first row has it."""
+    check_file(path)
+    if path.suffix in shards.SUFFIXES:
+        names = shards.open_shard(path).schema.names
+    else:
+        with path.open("rb") as file:
+            is_array = file.read(256).lstrip().startswith(b"[")
+            file.seek(0)
+            first = next(lines.array_rows(path), b"{}") if is_array else file.readline()
+        try:
+            names = list(json.loads(first))
+        except ValueError as error:
+            raise InputError(f"{path}: row 1 is malformed JSON ({error}): one object a line is needed") from None
+    return "source" if "source" in names else None
+
+
+def arrow_values(shard: shards.Shard, column: str) -> list[str]:
+    """A column of an Arrow or Parquet file as text."""
+    if column not in shard.schema.names:
+        raise InputError(f"{shard.path} has no column {column}: there are {', '.join(shard.schema.names)}")
+    return [str(value) for batch in shard.batches() for value in batch.column(column).to_pylist()]
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(1 << 24):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def rows_of(table: Table, indices: np.ndarray) -> Iterator[tuple[int, bytes]]:
+    """The chosen rows as (row number, line), in ascending order."""
+    wanted = np.sort(indices)
+    if table.kind == "lines":
+        assert table.spans is not None
+        yield from zip(wanted.tolist(), lines.lines_at(table.path, table.spans, wanted), strict=True)
+    elif table.kind == "array":
+        chosen = set(wanted.tolist())
+        yield from ((number, row) for number, row in enumerate(lines.array_rows(table.path)) if number in chosen)
+    else:
+        first = 0
+        for batch in shards.open_shard(table.path).batches():
+            inside = wanted[(wanted >= first) & (wanted < first + batch.num_rows)]
+            if len(inside):
+                yield from zip(
+                    inside.tolist(),
+                    to_lines(batch.take(pa.array(inside - first)), f"{table.path} from row {first}").splitlines(keepends=True),
+                    strict=True,
+                )
+            first += batch.num_rows
+
+
+def write_subset(table: Table, indices: np.ndarray, output: Path, shuffled: bool) -> AtomicFile:
+    """Write the chosen rows, in the file's order or as drawn."""
+    with AtomicFile(output) as file:
+        if shuffled and table.kind == "lines":
+            assert table.spans is not None
+            for line in lines.lines_at(table.path, table.spans, indices):
+                file.write(line)
+        elif shuffled:  # the subset, never the file, is held in memory
+            by_number = dict(rows_of(table, indices))
+            for index in indices.tolist():
+                file.write(by_number[index])
+        else:
+            for _, line in rows_of(table, indices):
+                file.write(line)
+    return file
+
+
+def run(a: argparse.Namespace) -> None:
+    """Index, draw, write, record."""
+    started = time.perf_counter()
+    column = a.stratify or a.count or default_column(a.file)
+    outputs = {size: a.output_dir / f"{a.file.name.split('.')[0]}_{short(size)}.jsonl" for size in sorted(set(a.sizes))}
+    for path in outputs.values():
+        check_output(path, [a.file], a.overwrite)
+    table = open_table(a.file, column)
+    if table.num_rows == 0:
+        raise InputError(f"{a.file} holds no row: there is nothing to draw from")
+    subsets = nested_subsets(table.num_rows, sorted(outputs), a.seed, table.values if a.stratify else None)
+    records, counts = [], {}
+    if table.values is not None:
+        counts["input"] = Counter(table.values)
+    for size, path in outputs.items():
+        file = write_subset(table, subsets[size], path, a.order == "shuffled")
+        kept = np.sort(subsets[size]).astype("<i8")
+        records.append({"path": str(path), "rows": size, "bytes": file.num_bytes, "sha256": file.sha256,
+                        "indices_sha256": hashlib.sha256(kept.tobytes()).hexdigest()})  # fmt: skip
+        if table.values is not None:
+            counts[short(size)] = Counter(table.values[index] for index in kept)
+            records[-1]["counts"] = dict(counts[short(size)].most_common())
+        print(f"{size:,} rows → {path}")
+    manifest = {
+        "input": {"path": str(a.file), "rows": table.num_rows, "bytes": a.file.stat().st_size, "sha256": table.sha256},
+        "seed": a.seed,
+        "stratify": a.stratify,
+        "order": a.order,
+        "subsets": records,
+        "column": column,
+        "counts": dict(counts["input"].most_common()) if counts else None,
+    }
+    stem = a.output_dir / f"{a.file.name.split('.')[0]}_subsets"
+    write_json(stem.with_suffix(".manifest.json"), manifest)
+    if counts:
+        print(histogram(counts))
+        plot_sources(counts, f"{column} of {a.file.name}", stem.with_suffix(".png"))
+    print(f"drawn from {table.num_rows:,} rows in {time.perf_counter() - started:.1f} s")
+
+
+def short(size: int) -> str:
+    """9000 → 9k, 950 → 950."""
+    return f"{size // 1000}k" if size % 1000 == 0 else str(size)
+
+
+def histogram(counts: dict[str, Counter[str]], most: int = 30) -> str:
+    """Shares of each value, input against subsets, with a bar for the input."""
+    total = {name: sum(counter.values()) for name, counter in counts.items()}
+    names = [name for name, _ in counts["input"].most_common(most)]
+    width = max(len(name) for name in [*names, "input"])
+    lines_ = [" ".join([" " * width, *(f"{name:>8}" for name in counts)])]
+    for name in names:
+        shares = [counter[name] / total[key] for key, counter in counts.items()]
+        lines_.append(" ".join([f"{name:<{width}}", *(f"{share:>8.2%}" for share in shares), "█" * round(40 * shares[0])]))
+    if len(counts["input"]) > most:
+        lines_.append(f"… and {len(counts['input']) - most} more")
+    return "\n".join(lines_)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, metavar="FILE", help="JSON Lines, JSON array, Arrow or Parquet")
+    parser.add_argument("--sizes", type=positive, nargs="+", default=[9000, 90000], help="rows of each subset (default 9000 90000)")
+    parser.add_argument("--seed", type=int, default=42, help="of the draw (default 42)")
+    parser.add_argument("--stratify", metavar="COLUMN", help="keep each value's share of this column")
+    parser.add_argument("--count", metavar="COLUMN", help="column to count (default: source, where there is one)")
+    parser.add_argument("--order", choices=["original", "shuffled"], default="original", help="order of the rows (default original)")
+    parser.add_argument("-o", "--output_dir", type=Path, help="folder of the subsets (default: the file's)")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing subsets")
+    a = parser.parse_args(argv)
+    a.output_dir = a.output_dir or a.file.parent
+    return a
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; `exit_code` says what it returns."""
+    return exit_code(lambda: run(parse(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
