@@ -289,3 +289,12 @@ def test_training_reads_what_the_tools_read(train, tmp_path):
     result = run_script("--train_file", str(folder), str(tmp_path / "alpaca.json"), str(tmp_path / "c*.jsonl"), *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "form Alpaca" in result.stdout and "of 60 read" in result.stdout
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "prompt_tuning", "p_tuning", "ia3"])
+def test_gradient_checkpointing_changes_nothing(method, train):
+    flags = [*method_flags(method), *SHORT, "--lora_dropout", "0"]
+    plain, recomputed = train("a", *flags), train("b", *flags, "--gradient_checkpointing")
+    assert recomputed.code == 0, recomputed.err
+    assert recomputed.summary["final_eval_loss"] == pytest.approx(plain.summary["final_eval_loss"], rel=1e-5)
+    assert recomputed.summary["final_eval_loss"] != pytest.approx(plain.summary["initial_eval_loss"], rel=1e-3)  # it did train

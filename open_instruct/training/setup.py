@@ -55,7 +55,7 @@ def check_wandb() -> None:
     """Weights & Biases asks for a key on the terminal, or fails in the middle of the start: say it before."""
     import wandb
 
-    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.api.api_key:
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.login(prompt=False):
         raise InputError("wandb has no key: run `wandb login`, set WANDB_MODE=offline, or name another tracker with --report_to")
 
 
