@@ -140,6 +140,12 @@ def load_model(
         options["use_safetensors"] = True
     with readable(f"model {name}"):
         model = loader.from_pretrained(name, config=config, dtype=dtype, attn_implementation=attention, **options)
+    if quantise:
+        for module in model.modules():
+            # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weights at the first evaluation for a kernel that has no
+            # derivative: from then on, training would reach the last layers only, without an error.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     return model
 
