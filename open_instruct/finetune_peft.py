@@ -76,8 +76,9 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
     # Model
     base = setup.load_base(a, config, tokenizer, accelerator)
     context = loading.context_length(config)
+    room = context and context - setup.num_virtual_tokens(a)  # the same for both models, so that their answers compare
     questions = answers.questions(data.held_out, tokenizer, 0 if a.dry_run else a.num_sample_answers, a.seed)
-    base_answers = answers.answer(base, tokenizer, questions, context)
+    base_answers = answers.answer(base, tokenizer, questions, room)
 
     # Method
     model, recipe = setup.wrap_method(a, base, tokenizer, origins)
@@ -102,7 +103,7 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
     # Save
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        samples, exact = answers.compare(questions, base_answers, answers.answer(model, tokenizer, questions, context))
+        samples, exact = answers.compare(questions, base_answers, answers.answer(model, tokenizer, questions, room))
         size = export.save_model(model, tokenizer, Path(a.output_dir))
         summary = {**progress.summary(), **memory.counts(model), "adapter_bytes": size, "peak_memory_mb": peak_memory_mb()}
         export.finish(a, progress, summary | {"exact_match": exact, "samples": samples})

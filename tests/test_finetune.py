@@ -298,3 +298,17 @@ def test_gradient_checkpointing_changes_nothing(method, train):
     assert recomputed.code == 0, recomputed.err
     assert recomputed.summary["final_eval_loss"] == pytest.approx(plain.summary["final_eval_loss"], rel=1e-5)
     assert recomputed.summary["final_eval_loss"] != pytest.approx(plain.summary["initial_eval_loss"], rel=1e-3)  # it did train
+
+
+def test_another_base_of_the_same_shape_is_another_base(train, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY_MODEL, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.01)  # one small tensor, the last of the file
+    model.save_pretrained(folder)
+    flags = ["--use_prompt_tuning", *SHORT, "--checkpointing_steps", "2"]
+    first = train("run", *flags)
+    (first.folder / "summary.json").unlink()
+    second = train("run", *flags, "--resume_from_checkpoint", model=folder)
+    assert second.code == 2 and "model was" in second.err

@@ -168,9 +168,13 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def weights_key(name: str, config: PretrainedConfig) -> str:
-    """Identifies a base model: a hash of its local weight files' sizes and heads, or its name on the Hub."""
+    """Identifies a base model: a hash of its configuration and of samples spread over its weight files, or its name on the Hub."""
     digest = hashlib.sha256(json.dumps(config.to_diff_dict(), sort_keys=True, default=str).encode())
     for path in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
+            for offset in range(0, size, max(1 << 16, size // 256)):
+                file.seek(offset)
+                digest.update(file.read(1 << 16))
     return digest.hexdigest()[:16] if Path(name).is_dir() else name
