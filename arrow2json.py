@@ -21,6 +21,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from open_instruct.data.lines import open_bytes
@@ -77,7 +78,7 @@ def any_not_finite(array: pa.Array | pa.ChunkedArray) -> bool:
     if isinstance(array, pa.ChunkedArray):
         return any(any_not_finite(chunk) for chunk in array.chunks)
     if pa.types.is_floating(array.type):
-        return pa.compute.any(pa.compute.invert(pa.compute.is_finite(array))).as_py() or False
+        return pc.any(pc.invert(pc.is_finite(array))).as_py() or False
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
         return any_not_finite(array.flatten())
     if pa.types.is_struct(array.type):
@@ -174,6 +175,8 @@ def run(a: argparse.Namespace) -> None:
         raise InputError(f"no column {', '.join(unknown)}: there are {', '.join(shards[0].schema.names)}")
     columns = a.columns or shards[0].schema.names
     check_types(shards[0].schema, columns)
+    if a.shards > total:
+        raise InputError(f"--shards {a.shards} is more than the {total} rows there are: ask for fewer")
     outputs = [a.output]
     if a.shards > 1:
         outputs = [a.output.with_name(f"{a.output.stem}-{i:05d}-of-{a.shards:05d}{a.output.suffix}") for i in range(a.shards)]

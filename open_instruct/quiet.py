@@ -6,7 +6,6 @@ import warnings
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional CPU kernel of bitsandbytes is missing
 warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-warnings.filterwarnings("ignore", message=r".*cast from .* to .* during quantization")
 
 
 def silence_transformers() -> None:

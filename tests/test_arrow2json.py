@@ -204,6 +204,8 @@ def bad_source(case, tmp_path):
         return [str(write_stream(tmp_path / "binary.arrow", pa.table({"x": pa.array([b"x"])})))]
     if case == "no column":
         return [str(stream), "--columns", "nope"]
+    if case == "many shards":
+        return [str(stream), "--shards", "1000"]
     if case == "same file":
         return [str(stream), "-o", str(stream), "--overwrite"]
     if case == "exists":
@@ -226,6 +228,7 @@ CASES = {
     "nan": "NaN or an infinity",
     "binary": "can't hold the columns x (binary)",
     "no column": "no column nope: there are id, messages, source",
+    "many shards": "--shards 1000 is more than the 270 rows",
     "same file": "is one of the inputs",
     "exists": "pass --overwrite",
     "text": "neither Arrow nor Parquet",

@@ -48,6 +48,7 @@ CASES = {
     "schedule": (["--lr_scheduler_type", "wavy"], "--lr_scheduler_type wavy"),
     "final rate": (["--final_lr_ratio", "0.1", "--lr_scheduler_type", "cosine"], "--final_lr_ratio 0.1"),
     "tracker": (["--with_tracking", "--report_to", "notepad"], "--report_to notepad"),
+    "output is the model": (["--output_dir", str(TINY_MODEL), "--overwrite_output_dir"], "is the base model's own folder"),
     "output folder": (["--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere can't be written"),
     "flash": (["--use_flash_attn"], "needs a GPU"),
 }

@@ -164,8 +164,11 @@ def test_a_finished_run_is_replaced_only_when_asked(train):
         assert refused.code == 2 and "holds a finished run" in refused.err
         assert (first.folder / "summary.json").read_bytes() == before
     (first.folder / "notes.txt").write_text("mine")
+    full = train("run", *SHORT, "--overwrite_output_dir")
+    assert full.code == 0 and (full.folder / "config.json").exists() and not (full.folder / "adapter_config.json").exists()
     again = train("run", *SHORT, "--overwrite_output_dir", "--use_prefix_tuning")
     assert again.code == 0 and (again.folder / "notes.txt").read_text() == "mine"
+    assert not (again.folder / "config.json").exists() and not (again.folder / "model.safetensors").exists()
 
 
 def test_batch_and_accumulation_are_the_same_step(train):

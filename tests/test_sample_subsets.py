@@ -149,3 +149,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(content, words, says, tmp_path
 def test_too_many_rows_names_how_many_there_are():
     with pytest.raises(InputError, match="only 10"):
         nested_subsets(10, [11], 0)
+
+
+def test_a_mistake_in_an_array_is_found_without_reading_the_rest(tmp_path, monkeypatch):
+    from open_instruct.data import lines
+
+    monkeypatch.setattr(lines, "CHUNK_BYTES", 256)
+    text = json.dumps(ROWS)
+    path = tmp_path / "t.json"
+    path.write_text(text[:300].replace(', "source": "s0"', ' "source": "s0"', 1) + text[300:])
+    reads = []
+    real = lines.decode_prefix
+    monkeypatch.setattr(lines, "decode_prefix", lambda data, final: reads.append(1) or real(data, final))
+    with pytest.raises(InputError, match="malformed JSON in row 1 "):
+        list(lines.array_rows(path))
+    assert len(reads) < 5

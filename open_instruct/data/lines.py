@@ -155,7 +155,9 @@ def array_rows(path: Path) -> Iterator[bytes]:
             try:
                 row, cursor = decoder.raw_decode(window, cursor)
             except json.JSONDecodeError as error:
-                if not at_end and more():
+                # A row that the window cuts fails at its end, or in a string that is still open; any other mistake is final.
+                cut = error.pos > len(window) - 16 or error.msg.startswith("Unterminated string")
+                if cut and not at_end and more():
                     continue
                 raise InputError(f"{path}: malformed JSON in row {number + 1} ({error.msg})") from None
             number += 1

@@ -125,7 +125,7 @@ def matching_files(source: str, path: Path, split: str) -> list[Path]:
         if not found:
             raise InputError(f"no file matches {source}")
         return found
-    if source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not path.suffix:
+    if source.count("/") <= 1 and not source.startswith((".", "/", "~")) and path.suffix not in SUFFIXES:
         return hub_files(source, split)
     raise InputError(f"no such file or folder: {source}")
 

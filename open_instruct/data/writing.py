@@ -39,7 +39,7 @@ class AtomicFile:
         self.num_bytes = 0
         self.hash = hashlib.sha256()
         self.queue: Queue[bytes | None] = Queue(maxsize=4)
-        self.failure: OSError | None = None
+        self.failure: Exception | None = None
         self.worker = Thread(target=self._work, daemon=True)
 
     def _work(self) -> None:
@@ -53,7 +53,7 @@ class AtomicFile:
                     sink.write(data)
                     self.hash.update(data)
                     data = self.queue.get()
-        except OSError as error:
+        except Exception as error:  # whatever it is, the other thread must hear of it
             self.failure = error
             while data is not None:  # the other thread must not wait for room in the queue
                 data = self.queue.get()
@@ -88,7 +88,7 @@ class AtomicFile:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             size = f", about {self.needed() / 1e6:,.0f} MB are needed" if self.needed else ""
             raise InputError(f"no space left for {self.path}{size}: free some, or write elsewhere; nothing was left behind") from None
-        if isinstance(error, OSError) and kind is None:
+        if error is not None and kind is None:
             raise error
 
     @property

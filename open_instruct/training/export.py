@@ -23,7 +23,8 @@ from open_instruct.report.plots import plot_losses
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.tracking import read_rows
 
-RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "adapter_config.json", "checkpoints")
+RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "checkpoints")
+MODEL_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors*")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "deepspeed", "flash_attn")
 
 
@@ -100,12 +101,10 @@ def open_output_dir(a: FinetuneArguments, accelerator: Any, record: dict[str, An
 
 
 def clear(folder: Path) -> None:
-    """Remove what a former run left, and nothing else."""
-    for name in RUN_FILES:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for path in folder.glob("*.safetensors"):
-        path.unlink()
+    """Remove what a former run left, and nothing else: a full model's files beside an adapter's would mislead any loader."""
+    for pattern in (*RUN_FILES, *MODEL_FILES):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def finish(a: FinetuneArguments, progress: Progress, summary: dict[str, Any]) -> None:

@@ -71,6 +71,8 @@ def check_output_dir(a: FinetuneArguments) -> Path | None:
     folder = Path(a.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file: name a folder")
+    if a.model_name_or_path and folder.resolve() == Path(a.model_name_or_path).resolve():
+        raise InputError(f"--output_dir {folder} is the base model's own folder, which a run would overwrite: name another folder")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -136,11 +138,10 @@ def max_sequence_length(a: FinetuneArguments, config: PretrainedConfig) -> int:
 
 @dataclass(frozen=True)
 class Data:
-    """Training examples, held-out examples (None: no held-out data), and tokens of a conversation at most."""
+    """Training examples, and held-out examples (None: no held-out data)."""
 
     train: Examples
     held_out: Examples | None
-    max_seq_length: int
 
     def fingerprints(self) -> dict[str, Any]:
         """What identifies the data in run.json and in checkpoints."""
@@ -164,7 +165,7 @@ def load_data(a: FinetuneArguments, accelerator: Accelerator, tokenizer: PreTrai
             held_out = dataset.draw(held_out, a.max_eval_samples, a.seed)
         else:
             train, held_out = dataset.hold_out(train, a.validation_fraction, a.max_eval_samples, a.seed)
-    return Data(dataset.draw(train, a.max_train_samples, a.seed), held_out, length)
+    return Data(dataset.draw(train, a.max_train_samples, a.seed), held_out)
 
 
 def said(rows: Any, accelerator: Accelerator, key: str) -> Any:
@@ -241,9 +242,6 @@ def load_base(a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrai
 def wrap_method(a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase, origins: dict[str, str]) -> tuple[Any, Recipe]:
     """Fill in the recipe and put the adapter on. The same seed gives the same start on every process."""
     method = METHODS[a.method]
-    if method.is_soft_prompt and a.num_virtual_tokens is None:
-        a.num_virtual_tokens = method.default_virtual_tokens
-        origins["num_virtual_tokens"] = "recipe"
     if a.prompt_tuning_init_text and a.method == "prefix_tuning" and a.prefix_init is None:
         a.prefix_init, origins["prefix_init"] = "text", "flag prompt_tuning_init_text"
     if a.prompt_tuning_init_text and a.method == "prompt_tuning" and a.prompt_tuning_init is None:
