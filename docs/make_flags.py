@@ -23,6 +23,7 @@ REASONS = {
     "additional_model_arguments": "a JSON object",
     "logging_steps": "every step",
     "lr_scheduler_type": "the method's recipe (linear)",
+    "packing": "micro-batches are one row without padding, exact for soft prompts too",
     "push_to_hub": "nothing is uploaded unless asked for",
     "report_to": "the same, as a list",
     "sft_messages_key": "the same",

@@ -15,6 +15,7 @@ from open_instruct.errors import InputError
 METHOD_FLAGS = ("use_lora", "use_qlora", "use_prefix_tuning", "use_prompt_tuning", "use_p_tuning", "use_ia3")
 PEFT_INITS = Literal["text", "sample_vocab", "random"]
 PREFIX_INITS = Literal["text", "zero", "random"]
+ATTENTION_BACKENDS = Literal["blocked", "sdpa", "varlen", "flash_attn"]
 
 
 def flag(default: Any, description: str, **argparse_options: Any) -> Any:
@@ -36,6 +37,8 @@ class ModelFlags:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "precision of the frozen base; auto: bfloat16 on a GPU that has it, float32 elsewhere. Adapters are always float32"
     )
+    load_in_4bit: bool = flag(False, "frozen base in 4-bit NormalFloat (needs the quant extra); adapters stay float32")
+    load_in_8bit: bool = flag(False, "frozen base in 8 bits (needs the quant extra); adapters stay float32")
     use_flash_attn: bool | None = flag(
         None, "FlashAttention-2 (needs the flash extra and a GPU); unset: where installed, else SDPA", nargs="?", const=True
     )
@@ -105,7 +108,7 @@ class MethodFlags:
 class OptimizationFlags:
     """Steps, rates and limits. A step is per_device_train_batch_size × processes × gradient_accumulation_steps examples."""
 
-    per_device_train_batch_size: int = flag(8, "examples in a micro-batch of one process")
+    per_device_train_batch_size: int = flag(8, "examples of one process in a micro-batch; packed rows hold more or fewer, a step the same")
     gradient_accumulation_steps: int = flag(1, "micro-batches per process in a step")
     num_train_epochs: int = flag(2, "passes over the data")
     max_train_steps: int | None = flag(None, "optimizer steps; overrides num_train_epochs")
@@ -118,6 +121,16 @@ class OptimizationFlags:
     fused_optimizer: bool = flag(True, "AdamW in one fused kernel")
     use_8bit_optimizer: bool = flag(False, "AdamW with 8-bit state (needs the quant extra)")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
+    packing: bool = flag(
+        True, "compute micro-batches as one row without padding, virtual tokens once; False: PEFT's own padded forward pass"
+    )
+    max_tokens_per_microbatch: int | None = flag(
+        None, "tokens of a packed row at most, virtual ones included; unset: 4096 or max_seq_length, at most a full padded micro-batch"
+    )
+    attn_backend: ATTENTION_BACKENDS | None = flag(
+        None, "attention of packed rows; unset: blocked on CPU, flash_attn or varlen on a GPU in 16 bits, else sdpa"
+    )
+    compile: bool = flag(False, "compile the decoder layers (packed forward pass only; the first steps take minutes)")
     reduce_loss: Literal["mean", "sum"] = flag("mean", "mean: over the step's labelled tokens; sum: over tokens, mean over micro-batches")
     sync_each_batch: bool = flag(False, "exchange gradients after each micro-batch instead of once a step")
     timeout: int = flag(1800, "seconds that a process waits for the others")
@@ -134,7 +147,7 @@ class RunFlags:
     run_name: str | None = flag(None, "name of the run, for trackers; unset: the experiment, method, seed and time")
     logging_steps: int = flag(1, "steps between rows of metrics.jsonl")
     eval_steps: int | None = flag(None, "steps between held-out evaluations; unset: a fifth of the run; 0: only at the start and the end")
-    per_device_eval_batch_size: int | None = flag(None, "examples in a held-out micro-batch; unset: as in training")
+    per_device_eval_batch_size: int | None = flag(None, "examples in a padded held-out micro-batch; unset: as in training")
     num_sample_answers: int = flag(3, "held-out questions answered by base and tuned model at the end (three shown, exact match over all)")
     checkpointing_steps: str | None = flag(None, "steps between checkpoints, or `epoch`; unset: none")
     keep_last_n_checkpoints: int = flag(3, "checkpoints kept, -1: all")
@@ -177,7 +190,6 @@ class AcceptedFlags:
     gs_bucket_path: str | None = flag(None, "AI2's bucket")
     oe_eval_tasks: list[str] | None = flag(None, "belongs to Beaker evaluation jobs")
     oe_eval_max_length: int | None = flag(None, "belongs to Beaker evaluation jobs")
-    packing: bool | None = flag(None, "examples are padded, and sorted by length within a step", nargs="?", const=True)
     verbose: bool = flag(False, "metrics.jsonl always holds everything")
     load_balancing_loss: bool = flag(False, "the router of a mixture-of-experts model stays frozen or unregularised")
     load_balancing_weight: float | None = flag(None, "belongs to load_balancing_loss")
@@ -236,6 +248,7 @@ def check_arguments(arguments: FinetuneArguments) -> None:
         "keep_last_n_checkpoints": -1,
         "weight_decay": 0.0,
         "timeout": 1,
+        "max_tokens_per_microbatch": 2,
         "seed": 0,
     }
     for name, bound in at_least.items():
@@ -253,7 +266,7 @@ def check_arguments(arguments: FinetuneArguments) -> None:
         problems.append(f"--learning_rate {a.learning_rate} is not a rate: it must be positive and finite")
     if a.checkpointing_steps not in (None, "epoch") and not (a.checkpointing_steps.isdigit() and int(a.checkpointing_steps) > 0):
         problems.append(f"--checkpointing_steps {a.checkpointing_steps} is neither a positive number of steps nor `epoch`")
-    problems += unused_method_flags(a)
+    problems += unused_method_flags(a) + contradictions(a)
     if a.sequence_parallel_size != 1:
         problems.append(f"--sequence_parallel_size {a.sequence_parallel_size} is not supported: leave it at 1")
     if a.load_balancing_loss:
@@ -267,6 +280,19 @@ def check_arguments(arguments: FinetuneArguments) -> None:
             problems.append(f"--{name} is not a JSON object: {parsed}")
     if problems:
         raise InputError("; ".join(problems))
+
+
+def contradictions(arguments: FinetuneArguments) -> list[str]:
+    """Flags that exclude each other."""
+    a = arguments
+    problems = []
+    if a.load_in_4bit and a.load_in_8bit:
+        problems.append("--load_in_4bit and --load_in_8bit exclude each other: choose one")
+    if not a.packing:
+        for name in ("max_tokens_per_microbatch", "attn_backend", "compile"):
+            if getattr(a, name):
+                problems.append(f"--{name} belongs to the packed forward pass: remove it, or drop --packing False")
+    return problems
 
 
 def unused_method_flags(arguments: FinetuneArguments) -> list[str]:

@@ -21,13 +21,14 @@ from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
 from open_instruct.methods import METHODS
 from open_instruct.model import loading, memory
-from open_instruct.model.loss import TrainingModel
 from open_instruct.report import answers
 from open_instruct.report.summary import hyperparameter_lines, summary_lines
-from open_instruct.training import checkpoint, export, setup
+from open_instruct.training import capabilities, checkpoint, export, packing, setup
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.evaluation import held_out_loss
+from open_instruct.training.examples import Data, load_data, num_virtual_tokens
 from open_instruct.training.loop import fit
+from open_instruct.training.packing import Forward
 from open_instruct.training.tracking import Metrics, peak_memory_mb
 
 
@@ -63,10 +64,11 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
     # Setup
     resume_from = setup.check_output_dir(a)
     accelerator = setup.make_accelerator(a)
+    setup.check_capabilities(a, setup.engine_of(accelerator))
 
     # Data
     tokenizer, config = setup.load_tokenizer_and_config(a)
-    data = setup.load_data(a, accelerator, tokenizer, config)
+    data = load_data(a, accelerator, tokenizer, config)
     for name, examples in {"training": data.train, "held out": data.held_out}.items():
         accelerator.print(examples.describe(name) if examples else "held out: none (--validation_fraction 0)")
     if a.cache_dataset_only:
@@ -76,16 +78,18 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
     # Model
     base = setup.load_base(a, config, tokenizer, accelerator)
     context = loading.context_length(config)
-    room = context and context - setup.num_virtual_tokens(a)  # the same for both models, so that their answers compare
+    room = context and context - num_virtual_tokens(a)  # the same for both models, so that their answers compare
     questions = answers.questions(data.held_out, tokenizer, 0 if a.dry_run else a.num_sample_answers, a.seed)
     base_answers = answers.answer(base, tokenizer, questions, room)
 
     # Method
+    accelerator.print(capabilities.line(METHODS[a.method]))
     model, recipe = setup.wrap_method(a, base, tokenizer, origins)
     accelerator.print(hyperparameter_lines(METHODS[a.method].title, setup.hyperparameters(a), origins, recipe.sources))
+    forward = setup.choose_forward(a, origins, data, config, model, accelerator, tokenizer.pad_token_id)
     plan = setup.make_plan(a, len(data.train), accelerator.num_processes)
     if a.dry_run:
-        accelerator.print(setup.dry_run_text(a, data, plan, model, config))
+        accelerator.print(setup.dry_run_text(a, data, plan, model, config, forward.training))
         return
     optimizer, schedule = setup.make_optimizer(a, model, plan.num_steps)
     progress = Progress(identity=setup.run_identity(a, data, config, plan))
@@ -98,7 +102,7 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
     # Fit
     record = export.run_record(a, origins, data.fingerprints(), accelerator.num_processes, recipe.sources, resume_from)
     export.open_output_dir(a, accelerator, record, keep=resume_from is not None)
-    train(a, accelerator, model, optimizer, schedule, data, plan, progress, tokenizer.pad_token_id)
+    train(a, accelerator, forward, optimizer, schedule, data, plan, progress)
 
     # Save
     accelerator.wait_for_everyone()
@@ -114,25 +118,24 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
 def train(
     a: FinetuneArguments,
     accelerator: Any,
-    model: Any,
+    forward: Forward,
     optimizer: Any,
     schedule: Any,
-    data: setup.Data,
+    data: Data,
     plan: Plan,
     progress: Progress,
-    pad: int,
 ) -> None:
     """Prepare for the processes, measure the base and the start, run the steps. Updates `progress`."""
     output_dir = Path(a.output_dir)
     setup.configure_deepspeed(a, accelerator)
-    training_model, optimizer = accelerator.prepare(TrainingModel(model), optimizer)
+    packing.start(forward, a.gradient_checkpointing, a.compile)
+    training_model, optimizer = accelerator.prepare(forward.model, optimizer)
     metrics = Metrics(output_dir / "metrics.jsonl", accelerator, plan.num_steps, progress.step)
-    eval_batch = a.per_device_eval_batch_size or a.per_device_train_batch_size
     started, seconds_before = time.perf_counter(), progress.wall_seconds
 
     def evaluate() -> None:
         if data.held_out:
-            loss, tokens = held_out_loss(accelerator, training_model, data.held_out, eval_batch, pad)
+            loss, tokens = held_out_loss(accelerator, training_model, data.held_out, forward.evaluation)
             progress.record_eval(loss)
             metrics.write({"step": progress.step, "eval_loss": loss, "eval_tokens": tokens})
             metrics.say(f"step {progress.step}/{plan.num_steps} | held-out loss {loss:.4f} (base model {progress.base_eval_loss:.4f})")
@@ -141,21 +144,24 @@ def train(
         progress.wall_seconds = seconds_before + time.perf_counter() - started
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            checkpoint.save_checkpoint(output_dir / "checkpoints", model, optimizer, schedule, progress, a.keep_last_n_checkpoints)
+            checkpoint.save_checkpoint(
+                output_dir / "checkpoints", forward.model.model, optimizer, schedule, progress, a.keep_last_n_checkpoints
+            )
         accelerator.wait_for_everyone()
 
     try:
         if progress.step == 0:
             if data.held_out and a.method != "full":  # in full fine-tuning the start is the base
-                progress.base_eval_loss, _ = held_out_loss(accelerator, training_model, data.held_out, eval_batch, pad, adapter=False)
+                progress.base_eval_loss, _ = held_out_loss(accelerator, training_model, data.held_out, forward.evaluation, adapter=False)
             evaluate()
-        settings = setup.fit_settings(a, plan, pad)
+        settings = setup.fit_settings(a, plan, forward.training)
         fit(accelerator, training_model, optimizer, schedule, data.train, plan, settings, progress, metrics, evaluate, save)
     except InputError as error:
         newest = checkpoint.complete_checkpoints(output_dir / "checkpoints")
         raise InputError(f"{error}; last good checkpoint: {newest[-1] if newest else 'none (set --checkpointing_steps)'}") from None
     finally:
         metrics.close()
+        packing.release(forward)
     progress.wall_seconds = seconds_before + time.perf_counter() - started
 
 

@@ -5,7 +5,9 @@ import warnings
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional CPU kernel of bitsandbytes is missing
 warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+warnings.filterwarnings(
+    "ignore", message="`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated"
+)  # the new names are not in transformers 5.0
 
 
 def silence_transformers() -> None:

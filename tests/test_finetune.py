@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from open_instruct.data import chat, collate
 from open_instruct.data.dataset import new_counts, tokenize_all
 from open_instruct.data.reading import conversations, read_rows
-from open_instruct.model.loss import TrainingModel
+from open_instruct.model.loss import PaddedModel
 from tests.conftest import METHODS, TINY_MODEL, method_flags, run_script, without_measurements, write_conversations
 
 SHORT = ["--max_train_steps", "6", "--eval_steps", "3", "--per_device_train_batch_size", "4"]
@@ -71,7 +71,7 @@ def test_training_changes_no_parameter_of_the_base_in_memory():
     from open_instruct.methods import METHODS as REGISTRY
     from open_instruct.methods import MethodSettings
 
-    wrapped = TrainingModel(
+    wrapped = PaddedModel(
         REGISTRY["prompt_tuning"].wrap(model, AutoTokenizer.from_pretrained(TINY_MODEL), MethodSettings(num_virtual_tokens=4))
     )
     frozen = {name: p.detach().clone() for name, p in wrapped.named_parameters() if not p.requires_grad}

@@ -1,5 +1,6 @@
 """The loss of a step does not depend on how its examples are cut into micro-batches."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,11 @@ import torch
 from accelerate import Accelerator
 
 from open_instruct.data import collate
+from open_instruct.data.collate import Packing, Padding
 from open_instruct.data.dataset import SCHEMA, Examples
 from open_instruct.methods import METHODS, MethodSettings
-from open_instruct.model.loss import TrainingModel
+from open_instruct.model.backends import blocked
+from open_instruct.model.loss import PackedModel, PaddedModel, TrainingModel
 from open_instruct.training.loop import step_gradient
 from tests.conftest import tiny_llama
 
@@ -28,12 +31,13 @@ def examples() -> Examples:
     return Examples(pa.table({"input_ids": ids, "spans": spans}, schema=SCHEMA), np.arange(8), "test")
 
 
-def wrapped(method: str) -> TrainingModel:
+def wrapped(method: str, packed: bool = False) -> TrainingModel:
     """A tiny model with an adapter that is not at its neutral start."""
     base = tiny_llama()
     torch.manual_seed(1)
     tokenizer = SimpleNamespace(all_special_ids=[0], added_tokens_decoder={}, get_vocab=lambda: {str(i): i for i in range(200)})
-    model = TrainingModel(METHODS[method].wrap(base, tokenizer, SETTINGS))
+    adapted = METHODS[method].wrap(base, tokenizer, SETTINGS)
+    model = PackedModel(adapted, partial(METHODS[method].soft_prompt, adapted), blocked) if packed else PaddedModel(adapted)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -41,10 +45,10 @@ def wrapped(method: str) -> TrainingModel:
     return model
 
 
-def gradient_of(model, examples, size) -> tuple[float, torch.Tensor]:
-    """Mean loss and adapter gradient of one step over all examples in micro-batches of `size`."""
+def gradient_of(model, examples, batching) -> tuple[float, torch.Tensor]:
+    """Mean loss and adapter gradient of one step over all examples."""
     model.zero_grad()
-    settings = SimpleNamespace(micro_batch_size=size, sum_loss=False, sync_each_batch=False, pad_token_id=0, accumulation_steps=1)
+    settings = SimpleNamespace(batching=batching, sum_loss=False, sync_each_batch=False, accumulation_steps=1)
     labels = int(examples.label_counts.sum())
     total = step_gradient(Accelerator(), model, examples, np.arange(8), labels, settings)
     return total.item() / labels, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
@@ -59,9 +63,18 @@ def test_label_counts_are_those_of_the_collated_labels(examples):
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_one_batch_of_eight_equals_eight_of_one(method, examples):
     model = wrapped(method)
-    loss, gradient = gradient_of(model, examples, 8)
+    loss, gradient = gradient_of(model, examples, Padding(8, 0))
     for size in (1, 3):
-        other_loss, other = gradient_of(model, examples, size)
+        other_loss, other = gradient_of(model, examples, Padding(size, 0))
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert (other - gradient).norm() / gradient.norm() < 1e-5
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_packed_rows_of_any_size_give_the_padded_step(method, examples):
+    loss, gradient = gradient_of(wrapped(method), examples, Padding(8, 0))
+    for max_tokens in (40, 60, 1000):
+        other_loss, other = gradient_of(wrapped(method, packed=True), examples, Packing(max_tokens))
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert (other - gradient).norm() / gradient.norm() < 1e-5
 
@@ -69,7 +82,7 @@ def test_one_batch_of_eight_equals_eight_of_one(method, examples):
 def test_a_mean_of_micro_batch_means_would_fail(examples):
     """Negative control: dividing by each micro-batch's own label count is the mistake that the test above has to notice."""
     model = wrapped("prompt_tuning")
-    loss, gradient = gradient_of(model, examples, 8)
+    loss, gradient = gradient_of(model, examples, Padding(8, 0))
     model.zero_grad()
     means = []
     for index in range(8):
@@ -93,7 +106,7 @@ def test_the_loss_is_pefts_own(method, examples):
 
 def test_a_process_without_examples_adds_nothing(examples):
     model = wrapped("prompt_tuning")
-    total, count = model(**collate.nothing(0))
+    total, count = model(**Padding(1, 0).tensors([]))
     total.backward()
     assert total.item() == 0 and count.item() == 0
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)

@@ -108,7 +108,7 @@ def test_qloras_gradient_is_that_of_lora_on_the_dequantised_base(shape, base, to
     """Also after an evaluation, at which bitsandbytes repacks the weights on some CPUs for a kernel without a derivative."""
     bnb = pytest.importorskip("bitsandbytes")
     config = AutoConfig.from_pretrained(TINY_MODEL)
-    quantised = load_model(str(TINY_MODEL), config, torch.float32, "sdpa", quantise=True)
+    quantised = load_model(str(TINY_MODEL), config, torch.float32, "sdpa", quantise="4bit")
     layers = dict(quantised.named_modules())
     with torch.no_grad():
         for name, module in base.named_modules():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from open_instruct.data.plan import Plan, micro_batches
+from open_instruct.data.plan import Plan, balanced_rows, micro_batches
 
 
 def test_an_epoch_holds_every_example_once_in_an_order_of_its_own():
@@ -40,3 +40,29 @@ def test_examples_of_similar_length_share_a_micro_batch():
     lengths = np.array([10, 100, 11, 101, 12, 102])
     batches = micro_batches([0, 1, 2, 3, 4, 5], lengths, 3, 0, 1)
     assert [sorted(batch) for batch in batches] == [[1, 3, 5], [0, 2, 4]]
+
+
+@pytest.mark.parametrize("max_tokens, num_ranks", [(1000, 1), (100, 1), (120, 2), (250, 4), (100, 16)])
+def test_rows_of_all_processes_hold_the_step_once_within_the_bound(max_tokens, num_ranks):
+    lengths = np.random.default_rng(0).integers(1, 100, 40)
+    examples = [3, 1, 4, 15, 9, 2, 6, 5, 35, 8, 7]
+    ranks = [balanced_rows(examples, lengths, max_tokens, rank, num_ranks) for rank in range(num_ranks)]
+    rows = [row for rows in ranks for row in rows]
+    assert sorted(i for row in rows for i in row) == sorted(examples)
+    assert len({len(rows) for rows in ranks}) == 1
+    assert all(lengths[row].sum() <= max_tokens for row in rows)
+
+
+def test_rows_are_few_and_balanced():
+    lengths = np.random.default_rng(0).integers(20, 100, 64)
+    rows = balanced_rows(range(64), lengths, 1000, 0, 1)
+    sums = [lengths[row].sum() for row in rows]
+    assert len(rows) == -(-lengths.sum() // 1000)
+    assert max(sums) - min(sums) < 20
+
+
+def test_processes_that_share_a_round_have_rows_of_similar_length():
+    lengths = np.random.default_rng(0).integers(20, 400, 40)
+    ranks = [balanced_rows(range(40), lengths, 700, rank, 2) for rank in range(2)]
+    for one, other in zip(*ranks, strict=True):
+        assert abs(int(lengths[one].sum()) - int(lengths[other].sum())) < 100

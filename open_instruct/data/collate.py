@@ -1,11 +1,15 @@
-"""Examples → the tensors of one padded micro-batch."""
+"""Examples → micro-batches → tensors: padded rows, or one packed row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+
+from open_instruct.data import plan
 
 IGNORE = -100  # label of a position that is nobody's target
 
@@ -39,7 +43,83 @@ def pad(examples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torc
     return batch
 
 
-def nothing(pad_token_id: int) -> dict[str, torch.Tensor]:
-    """A micro-batch without a label, for a process that has no example left but must take part in the step."""
-    ids = torch.full((1, 2), pad_token_id)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, IGNORE)}
+def pack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row of examples {"input_ids", "spans"} without padding.
+
+    Returns:
+        input_ids [1, T]; position_ids [1, T], from 0 for each example; lengths, tokens of each; before [N], index of the
+        token before each labelled one; targets [N], the labelled tokens. An example's first token is nobody's target.
+    """
+    lengths = tuple(len(example["input_ids"]) for example in examples)
+    ids = np.concatenate([np.asarray(example["input_ids"], dtype=np.int64) for example in examples])
+    labels = np.concatenate([np.asarray(labels_of(e["input_ids"], e["spans"]), dtype=np.int64) for e in examples])
+    starts = np.cumsum((0, *lengths[:-1]))
+    labels[starts] = IGNORE
+    labelled = np.flatnonzero(labels != IGNORE)
+    return {
+        "input_ids": torch.from_numpy(ids)[None],
+        "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts, lengths))[None],
+        "lengths": lengths,
+        "before": torch.from_numpy(labelled - 1),
+        "targets": torch.from_numpy(labels[labelled]),
+    }
+
+
+class Batching(Protocol):
+    """How the examples of a step become micro-batches."""
+
+    def cut(self, indices: Sequence[int], lengths: np.ndarray, rank: int, num_ranks: int) -> list[list[int]]:
+        """Micro-batches of one process; every process has the same number of them, of which some may be empty."""
+
+    def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_virtual_tokens: int) -> int:
+        """Positions of a micro-batch, padding and virtual tokens included."""
+
+    def tensors(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What the forward pass takes. No example: a micro-batch without a label, for a process that has nothing left."""
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Up to `size` rows, padded to the longest."""
+
+    size: int
+    pad_token_id: int
+
+    def cut(self, indices: Sequence[int], lengths: np.ndarray, rank: int, num_ranks: int) -> list[list[int]]:
+        """See `Batching`."""
+        return plan.micro_batches(indices, lengths, self.size, rank, num_ranks)
+
+    def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_virtual_tokens: int) -> int:
+        """See `Batching`."""
+        return len(chosen) * (max(int(lengths[i]) for i in chosen) + num_virtual_tokens)
+
+    def tensors(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """input_ids, attention_mask, labels, each [B, T]."""
+        return pad(examples or NOTHING, self.pad_token_id)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """One row of up to `max_tokens` tokens, virtual ones not counted."""
+
+    max_tokens: int
+
+    def cut(self, indices: Sequence[int], lengths: np.ndarray, rank: int, num_ranks: int) -> list[list[int]]:
+        """See `Batching`."""
+        return plan.balanced_rows(indices, lengths, self.max_tokens, rank, num_ranks)
+
+    def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_virtual_tokens: int) -> int:
+        """See `Batching`."""
+        return sum(int(lengths[i]) for i in chosen) + num_virtual_tokens
+
+    def tensors(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """See `pack`."""
+        return pack(examples or NOTHING)
+
+
+NOTHING = [{"input_ids": [0, 0], "spans": []}]
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The tensors of a micro-batch on a device."""
+    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

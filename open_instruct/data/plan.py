@@ -6,6 +6,7 @@ examples that the uninterrupted one would have seen.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,3 +64,36 @@ def micro_batches(examples: Sequence[int], lengths: Sequence[int] | np.ndarray, 
     rounds = math.ceil(len(cut) / num_ranks)
     cut += [[] for _ in range(rounds * num_ranks - len(cut))]
     return cut[rank::num_ranks]
+
+
+def balanced_rows(
+    examples: Sequence[int], lengths: Sequence[int] | np.ndarray, max_tokens: int, rank: int, num_ranks: int
+) -> list[list[int]]:
+    """Cut a step's examples into the packed rows of one process.
+
+    As few rows as `max_tokens` allows, a multiple of the processes, of about equal length: each example, longest first,
+    goes to the shortest row. Every process gets the same number of rows (an empty list where it has nothing left), and
+    the processes' rows of one round are of similar length.
+
+    Args:
+        examples: indices of the step's examples.
+        lengths: tokens of every example of the data set; none above `max_tokens`.
+        max_tokens: tokens of a row at most.
+        rank: of the process.
+        num_ranks: processes.
+    """
+    by_length = sorted(examples, key=lambda i: (-lengths[i], i))
+    num_rows = max(1, math.ceil(sum(int(lengths[i]) for i in examples) / (max_tokens * num_ranks))) * num_ranks
+    while True:
+        rows: list[list[int]] = [[] for _ in range(num_rows)]
+        heap = [(0, row) for row in range(num_rows)]
+        for index in by_length:
+            tokens, row = heap[0]
+            if tokens + int(lengths[index]) > max_tokens:
+                break
+            rows[row].append(index)
+            heapq.heapreplace(heap, (tokens + int(lengths[index]), row))
+        else:
+            order_of_rows = [row for _, row in sorted(heap, reverse=True)]
+            return [rows[row] for row in order_of_rows][rank::num_ranks]
+        num_rows += num_ranks

@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from open_instruct.errors import InputError
+from open_instruct.model.shared_prefix import SoftPrompt
 
 DEFAULT_TEXT = "Read what the user wrote and give the answer that is wanted, in the form that is wanted."
 
@@ -69,6 +71,21 @@ class Method(ABC):
     @abstractmethod
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
         """The base with a float32 adapter that is the only trainable part."""
+
+    def soft_prompt(self, model: Any) -> SoftPrompt | None:
+        """What the wrapped model puts before every example, differentiable; None where the method has no such thing."""
+        return None
+
+
+class EmbeddingPrompt(Method):
+    """A method whose soft prompt is embeddings."""
+
+    is_soft_prompt = True
+
+    def soft_prompt(self, model: Any) -> SoftPrompt:
+        """[P, D], from PEFT's own encoder."""
+        embeddings = model.get_prompt(batch_size=1)[0]
+        return SoftPrompt(embeddings=embeddings, length=len(embeddings))
 
 
 def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelFacts:

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from open_instruct.errors import InputError
 from open_instruct.methods.base import Method, MethodSettings, ModelFacts, Recipe
 
+USUAL_LAYERS = ["k_proj", "v_proj", "down_proj"]  # what PEFT names for Llama and most others
+
 
 class Ia3(Method):
     """Three vectors a layer, which start at 1."""
@@ -27,8 +29,12 @@ class Ia3(Method):
         )
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
-        """PEFT's IA3 on the layers that it knows for this architecture."""
+        """IA3 on the layers that PEFT knows for this architecture, else on keys, values and the feed-forward's last layer."""
         try:
             return get_peft_model(model, IA3Config(task_type=TaskType.CAUSAL_LM))
         except ValueError as error:
-            raise InputError(f"IA3 does not know the layers of a {model.config.model_type} model ({error}): use --use_lora") from None
+            names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+            if not set(USUAL_LAYERS) <= names:
+                raise InputError(f"IA3 does not know the layers of a {model.config.model_type} model ({error}): use --use_lora") from None
+        config = IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=USUAL_LAYERS, feedforward_modules=USUAL_LAYERS[2:])
+        return get_peft_model(model, config)

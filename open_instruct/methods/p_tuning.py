@@ -7,13 +7,13 @@ from peft import PromptEncoderConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.methods.base import Method, MethodSettings, ModelFacts, Recipe, model_facts, width_scaled
+from open_instruct.methods.base import EmbeddingPrompt, MethodSettings, ModelFacts, Recipe, model_facts, width_scaled
 
 
-class PTuning(Method):
+class PTuning(EmbeddingPrompt):
     """Prompt tuning, reparameterised by a three-layer perceptron. Only its output is needed after training."""
 
-    name, title, is_soft_prompt = "p_tuning", "P-tuning", True
+    name, title = "p_tuning", "P-tuning"
     default_virtual_tokens = 20
 
     def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PrefixTuningConfig, TaskType, get_peft_model
 from peft.tuners.cartridge.utils import prompt_embeddings_from_past_key_values
@@ -9,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from open_instruct.methods.base import DEFAULT_TEXT, Method, MethodSettings, ModelFacts, Recipe, text_tokens
+from open_instruct.model.shared_prefix import SoftPrompt
 
 
 class PrefixTuning(Method):
@@ -51,3 +54,9 @@ class PrefixTuning(Method):
             start = prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=settings.num_virtual_tokens)
             wrapped.prompt_encoder["default"].load_prompt_embeddings(start.float())
         return wrapped
+
+    def soft_prompt(self, model: Any) -> SoftPrompt:
+        """Keys and values [1, K, P, E] of each layer, as PEFT puts them into its cache."""
+        cache = model.get_prompt(batch_size=1)
+        length = model.active_peft_config.num_virtual_tokens
+        return SoftPrompt(keys_values=[(layer.keys, layer.values) for layer in cache.layers], length=length)

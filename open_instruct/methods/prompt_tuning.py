@@ -7,13 +7,13 @@ from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.methods.base import DEFAULT_TEXT, Method, MethodSettings, ModelFacts, Recipe, ordinary_tokens, text_tokens
+from open_instruct.methods.base import DEFAULT_TEXT, EmbeddingPrompt, MethodSettings, ModelFacts, Recipe, ordinary_tokens, text_tokens
 
 
-class PromptTuning(Method):
+class PromptTuning(EmbeddingPrompt):
     """A soft prompt of embeddings."""
 
-    name, title, is_soft_prompt = "prompt_tuning", "prompt tuning", True
+    name, title = "prompt_tuning", "prompt tuning"
     default_virtual_tokens = 20
 
     def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:

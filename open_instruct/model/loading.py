@@ -101,25 +101,30 @@ def choose_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def choose_attention(use_flash_attn: bool | None) -> str:
-    """FlashAttention-2 where it is installed and can run (or was asked for), else PyTorch's SDPA."""
+def choose_attention(use_flash_attn: bool | None) -> str | None:
+    """FlashAttention-2 where it is installed and can run (or was asked for); None: what transformers takes for the model.
+
+    That is SDPA, or plain matrix products for models whose scores SDPA can't compute (Gemma 2).
+    """
     available = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
     if use_flash_attn and not available:
         raise InputError("--use_flash_attn needs a GPU and the flash extra (pip install '.[flash]'): drop the flag to use SDPA")
-    return "flash_attention_2" if available and use_flash_attn is not False else "sdpa"
+    return "flash_attention_2" if available and use_flash_attn is not False else None
 
 
 def load_model(
     name: str,
     config: PretrainedConfig,
     dtype: torch.dtype,
-    attention: str,
-    quantise: bool = False,
+    attention: str | None,
+    quantise: str | None = None,
     allow_pickle: bool = False,
     use_liger_kernel: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """The base model, on this process's device, in `dtype`; `quantise` loads its linear layers in 4-bit NormalFloat.
+    """The base model, on this process's device, in `dtype`; its linear layers quantised on demand.
+
+    `quantise` "4bit" is NormalFloat with double quantisation, "8bit" is LLM.int8().
 
     Raises:
         InputError: weights missing, pickled, or of another shape; an extra that is not installed.
@@ -132,9 +137,10 @@ def load_model(
         loader = importlib.import_module("liger_kernel.transformers").AutoLigerKernelForCausalLM
     if quantise:
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise InputError("--use_qlora needs bitsandbytes: pip install '.[quant]', or use --use_lora")
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            raise InputError("a quantised base needs bitsandbytes: pip install '.[quant]', or load it without")
+        four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        options["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True) if quantise == "8bit" else BitsAndBytesConfig(load_in_4bit=True, **four_bits)
         )
     if not allow_pickle:
         options["use_safetensors"] = True

@@ -13,8 +13,8 @@ OPTIMIZER_BYTES = {False: 8, True: 2}  # AdamW's two moments in float32, or in 8
 def estimate_mb(
     model: torch.nn.Module,
     config: PretrainedConfig,
-    batch_size: int,
-    row_length: int,
+    tokens: int,
+    logit_rows: int,
     gradient_checkpointing: bool,
     use_8bit_optimizer: bool,
     activation_bytes: int,
@@ -28,8 +28,8 @@ def estimate_mb(
     Args:
         model: base with adapter.
         config: of the base.
-        batch_size: rows of a micro-batch, B.
-        row_length: tokens of its longest row, virtual tokens included, T.
+        tokens: positions of a micro-batch, padding and virtual tokens included, B · T.
+        logit_rows: positions whose logits exist at once.
         gradient_checkpointing: only layer inputs are kept.
         use_8bit_optimizer: AdamW's moments in 8 bits.
         activation_bytes: bytes of an activation (4 or 2).
@@ -42,7 +42,6 @@ def estimate_mb(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     hidden, layers = text.hidden_size, text.num_hidden_layers
     feed_forward = getattr(text, "intermediate_size", None) or 4 * hidden
-    tokens = batch_size * row_length
     a_layer = hidden if gradient_checkpointing else 14 * hidden + 4 * feed_forward
     recomputed = 14 * hidden + 4 * feed_forward if gradient_checkpointing else 0
     parts = {
@@ -50,7 +49,7 @@ def estimate_mb(
         "gradients": trained * 4,
         "optimizer": trained * OPTIMIZER_BYTES[use_8bit_optimizer],
         "activations": tokens * (a_layer * layers + recomputed) * activation_bytes,
-        "logits": tokens * text.vocab_size * 4 * 3,
+        "logits": logit_rows * text.vocab_size * 4 * 3,
     }
     parts["total"] = sum(parts.values())
     return {name: round(value / 1e6, 1) for name, value in parts.items()}

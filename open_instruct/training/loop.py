@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from open_instruct.data import collate
+from open_instruct.data.collate import Batching, to_device
 from open_instruct.data.dataset import Examples
-from open_instruct.data.plan import Plan, micro_batches
+from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.tracking import Metrics, peak_memory_mb
@@ -24,11 +24,10 @@ from open_instruct.training.tracking import Metrics, peak_memory_mb
 class FitSettings:
     """Plain values of the loop."""
 
-    micro_batch_size: int
+    batching: Batching
     accumulation_steps: int
     clip_grad_norm: float  # bound of the L2 norm; none where not positive
     seed: int
-    pad_token_id: int
     logging_steps: int
     eval_steps: int  # 0: none between start and end
     checkpoint_every: int  # steps; 0: none
@@ -125,20 +124,17 @@ def step_gradient(
     With S the step's examples on all R processes, the gradient is d/dθ of  Σ_{tokens of S} loss / label_tokens.
     Each process sums its own micro-batches. DDP averages over processes, so each sum is multiplied by R.
     """
-    batches = micro_batches(
-        indices.tolist(), examples.lengths, settings.micro_batch_size, accelerator.process_index, accelerator.num_processes
-    )
+    batches = settings.batching.cut(indices.tolist(), examples.lengths, accelerator.process_index, accelerator.num_processes)
     divisor = label_tokens
     if settings.sum_loss:
         divisor = settings.accumulation_steps * accelerator.num_processes
     total = torch.zeros((), device=accelerator.device)
     for number, chosen in enumerate(batches, start=1):
-        rows = [examples[i] for i in chosen]
-        batch = collate.pad(rows, settings.pad_token_id) if rows else collate.nothing(settings.pad_token_id)
+        batch = to_device(settings.batching.tensors([examples[i] for i in chosen]), accelerator.device)
         accelerator.sync_gradients = number == len(batches)  # DeepSpeed steps inside the backward pass where this is set
         exchange = accelerator.sync_gradients or settings.sync_each_batch
         with nullcontext() if exchange else accelerator.no_sync(model):
-            loss, _ = model(**{name: tensor.to(accelerator.device) for name, tensor in batch.items()})
+            loss, _ = model(**batch)
             accelerator.backward(loss * (accelerator.num_processes / divisor))
         total += loss.detach()
     return total

@@ -6,27 +6,29 @@ import json
 import math
 import os
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from open_instruct.arguments import FinetuneArguments
-from open_instruct.data import chat, dataset, forms, reading
-from open_instruct.data.dataset import Examples
+from open_instruct.data import chat
+from open_instruct.data.collate import Batching, Packing
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
 from open_instruct.methods import METHODS, MethodSettings, Recipe, model_facts
 from open_instruct.model import loading, memory
+from open_instruct.model.chunked_loss import rows_at_once
 from open_instruct.quiet import silence_transformers
+from open_instruct.training import capabilities, packing
 from open_instruct.training.checkpoint import complete_checkpoints, find_checkpoint
+from open_instruct.training.examples import Data, max_sequence_length, num_virtual_tokens
 from open_instruct.training.loop import FitSettings
-
-DEFAULT_MAX_SEQ_LENGTH = 4096
+from open_instruct.training.packing import Forward, PackingSettings
 
 
 def make_accelerator(a: FinetuneArguments) -> Accelerator:
@@ -49,6 +51,40 @@ def make_accelerator(a: FinetuneArguments) -> Accelerator:
         raise InputError(f"--report_to {' '.join(a.report_to)} can't be used ({error}): install the tracker or name another") from None
     set_seed(a.seed)
     return accelerator
+
+
+def check_capabilities(a: FinetuneArguments, engine: str | None) -> None:
+    """Refuse what the method can't be combined with.
+
+    Args:
+        a: the flags.
+        engine: of several processes, as `engine_of` names it.
+
+    Raises:
+        InputError: naming every obstacle at once.
+    """
+    method = METHODS[a.method]
+    wanted = {
+        capabilities.PADDED_CHECKPOINTING: a.gradient_checkpointing and not a.packing,
+        capabilities.FOUR_BITS: a.load_in_4bit,
+        capabilities.EIGHT_BITS: a.load_in_8bit,
+        engine: engine is not None,
+    }
+    reasons = {feature: capabilities.obstacle(method, feature) for feature, on in wanted.items() if feature and on}
+    problems = [f"{method.title} does not work with {feature}: {reason}" for feature, reason in reasons.items() if reason]
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def engine_of(accelerator: Accelerator) -> str | None:
+    """What joins the processes, as a column of the capability table; None for one process alone."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        return capabilities.ZERO_3 if stage == 3 else capabilities.ZERO_2
+    if kind == DistributedType.FSDP:
+        return capabilities.FSDP
+    return capabilities.DDP if accelerator.num_processes > 1 else None
 
 
 def check_wandb() -> None:
@@ -110,99 +146,6 @@ def load_tokenizer_and_config(a: FinetuneArguments) -> tuple[PreTrainedTokenizer
     return tokenizer, config
 
 
-def num_virtual_tokens(a: FinetuneArguments) -> int:
-    """Virtual tokens of the run: the flag's, or the recipe's."""
-    method = METHODS[a.method]
-    return (a.num_virtual_tokens or method.default_virtual_tokens) if method.is_soft_prompt else 0
-
-
-def max_sequence_length(a: FinetuneArguments, config: PretrainedConfig) -> int:
-    """Tokens of a conversation that are kept.
-
-    Raises:
-        InputError: they don't fit into the model's context beside the virtual tokens.
-    """
-    context, virtual = loading.context_length(config), num_virtual_tokens(a)
-    if context is None:
-        return a.max_seq_length or DEFAULT_MAX_SEQ_LENGTH
-    if virtual + (a.max_seq_length or 2) > context:
-        asked = f"--max_seq_length {a.max_seq_length}" if a.max_seq_length else "a conversation"
-        raise InputError(
-            f"{virtual} virtual tokens and {asked} need more than the model's context of {context} positions: "
-            f"use --max_seq_length {max(context - virtual, 2)} or fewer virtual tokens"
-            if virtual < context
-            else f"--num_virtual_tokens {virtual} fills the model's context of {context} positions: use fewer"
-        )
-    return a.max_seq_length or min(DEFAULT_MAX_SEQ_LENGTH, context - virtual)
-
-
-@dataclass(frozen=True)
-class Data:
-    """Training examples, and held-out examples (None: no held-out data)."""
-
-    train: Examples
-    held_out: Examples | None
-
-    def fingerprints(self) -> dict[str, Any]:
-        """What identifies the data in run.json and in checkpoints."""
-        return {"train": self.train.fingerprint, "held_out": self.held_out and self.held_out.fingerprint}
-
-
-def load_data(a: FinetuneArguments, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Data:
-    """Read, check, tokenise and split. The main process goes first, and the others find its cache."""
-    length = max_sequence_length(a, config)
-    if a.preprocessing_num_workers:
-        os.environ["RAYON_NUM_THREADS"] = str(a.preprocessing_num_workers)  # of the Rust tokenizer
-    with accelerator.main_process_first():
-        rows, key = training_source(a)
-        train = build_examples(a, said(rows, accelerator, a.sft_messages_key), key, tokenizer, length)
-        held_out = None
-        if a.validation_file:
-            if any(Path(a.validation_file).resolve() == Path(name).resolve() for name in a.train_file or []):
-                raise InputError(f"--validation_file {a.validation_file} is the training file: name another, or use --validation_fraction")
-            files = reading.files_of(a.validation_file)
-            held_out = build_examples(a, reading.read_files(files), dataset.file_key(files), tokenizer, length)
-            held_out = dataset.draw(held_out, a.max_eval_samples, a.seed)
-        else:
-            train, held_out = dataset.hold_out(train, a.validation_fraction, a.max_eval_samples, a.seed)
-    return Data(dataset.draw(train, a.max_train_samples, a.seed), held_out)
-
-
-def said(rows: Any, accelerator: Accelerator, key: str) -> Any:
-    """The rows, unchanged; the first one's form is printed when it is read."""
-    for number, (place, row) in enumerate(rows):
-        if number == 0:
-            accelerator.print(f"reading {place}: form {forms.form_of(place, row, key)}")
-        yield place, row
-
-
-def training_source(a: FinetuneArguments) -> tuple[Any, str | None]:
-    """Rows of the training data, unread, and a key of their content (None where it can't be known without reading)."""
-    if a.train_file:
-        files = [path for source in a.train_file for path in reading.files_of(source)]
-        return reading.read_files(files), dataset.file_key(files)
-    if a.dataset_name:
-        return reading.read_hub_rows(a.dataset_name, a.dataset_config_name, "train"), None
-    if a.dataset_mixer:
-        members = [(name, str(amount)) for name, amount in json.loads(a.dataset_mixer).items()]
-    else:
-        words = a.dataset_mixer_list or []
-        if len(words) % 2:
-            raise InputError(f"--dataset_mixer_list has {len(words)} words: give pairs of NAME_OR_FILE and COUNT_OR_SHARE")
-        members = list(zip(words[::2], words[1::2], strict=True))
-    splits = a.dataset_mixer_list_splits
-    files = [path for name, _ in members for path in reading.files_of(name, splits[0])] if len(splits) == 1 else []
-    key = dataset.file_key(files) + json.dumps([members, a.seed]) if files else None
-    return reading.read_mixture(members, splits, a.seed), key
-
-
-def build_examples(a: FinetuneArguments, rows: Any, key: str | None, tokenizer: PreTrainedTokenizerBase, length: int) -> Examples:
-    """Rows → examples, through the cache where the content is known."""
-    cache = Path(a.dataset_local_cache_dir) if key and not a.dataset_skip_cache else None
-    named = reading.conversations(rows, a.sft_messages_key)
-    return dataset.build(named, tokenizer, length, f"{key} {a.sft_messages_key}", cache, a.overwrite_cache)
-
-
 def fill_from_recipe(a: FinetuneArguments, recipe: Recipe, origins: dict[str, str]) -> None:
     """Fill the hyperparameters that the user left unset, and note their origin."""
     for item in fields(recipe):
@@ -220,23 +163,21 @@ def method_settings(a: FinetuneArguments) -> MethodSettings:
 def load_base(a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Any:
     """The base model on this process's device."""
     assert a.model_name_or_path
-    method = METHODS[a.method]
-    if a.gradient_checkpointing and a.method == "prefix_tuning":
-        raise InputError("--gradient_checkpointing does not work with prefix tuning in PEFT: drop the flag, or use --use_prompt_tuning")
+    quantise = "4bit" if METHODS[a.method].needs_quantised_base or a.load_in_4bit else "8bit" if a.load_in_8bit else None
     with accelerator.main_process_first():
         model = loading.load_model(
             a.model_name_or_path,
             config,
             torch.float32 if a.method == "full" else loading.choose_dtype(a.dtype),
             loading.choose_attention(a.use_flash_attn),
-            quantise=method.needs_quantised_base,
+            quantise=quantise,
             allow_pickle=a.allow_pickle,
             use_liger_kernel=a.use_liger_kernel,
             revision=a.model_revision,
             trust_remote_code=a.trust_remote_code,
         )
     loading.check_vocabulary(model, tokenizer)
-    return model if method.needs_quantised_base else model.to(accelerator.device)
+    return model if quantise else model.to(accelerator.device)
 
 
 def wrap_method(a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase, origins: dict[str, str]) -> tuple[Any, Recipe]:
@@ -249,10 +190,32 @@ def wrap_method(a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizer
     recipe = method.recipe(model_facts(model, tokenizer), method_settings(a))
     fill_from_recipe(a, recipe, origins)
     torch.manual_seed(a.seed)
-    wrapped = method.wrap(model, tokenizer, method_settings(a))
-    if a.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return wrapped, recipe
+    return method.wrap(model, tokenizer, method_settings(a)), recipe
+
+
+def choose_forward(
+    a: FinetuneArguments, origins: dict[str, str], data: Data, config: PretrainedConfig, model: Any, accelerator: Accelerator, pad: int
+) -> Forward:
+    """Packed if the model allows it exactly. Says so, and why not otherwise."""
+    settings = PackingSettings(
+        packing=a.packing,
+        asked_for="packing" in origins,
+        max_tokens_per_microbatch=a.max_tokens_per_microbatch,
+        attn_backend=a.attn_backend,
+        max_seq_length=max_sequence_length(a, config),
+        num_virtual_tokens=num_virtual_tokens(a),
+        train_batch_size=a.per_device_train_batch_size,
+        eval_batch_size=a.per_device_eval_batch_size or a.per_device_train_batch_size,
+        pad_token_id=pad,
+        gradient_checkpointing=a.gradient_checkpointing,
+        compile_layers=a.compile,
+    )
+    packing.check_rows(settings, max(int(examples.lengths.max()) for examples in (data.train, data.held_out) if examples))
+    dtype = loading.choose_dtype(a.dtype)
+    with accelerator.autocast():
+        forward = packing.choose_forward(model, METHODS[a.method], settings, accelerator.device, dtype)
+    accelerator.print(f"forward pass: {forward.description}")
+    return forward
 
 
 def hyperparameters(a: FinetuneArguments) -> dict[str, Any]:
@@ -275,15 +238,14 @@ def make_plan(a: FinetuneArguments, num_examples: int, num_processes: int) -> Pl
     return Plan(num_examples, examples_per_step, num_steps, a.seed)
 
 
-def fit_settings(a: FinetuneArguments, plan: Plan, pad_token_id: int) -> FitSettings:
+def fit_settings(a: FinetuneArguments, plan: Plan, batching: Batching) -> FitSettings:
     """The plain values of the loop."""
     assert a.clip_grad_norm is not None
     return FitSettings(
-        micro_batch_size=a.per_device_train_batch_size,
+        batching=batching,
         accumulation_steps=a.gradient_accumulation_steps,
         clip_grad_norm=a.clip_grad_norm,
         seed=a.seed,
-        pad_token_id=pad_token_id,
         logging_steps=a.logging_steps,
         eval_steps=max(1, plan.num_steps // 5) if a.eval_steps is None else a.eval_steps,
         checkpoint_every=plan.steps_per_epoch if a.checkpointing_steps == "epoch" else int(a.checkpointing_steps or 0),
@@ -292,15 +254,18 @@ def fit_settings(a: FinetuneArguments, plan: Plan, pad_token_id: int) -> FitSett
     )
 
 
-def dry_run_text(a: FinetuneArguments, data: Data, plan: Plan, model: Any, config: PretrainedConfig) -> str:
+def dry_run_text(a: FinetuneArguments, data: Data, plan: Plan, model: Any, config: PretrainedConfig, batching: Batching) -> str:
     """The plan of a run: steps, tokens, parameters, memory."""
     sizes = memory.counts(model)
-    row_length = int(data.train.lengths.max()) + num_virtual_tokens(a)
+    vocab_size, device = config.get_text_config().vocab_size, next(model.parameters()).device
+    batches = [batching.cut(plan.examples(step).tolist(), data.train.lengths, 0, 1) for step in range(min(plan.num_steps, 20))]
+    largest = max(batching.positions(rows, data.train.lengths, num_virtual_tokens(a)) for step in batches for rows in step)
+    logit_rows = min(largest, rows_at_once(device, vocab_size, a.method == "full")) if isinstance(batching, Packing) else largest
     estimate = memory.estimate_mb(
         model,
         config,
-        a.per_device_train_batch_size,
-        row_length,
+        largest,
+        logit_rows,
         a.gradient_checkpointing,
         a.use_8bit_optimizer,
         loading.choose_dtype(a.dtype).itemsize,

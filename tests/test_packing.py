@@ -1,0 +1,251 @@
+"""Which forward pass a run takes, what it refuses, and that the choice changes nothing but speed."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from docs import make_capabilities
+from open_instruct.arguments import FinetuneArguments
+from open_instruct.data import collate
+from open_instruct.errors import InputError
+from open_instruct.methods import METHODS
+from open_instruct.model import backends
+from open_instruct.model.backends import missing
+from open_instruct.model.chunked_loss import chunked_cross_entropy, find_head
+from open_instruct.model.loss import PackedModel
+from open_instruct.training import capabilities, packing, setup
+from open_instruct.training.packing import PackingSettings, choose_forward, row_bound, try_packed
+from tests.conftest import ROOT, method_flags, without_measurements
+from tests.test_shared_prefix import COMMON, examples, packed_model, random_model, wrap
+
+SETTINGS = PackingSettings(
+    packing=True, asked_for=False, max_tokens_per_microbatch=None, attn_backend=None, max_seq_length=64, num_virtual_tokens=5,
+    train_batch_size=4, eval_batch_size=4, pad_token_id=0, gradient_checkpointing=False, compile_layers=False,
+)  # fmt: skip
+CPU = torch.device("cpu")
+SHORT = ["--max_train_steps", "3", "--eval_steps", "0", "--lora_dropout", "0"]
+
+
+def changed(**changes: Any) -> PackingSettings:
+    """SETTINGS with changes."""
+    return PackingSettings(**{**SETTINGS.__dict__, **changes})
+
+
+def of_kind(kind: str, **options: Any) -> Any:
+    """A tiny model of an architecture that is not in the table of exact ones."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**COMMON, **options}))
+
+
+UNPACKABLE = {
+    "bloom": ({}, "does not go through transformers' AttentionInterface"),
+    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "num_key_value_heads": 2}, "its attention uses s_aux"),
+    "lfm2": (
+        {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention", "conv"]},
+        "an example's loss depends on the example before it",
+    ),
+    "llama": ({"attention_dropout": 0.1}, "its attention uses dropout"),
+    "nemotron": ({"num_key_value_heads": 2}, "loses the row's boundaries"),
+}
+
+
+@pytest.mark.parametrize("kind", UNPACKABLE)
+def test_a_model_that_packing_would_get_wrong_is_padded_and_says_why(kind):
+    options, reason = UNPACKABLE[kind]
+    model, method = wrap("lora", of_kind(kind, **options))
+    own = model.get_base_model().config._attn_implementation
+    forward = choose_forward(model, method, SETTINGS, CPU, torch.float32)
+    assert (
+        forward.description.startswith("padded, 4 rows; because the packed one can't serve this model exactly")
+        and reason in forward.description
+    )
+    assert model.get_base_model().config._attn_implementation == own
+    with pytest.raises(InputError, match="use --packing False"):
+        choose_forward(model, method, changed(asked_for=True), CPU, torch.float32)
+    with pytest.raises(InputError, match="--compile needs the packed forward pass"):
+        choose_forward(model, method, changed(compile_layers=True), CPU, torch.float32)
+
+
+def test_the_probe_notices_a_wrong_position(monkeypatch):
+    model, method = wrap("prefix_tuning", random_model("llama"))
+    prompt = partial(method.soft_prompt, model)
+    packed, _ = try_packed(model, prompt, "blocked", torch.float32)
+    assert packed is not None
+    packed.release()
+    monkeypatch.setattr(collate, "pack", lambda rows, pack=collate.pack: (b := pack(rows)) | {"position_ids": b["position_ids"] + 1})
+    packed, reason = try_packed(model, prompt, "blocked", torch.float32)
+    assert packed is None and "off its own" in reason
+
+
+def test_the_probe_notices_a_leak_in_half_precision_too(monkeypatch):
+    model, _ = wrap("lora", random_model("llama").bfloat16())
+    leaky = lambda *inputs: backends.blocked(*inputs[:5], shifted(inputs[5]), *inputs[6:])  # noqa: E731
+
+    def shifted(segments):
+        return type(segments)(((0, segments.bounds[-1][1]),), 0, 0)
+
+    monkeypatch.setitem(backends.BACKENDS, "leaky", leaky)
+    packed, reason = try_packed(model, lambda: None, "leaky", torch.bfloat16)
+    assert packed is None and reason
+
+
+def test_an_adapter_that_does_not_run_on_a_model_is_said():
+    model, method = wrap("prefix_tuning", of_kind("lfm2", num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"]))
+    with pytest.raises(InputError, match="does not run on a lfm2 model"):
+        choose_forward(model, method, SETTINGS, CPU, torch.float32)
+
+
+def test_the_bound_of_a_row():
+    assert row_bound(SETTINGS) == 4 * 64 + 5  # what the padded micro-batch could hold
+    assert row_bound(changed(train_batch_size=16, max_seq_length=2048)) == 4096 + 5
+    assert row_bound(changed(max_seq_length=8192)) == 8192 + 5
+    assert row_bound(changed(max_tokens_per_microbatch=77)) == 77
+    packing.check_rows(changed(max_tokens_per_microbatch=77), 72)
+    with pytest.raises(InputError, match="has 73 tokens and 5 virtual ones: raise it to 78, or cut examples with --max_seq_length 72"):
+        packing.check_rows(changed(max_tokens_per_microbatch=77), 73)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "prompt_tuning", "p_tuning", "prefix_tuning", "ia3"])
+def test_packed_and_padded_runs_are_the_same_run(method, train):
+    flags = [*method_flags(method), *SHORT, "--gradient_accumulation_steps", "2"]
+    packed, padded = train("packed", *flags, "--max_tokens_per_microbatch", "150"), train("padded", *flags, "--packing", "False")
+    assert packed.code == padded.code == 0, packed.err + padded.err
+    assert "forward pass: packed, rows of at most 150 tokens, attention by blocked" in packed.out
+    assert "forward pass: padded, 8 rows; PEFT's own" in padded.out
+    for a, b in zip(without_measurements(packed.metrics), without_measurements(padded.metrics), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+RUNNABLE = {
+    capabilities.PACKING: [],
+    capabilities.CHECKPOINTING: ["--gradient_checkpointing"],
+    capabilities.PADDED_CHECKPOINTING: ["--gradient_checkpointing", "--packing", "False"],
+    capabilities.EIGHT_BITS: ["--load_in_8bit"],
+    capabilities.FOUR_BITS: ["--load_in_4bit"],
+}
+
+
+@pytest.mark.parametrize("feature", RUNNABLE)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_table_of_capabilities_is_true(name, feature, train):
+    """Where it says yes the run trains, with a gradient; where it says no the run is refused with the reason."""
+    run = train("run", *method_flags(name), *SHORT, *RUNNABLE[feature])
+    obstacle = capabilities.obstacle(METHODS[name], feature)
+    if obstacle:
+        assert run.code == 2 and obstacle in run.err
+    else:
+        assert run.code == 0, run.err
+        assert run.metrics[1]["grad_norm"] > 0 and run.summary["final_eval_loss"] < run.summary["initial_eval_loss"]
+        assert capabilities.line(METHODS[name]) in run.out
+        assert ("forward pass: padded" in run.out) == (feature == capabilities.PADDED_CHECKPOINTING)
+
+
+@pytest.mark.parametrize("engine", [capabilities.ZERO_3, capabilities.FSDP])
+def test_an_engine_that_can_not_be_saved_yet_is_refused(engine):
+    with pytest.raises(InputError, match="saving and resuming"):
+        setup.check_capabilities(FinetuneArguments(use_lora=True), engine)
+    setup.check_capabilities(FinetuneArguments(use_lora=True), capabilities.ZERO_2)
+
+
+def test_the_documented_table_is_generated_from_the_code():
+    assert (ROOT / "docs" / "capabilities.md").read_text() == make_capabilities.render()
+
+
+def test_checkpointing_changes_no_step(train):
+    flags = ["--use_prefix_tuning", *SHORT]
+    plain, recomputed = train("plain", *flags), train("recomputed", *flags, "--gradient_checkpointing")
+    for a, b in zip(without_measurements(plain.metrics), without_measurements(recomputed.metrics), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_nothing_and_need_few_graphs(train):
+    flags = ["--use_prompt_tuning", *SHORT]
+    plain = train("plain", *flags)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = train("compiled", *flags, "--compile")
+    assert compiled.code == 0, compiled.err
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
+    for a, b in zip(without_measurements(plain.metrics), without_measurements(compiled.metrics), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
+def test_the_head_is_found_and_pieces_give_the_whole_loss(architecture, monkeypatch):
+    base = random_model(architecture)
+    head = find_head(base)
+    assert head is not None
+    hidden, targets = torch.randn(20, 32, requires_grad=True), torch.randint(0, 120, (20,))
+    expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
+    weight = base.get_output_embeddings().weight
+    wanted = torch.autograd.grad(2 * expected, (hidden, weight))
+    monkeypatch.setattr("open_instruct.model.chunked_loss.CHUNK_ELEMENTS", {"cpu": 7 * 120})
+    monkeypatch.setattr("open_instruct.model.chunked_loss.MIN_ROWS_OF_A_TRAINED_HEAD", 3)
+    loss = chunked_cross_entropy(hidden, targets, head, 120, [weight])
+    torch.testing.assert_close(loss, expected)
+    for got, want in zip(torch.autograd.grad(2 * loss, (hidden, weight)), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_of_unknown_form_is_left_to_the_model(monkeypatch):
+    """Its logits are computed by the model itself, at the labelled positions."""
+    model, method = wrap("prompt_tuning", random_model("llama"))
+    expected = packed_model(model, method)(**collate.pack(examples()))[0].item()
+    monkeypatch.setattr("open_instruct.model.loss.find_head", lambda causal: None)
+    assert packed_model(model, method)(**collate.pack(examples()))[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_head_that_no_known_form_describes_is_not_guessed(monkeypatch):
+    base = random_model("llama")
+    own = type(base).forward
+
+    def squared(self, *inputs, **options):
+        output = own(self, *inputs, **options)
+        output.logits = output.logits**2
+        return output
+
+    assert find_head(base) is not None
+    monkeypatch.setattr(type(base), "forward", squared)
+    assert find_head(base) is None
+
+
+@pytest.mark.parametrize("name, dtype, says", [
+    ("varlen", torch.bfloat16, "it needs a GPU"), ("flash_attn", torch.bfloat16, "it needs a GPU"),
+    ("sdpa", torch.float32, None), ("blocked", torch.float32, None),
+])  # fmt: skip
+def test_a_back_end_that_can_not_run_says_why(name, dtype, says):
+    reason = missing(name, CPU, dtype)
+    assert (reason is None) == (says is None) and (says is None or says in reason)
+
+
+def test_gpu_back_ends_want_sixteen_bits():
+    reason = missing("varlen", SimpleNamespace(type="cuda"), torch.float32)  # type: ignore[arg-type]
+    assert reason and "--dtype bfloat16" in reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["varlen", "flash_attn"])
+@pytest.mark.parametrize("variant", ["lora", "prompt_tuning", "prefix_tuning"])
+def test_the_kernels_of_a_gpu_compute_what_sdpa_computes(variant, backend):
+    device = torch.device("cuda")
+    if missing(backend, device, torch.bfloat16):
+        pytest.skip(str(missing(backend, device, torch.bfloat16)))
+    results = []
+    for name in ("sdpa", backend):
+        model, method = wrap(variant, random_model("mistral").to(device, torch.bfloat16))
+        model.to(device)
+        packed: PackedModel = packed_model(model, method, name)
+        loss, _ = packed(**collate.to_device(collate.pack(examples()), device))
+        loss.backward()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])))
+    (loss, gradient), (other_loss, other) = results
+    assert other_loss == pytest.approx(loss, rel=1e-2)
+    assert (other - gradient).norm() / gradient.norm() < 5e-2
