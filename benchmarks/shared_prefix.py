@@ -253,10 +253,9 @@ def main() -> int:
         memory_of(*arguments.memory_of)
         return 0
     if arguments.only != "memory":
-        print(
-            "| steps of 16 examples | dtype | PEFT s | tokens/s | packed s | tokens/s | ratio | floor s | packed/floor | PEFT/floor | loss off |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|---|---|")
+        columns = ["steps of 16 examples", "dtype", "PEFT s", "tokens/s", "packed s", "tokens/s", "ratio", "floor s"]
+        columns += ["packed/floor", "PEFT/floor", "loss off"]
+        print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
         for name, row in SPEED.items():
             for dtype in (arguments.dtypes or row[-1]) if arguments.only in (None, name) else []:
                 print(speed(name, dtype, arguments), flush=True)

@@ -158,15 +158,28 @@ def test_gradient_checkpointing_recomputes_the_layers(variant, monkeypatch):
     assert len(calls) == 3 * 3  # three layers: forward, recomputation, and the evaluation of token losses
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference", "small blocks"])
+@pytest.mark.parametrize("backend", ["sdpa", "reference", "small blocks", "one by one"])
 @pytest.mark.parametrize("variant", ["lora", "prompt_tuning", "prefix_tuning"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
 def test_every_back_end_computes_the_same(architecture, variant, backend, monkeypatch):
     if backend == "small blocks":
         monkeypatch.setattr(backends, "BLOCK", 8)
+    if backend in ("small blocks", "one by one"):
+        monkeypatch.setattr(backends, "TOGETHER", 0)
+    backends._groups.cache_clear()
     monkeypatch.setitem(BACKENDS, "reference", partial(backends.varlen, reference_kernel))
     monkeypatch.setitem(BACKENDS, "small blocks", backends.blocked)
+    monkeypatch.setitem(BACKENDS, "one by one", backends.blocked)
     assert max(differences(architecture, variant, backend)) < 1e-5
+    backends._groups.cache_clear()
+
+
+def test_short_segments_are_computed_together():
+    """Unless a window would cut one of them, or the shared keys differ."""
+    segments = Segments(((0, 5), (5, 12), (12, 52), (52, 54), (54, 154)), num_head=5, num_shared=5)
+    assert [group[3] for group in backends._groups(segments, None)] == [(5,), (7, 40, 2), (100,)]
+    assert [group[3] for group in backends._groups(segments, 20)] == [(5,), (7,), (40,), (2,), (100,)]
+    assert [group[3] for group in backends._groups(segments, 45)] == [(5,), (7, 40, 2), (100,)]
 
 
 def reference_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap):

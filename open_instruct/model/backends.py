@@ -21,6 +21,7 @@ from open_instruct.errors import InputError
 from open_instruct.model.shared_prefix import Backend, Segments
 
 BLOCK = 256  # queries whose scores exist at once: they stay in the cache of a CPU, and memory does not grow with the square
+TOGETHER = 128  # tokens up to which short segments are computed in one product, masked from each other: calls cost more than they
 
 
 @lru_cache(maxsize=256)
@@ -35,9 +36,19 @@ def visible(num_queries: int, num_keys: int, window: int | None, device: torch.d
 @lru_cache(maxsize=256)
 def bias(num_queries: int, num_keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`visible` as summand of the scores: 0 where seen, -inf elsewhere."""
-    return torch.zeros((num_queries, num_keys), dtype=dtype, device=device).masked_fill_(
-        ~visible(num_queries, num_keys, window, device), -math.inf
-    )
+    summand = torch.zeros((num_queries, num_keys), dtype=dtype, device=device)
+    return summand.masked_fill_(~visible(num_queries, num_keys, window, device), -math.inf)
+
+
+@lru_cache(maxsize=256)
+def own_bias(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Summand [n, n] of the scores of neighbouring segments that don't see each other."""
+    summand = torch.full((sum(lengths), sum(lengths)), -math.inf, dtype=dtype, device=device)
+    start = 0
+    for length in lengths:
+        summand[start : start + length, start : start + length] = bias(length, length, None, dtype, device)
+        start += length
+    return summand
 
 
 def sdpa(
@@ -96,11 +107,11 @@ class _Blocked(torch.autograd.Function):
         ctx.segments, ctx.settings = segments, settings
         num_heads, num_kv = query.shape[1], key.shape[1]
         output = query.new_empty(1, query.shape[2], num_heads, value.shape[-1])
-        for start, end, num_shared in segments.spans():
+        for start, end, num_shared, lengths in _groups(segments, settings[1]):
             keys, values = _own_and_shared(key, value, shared_key, shared_value, start, end, num_shared)
-            for first, last, lowest in _blocks(end - start, num_shared, settings[1]):
+            for first, last, lowest, own in _blocks(lengths, num_shared, settings[1]):
                 queries = query[0, :, start + first : start + last].reshape(num_kv, -1, query.shape[-1])
-                weights, _ = _weights(queries, keys[:, lowest : num_shared + last], last - first, *settings)
+                weights, _ = _weights(queries, keys[:, lowest : num_shared + last], own, *settings)
                 part = torch.bmm(weights, values[:, lowest : num_shared + last])
                 output[0, start + first : start + last] = part.view(num_heads, last - first, -1).transpose(0, 1)
         return output
@@ -111,16 +122,16 @@ class _Blocked(torch.autograd.Function):
         scale, window, softcap = ctx.settings
         num_kv, shared = key.shape[1], (shared_key.float(), shared_value.float())
         grads = [torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), *map(torch.zeros_like, shared)]
-        for start, end, num_shared in ctx.segments.spans():
+        for start, end, num_shared, lengths in _groups(ctx.segments, window):
             keys, values = _own_and_shared(key, value, shared_key, shared_value, start, end, num_shared)
-            blocks = _blocks(end - start, num_shared, window)
+            blocks = _blocks(lengths, num_shared, window)
             grad_keys = torch.zeros(keys.shape, dtype=torch.float32, device=keys.device) if len(blocks) > 1 else None
             grad_values = torch.zeros(values.shape, dtype=torch.float32, device=keys.device) if len(blocks) > 1 else None
-            for first, last, lowest in blocks:
+            for first, last, lowest, own in blocks:
                 seen = slice(lowest, num_shared + last)
                 queries = query[0, :, start + first : start + last].reshape(num_kv, -1, query.shape[-1])
                 grad = grad_output[0, start + first : start + last].transpose(0, 1).reshape(num_kv, -1, value.shape[-1])
-                weights, capped = _weights(queries, keys[:, seen], last - first, scale, window, softcap)
+                weights, capped = _weights(queries, keys[:, seen], own, scale, window, softcap)
                 grad_scores = torch.ops.aten._softmax_backward_data(
                     torch.bmm(grad, values[:, seen].transpose(1, 2)), weights, -1, weights.dtype
                 )
@@ -152,10 +163,27 @@ def _own_and_shared(key: Any, value: Any, shared_key: Any, shared_value: Any, st
     return keys, values
 
 
-def _blocks(length: int, num_shared: int, window: int | None) -> list[tuple[int, int, int]]:
-    """(first query, last query + 1, first key that any of them sees) of each block of a segment."""
-    starts = range(0, length, BLOCK)
-    return [(first, min(first + BLOCK, length), max(0, num_shared + first - window + 1) if window else 0) for first in starts]
+@lru_cache(maxsize=8)
+def _groups(segments: Segments, window: int | None) -> list[tuple[int, int, int, tuple[int, ...]]]:
+    """(start, end, number of shared keys, lengths) of runs of segments that are computed together."""
+    groups: list[tuple[int, int, int, tuple[int, ...]]] = []
+    for start, end, num_shared in segments.spans():
+        if groups:
+            first, _, shared, lengths = groups[-1]
+            no_window = not window or num_shared + max(*lengths, end - start) <= window
+            if shared == num_shared and end - first <= TOGETHER and no_window:
+                groups[-1] = (first, end, shared, (*lengths, end - start))
+                continue
+        groups.append((start, end, num_shared, (end - start,)))
+    return groups
+
+
+def _blocks(lengths: tuple[int, ...], num_shared: int, window: int | None) -> list[tuple[int, int, int, tuple[int, ...]]]:
+    """(first query, last query + 1, first key that any of them sees, lengths of its segments) of each block of a group."""
+    if len(lengths) > 1:
+        return [(0, sum(lengths), 0, lengths)]
+    ends = [(first, min(first + BLOCK, lengths[0])) for first in range(0, lengths[0], BLOCK)]
+    return [(first, last, max(0, num_shared + first - window + 1) if window else 0, (last - first,)) for first, last in ends]
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
@@ -164,20 +192,20 @@ def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Ten
 
 
 def _weights(
-    queries: torch.Tensor, keys: torch.Tensor, num_queries: int, scale: float, window: int | None, softcap: float | None
+    queries: torch.Tensor, keys: torch.Tensor, lengths: tuple[int, ...], scale: float, window: int | None, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention weights [K, H/K · n, m] of n queries that are the last of m keys, and tanh of the capped scores."""
+    """Attention weights [K, H/K · n, m] of n queries, in segments of these lengths, that are the last of m keys; and tanh of capped scores."""
     scores = _product(queries, keys.transpose(1, 2), scale)
     capped = None
     if softcap:
         capped = torch.tanh(scores / softcap)
         scores = capped * softcap
-    num_keys = keys.shape[1]
+    num_queries, num_keys = sum(lengths), keys.shape[1]
     grouped = scores.view(scores.shape[0], -1, num_queries, num_keys)
-    if window and window < num_keys:
+    if window and window < num_keys and len(lengths) == 1:
         grouped += bias(num_queries, num_keys, window, scores.dtype, scores.device)
     else:  # keys before the block are seen by all of it
-        grouped[..., num_keys - num_queries :] += bias(num_queries, num_queries, None, scores.dtype, scores.device)
+        grouped[..., num_keys - num_queries :] += own_bias(lengths, scores.dtype, scores.device)
     return torch.softmax(scores, -1), capped
 
 
