@@ -2,8 +2,8 @@
 
 Run from the repository root: python -m benchmarks.attention_and_loss
 
-Attention: 16 segments and a shared prefix, 8 heads of 64, one layer, forward and backward. Loss: 1,550 positions of hidden size 512, forward
-and backward into the positions. Medians of interleaved runs on an otherwise idle machine.
+Attention: 16 segments and a shared prefix, 8 heads of 64, one layer, forward and backward. Loss: 1,550 positions of
+hidden size 512, forward and backward into the positions. Medians of interleaved runs on an otherwise idle machine.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class ModelFlags:
     load_in_4bit: bool = flag(False, "frozen base in 4-bit NormalFloat (needs the quant extra); adapters stay float32")
     load_in_8bit: bool = flag(False, "frozen base in 8 bits (needs the quant extra); adapters stay float32")
     use_flash_attn: bool | None = flag(
-        None, "FlashAttention-2 (needs the flash extra and a GPU); unset: where installed, else SDPA", nargs="?", const=True
+        None, "the package flash-attn (needs the flash extra and a GPU); unset: where installed; False: never", nargs="?", const=True
     )
     use_liger_kernel: bool = flag(False, "Liger's fused kernels (needs liger-kernel and a GPU)")
     allow_pickle: bool = flag(False, "load weights that exist only as pickle files; loading one can run code that is in it")
@@ -120,7 +120,7 @@ class OptimizationFlags:
     clip_grad_norm: float | None = flag(None, "bound of the gradient's L2 norm, -1: none; unset: the recipe's")
     fused_optimizer: bool = flag(True, "AdamW in one fused kernel")
     use_8bit_optimizer: bool = flag(False, "AdamW with 8-bit state (needs the quant extra)")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time; with every method")
     packing: bool = flag(
         True, "compute micro-batches as one row without padding, virtual tokens once; False: PEFT's own padded forward pass"
     )

@@ -194,7 +194,7 @@ def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Ten
 def _weights(
     queries: torch.Tensor, keys: torch.Tensor, lengths: tuple[int, ...], scale: float, window: int | None, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention weights [K, H/K · n, m] of n queries, in segments of these lengths, that are the last of m keys; and tanh of capped scores."""
+    """Attention weights [K, H/K · n, m] of n queries, in segments of these lengths, the last of m keys; and tanh of capped scores."""
     scores = _product(queries, keys.transpose(1, 2), scale)
     capped = None
     if softcap:
@@ -308,8 +308,8 @@ def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return f"torch {torch.__version__} lacks a torch.nn.attention.varlen with windows and grouped heads: update torch, or use sdpa"
 
 
-def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """Name of the back end that was asked for, or of the fastest that runs here.
+def choose(name: str | None, device: torch.device, dtype: torch.dtype, flash: bool = True) -> str:
+    """Name of the back end that was asked for, or of the fastest that runs here; the package flash-attn only if `flash`.
 
     Raises:
         InputError: the one that was asked for can't run here.
@@ -320,4 +320,5 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
         return name
     if device.type == "cpu":
         return "blocked"
-    return next(candidate for candidate in ("flash_attn", "varlen", "sdpa") if missing(candidate, device, dtype) is None)
+    candidates = ("flash_attn", "varlen", "sdpa") if flash else ("varlen", "sdpa")
+    return next(candidate for candidate in candidates if missing(candidate, device, dtype) is None)

@@ -35,6 +35,7 @@ class PackingSettings:
     asked_for: bool  # --packing was given, so falling back is an error
     max_tokens_per_microbatch: int | None
     attn_backend: str | None
+    use_flash_attn: bool
     max_seq_length: int
     num_virtual_tokens: int
     train_batch_size: int
@@ -97,7 +98,7 @@ def choose_forward(model: nn.Module, method: Method, settings: PackingSettings, 
     """
     reason = "--packing False"
     if settings.packing:
-        name = backends.choose(settings.attn_backend, device, dtype)
+        name = backends.choose(settings.attn_backend, device, dtype, settings.use_flash_attn)
         packed, reason = try_packed(model, partial(method.soft_prompt, model), name, dtype)
         if packed is not None:
             bound = row_bound(settings)

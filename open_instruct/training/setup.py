@@ -202,6 +202,7 @@ def choose_forward(
         asked_for="packing" in origins,
         max_tokens_per_microbatch=a.max_tokens_per_microbatch,
         attn_backend=a.attn_backend,
+        use_flash_attn=a.use_flash_attn is not False,
         max_seq_length=max_sequence_length(a, config),
         num_virtual_tokens=num_virtual_tokens(a),
         train_batch_size=a.per_device_train_batch_size,

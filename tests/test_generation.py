@@ -1,0 +1,66 @@
+"""An answer and a loss do not depend on which other rows share the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from open_instruct.data import collate
+from open_instruct.methods import METHODS, MethodSettings
+from open_instruct.model.generation import greedy_answers
+from tests.conftest import TINY_MODEL
+from tests.test_shared_prefix import examples, packed_model, packed_token_losses, random_model, wrap
+
+SETTINGS = MethodSettings(num_virtual_tokens=6, prompt_tuning_init="sample_vocab", prefix_init="text", lora_rank=4)
+QUESTIONS = ["horse apple", "knife", "goat brave kiwi young", "quiet storm", "small fast rich early hot quiet", "desert lemon"]
+
+
+def adapted(method: str):
+    """The bundled model with an adapter that changes its answers, and the token ids of QUESTIONS."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    torch.manual_seed(0)
+    model = METHODS[method].wrap(AutoModelForCausalLM.from_pretrained(TINY_MODEL), tokenizer, SETTINGS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.eval(), tokenizer, [tokenizer(text)["input_ids"] for text in QUESTIONS]
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_an_answer_does_not_depend_on_its_batch(method):
+    model, tokenizer, prompts = adapted(method)
+    together = greedy_answers(model, tokenizer, prompts, 12)
+    alone = [greedy_answers(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
+    backwards = greedy_answers(model, tokenizer, prompts[::-1], 12, batch_size=2)[::-1]
+    assert together == alone == backwards
+    assert len(set(together)) > 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_left_padding_does_depend_on_it(method):
+    """Negative control, and the reason for batches of equal length: PEFT's soft prompts shift under left padding."""
+    model, tokenizer, prompts = adapted(method)
+    short, long = torch.tensor([prompts[1]]), max(len(prompt) for prompt in prompts)
+    gap = long - short.shape[1]
+    padded = torch.nn.functional.pad(short, (gap, 0), value=tokenizer.pad_token_id)
+    mask = torch.nn.functional.pad(torch.ones_like(short), (gap, 0))
+    expected = model(input_ids=short, attention_mask=torch.ones_like(short)).logits[0, -1]
+    assert (model(input_ids=padded, attention_mask=mask).logits[0, -1] - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("variant", ["lora", "prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_a_packed_loss_does_not_depend_on_its_row(variant):
+    model, method = wrap(variant, random_model("llama"))
+    packed, rows = packed_model(model, method), [row for row in examples() if row["spans"][0] > 0]
+    alone = torch.cat([packed_token_losses(packed, [row]) for row in rows])
+    for order in (rows, rows[::-1]):
+        found = dict(zip(map(id, order), packed_token_losses(packed, order).split(list(map(count_labels, order))), strict=True))
+        torch.testing.assert_close(torch.cat([found[id(row)] for row in rows]), alone, rtol=1e-5, atol=1e-6)
+
+
+def count_labels(row: dict) -> int:
+    """Labelled tokens of an example whose first token is not labelled."""
+    return sum(label != collate.IGNORE for label in collate.labels_of(row["input_ids"], row["spans"]))
