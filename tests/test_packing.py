@@ -122,6 +122,18 @@ def test_packed_and_padded_runs_are_the_same_run(method, train):
         assert a == pytest.approx(b, rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "prompt_tuning", "prefix_tuning"])
+def test_packed_and_padded_runs_agree_in_bfloat16(method, train):
+    """Under autocast; as far as two orders of evaluation do."""
+    flags = [*method_flags(method), *SHORT, "--dtype", "bfloat16", "--max_train_steps", "2", "--lr_scheduler_type", "constant"]
+    packed, padded = train("packed", *flags), train("padded", *flags, "--packing", "False")
+    assert packed.code == padded.code == 0, packed.err + padded.err
+    assert "forward pass: packed" in packed.out
+    for a, b in zip(packed.metrics[:2], padded.metrics[:2], strict=True):
+        names = [name for name in ("loss", "grad_norm", "eval_loss") if name in a]
+        assert [a[name] for name in names] == pytest.approx([b[name] for name in names], rel=3e-2)
+
+
 RUNNABLE = {
     capabilities.PACKING: [],
     capabilities.CHECKPOINTING: ["--gradient_checkpointing"],

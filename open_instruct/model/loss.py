@@ -104,18 +104,18 @@ class PackedModel(TrainingModel):
             before: [N], index into the row of the token before each labelled one.
             targets: [N], the labelled tokens.
         """
-        prompt = self.soft_prompt()
-        inputs: dict[str, Any] = {"input_ids": input_ids}
+        prompt = self.soft_prompt() or SoftPrompt()
         num_head = 0
-        if prompt and prompt.embeddings is not None:
-            num_head = len(prompt.embeddings)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids + prompt.length}
+        if prompt.embeddings is not None:
+            num_head = prompt.length
             embedded = self.causal.get_input_embeddings()(input_ids)
-            inputs = {"inputs_embeds": torch.cat([prompt.embeddings[None].to(embedded.dtype), embedded], 1)}
-        first = num_head if prompt is None or prompt.keys_values is None else prompt.length
-        inputs["position_ids"] = position_ids + first
-        if num_head:
-            inputs["position_ids"] = torch.cat([torch.arange(num_head, device=position_ids.device)[None], inputs["position_ids"]], 1)
-        inputs["row"] = row = Row(tuple(lengths), num_head, prompt.keys_values if prompt else None, self.backend)
+            head_positions = torch.arange(num_head, device=position_ids.device)[None]
+            inputs = {
+                "inputs_embeds": torch.cat([prompt.embeddings[None].to(embedded.dtype), embedded], 1),
+                "position_ids": torch.cat([head_positions, inputs["position_ids"]], 1),
+            }
+        inputs["row"] = row = Row(tuple(lengths), num_head, prompt.keys_values, self.backend)
         loss = self._loss(inputs, before + num_head, targets)
         if not row.layers_seen:
             raise CannotPack("its attention does not go through transformers' AttentionInterface")

@@ -30,11 +30,11 @@ class CannotPack(Exception):
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """What a method puts before every example: embeddings [P, D], or keys and values [1, K, P, E] of each layer."""
+    """What a method puts before every example: embeddings [P, D], or keys and values [1, K, P, E] of each layer. `length` is P."""
 
+    length: int = 0
     embeddings: torch.Tensor | None = None
     keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None
-    length: int = 0  # P
 
 
 @dataclass(frozen=True)
