@@ -164,6 +164,7 @@ def speed(name: str, dtype: str, arguments: argparse.Namespace) -> str:
     batching = Packing(packing.row_bound(settings) - virtual)  # type: ignore[arg-type]
     backend = packing.backends.choose(None, torch.device(device), getattr(torch, dtype))
     make_packed = partial(PackedModel, model, partial(METHODS[method].soft_prompt, model), packing.backends.BACKENDS[backend])
+    torch._dynamo.utils.counters.clear()
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {"padded": [], "packed": []}
     tokens, differences = [], []

@@ -120,7 +120,9 @@ class OptimizationFlags:
     clip_grad_norm: float | None = flag(None, "bound of the gradient's L2 norm, -1: none; unset: the recipe's")
     fused_optimizer: bool = flag(True, "AdamW in one fused kernel")
     use_8bit_optimizer: bool = flag(False, "AdamW with 8-bit state (needs the quant extra)")
-    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time; with every method")
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass: less memory, about a third more time; with every method"
+    )
     packing: bool = flag(
         True, "compute micro-batches as one row without padding, virtual tokens once; False: PEFT's own padded forward pass"
     )

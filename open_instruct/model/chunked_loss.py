@@ -21,7 +21,7 @@ def chunked_cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, head: Hea
 
     Each piece's gradient is computed with its loss, in the forward pass, and only the gradient is kept: one pass over the
     head, where recomputing logits in the backward pass takes two. Works for any head that treats positions alone.
-    (`torch.nn.functional.linear_cross_entropy` does the same for linear heads, and was 3 to 12 times slower on CPU with torch 2.13:
+    (`torch.nn.functional.linear_cross_entropy` does the same for linear heads, and was 2 to 10 times slower on CPU with torch 2.13:
     `benchmarks/RESULTS.md`.)
 
     Args:
