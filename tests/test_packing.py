@@ -25,8 +25,8 @@ from tests.conftest import ROOT, method_flags, without_measurements
 from tests.test_shared_prefix import COMMON, examples, packed_model, random_model, wrap
 
 SETTINGS = PackingSettings(
-    packing=True, asked_for=False, max_tokens_per_microbatch=None, attn_backend=None, use_flash_attn=True, max_seq_length=64, num_virtual_tokens=5,
-    train_batch_size=4, eval_batch_size=4, pad_token_id=0, gradient_checkpointing=False, compile_layers=False,
+    packing=True, asked_for=False, max_tokens_per_microbatch=None, attn_backend=None, use_flash_attn=True, max_seq_length=64,
+    num_virtual_tokens=5, train_batch_size=4, eval_batch_size=4, pad_token_id=0, gradient_checkpointing=False, compile_layers=False,
 )  # fmt: skip
 CPU = torch.device("cpu")
 SHORT = ["--max_train_steps", "3", "--eval_steps", "0", "--lora_dropout", "0"]
