@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from assets.word_skills import unnamed_conversation
@@ -67,6 +68,7 @@ def train(tmp_path: Path, data_file: Path, capsys: pytest.CaptureFixture):
             [] if any(flag.startswith("--dataset_") and flag != "--dataset_skip_cache" for flag in flags) else ["--train_file", str(data)]
         )
         capsys.readouterr()
+        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision per process
         code = main([*common, *source, "--num_sample_answers", "0", *flags])
         output = capsys.readouterr()
         summary = folder / "summary.json"

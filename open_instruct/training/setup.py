@@ -48,6 +48,8 @@ def make_accelerator(a: FinetuneArguments) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=a.timeout))],
         )
     except ValueError as error:
+        if not a.with_tracking:
+            raise
         raise InputError(f"--report_to {' '.join(a.report_to)} can't be used ({error}): install the tracker or name another") from None
     set_seed(a.seed)
     return accelerator
