@@ -133,6 +133,7 @@ def attention(
     if unknown or dropout or others.get("is_causal") is False:
         raise CannotPack(f"its attention uses {', '.join(unknown) or ('dropout' if dropout else 'no causal order')}")
     row.layers_seen.add(module.layer_idx)
+    query, key = query.to(value), key.to(value)  # under autocast, rotation leaves them in float32
     if row.prefix is None:
         shared_key, shared_value = key[:, :, : row.num_head], value[:, :, : row.num_head]
     else:
