@@ -27,13 +27,14 @@ from open_instruct.training import capabilities, checkpoint, export, packing, se
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.evaluation import held_out_loss
 from open_instruct.training.examples import Data, load_data, num_virtual_tokens
+from open_instruct.training.faults import PREEMPTED, WRITE_ERRORS, Preempted, save_somewhere, warn
 from open_instruct.training.loop import fit
 from open_instruct.training.packing import Forward
 from open_instruct.training.tracking import Metrics, peak_memory_mb
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit code 0: done; 2: wrong input, said in one line; 130: interrupted."""
+    """Entry point. Exit code 0: done; 2: wrong input, said in one line; 75: preempted, resumable; 130: interrupted."""
     try:
         arguments, origins = parse(sys.argv[1:] if argv is None else argv)
         check_arguments(arguments)
@@ -41,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(arguments, origins)
     except InputError as error:
         return say_error(error)
+    except Preempted as stop:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"{stop}: continue with --resume_from_checkpoint", file=sys.stderr, flush=True)
+        return PREEMPTED
     except KeyboardInterrupt:
         print("interrupted: continue with --resume_from_checkpoint if there is a checkpoint", file=sys.stderr)
         return 130
@@ -108,7 +113,7 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         samples, exact = answers.compare(questions, base_answers, answers.answer(model, tokenizer, questions, room))
-        size = export.save_model(model, tokenizer, Path(a.output_dir))
+        size = save_somewhere(lambda folder: export.save_model(model, tokenizer, folder), Path(a.output_dir))
         summary = {**progress.summary(), **memory.counts(model), "adapter_bytes": size, "peak_memory_mb": peak_memory_mb()}
         export.finish(a, progress, summary | {"exact_match": exact, "samples": samples})
         print(summary_lines(summary, samples, exact, a.output_dir))
@@ -144,9 +149,12 @@ def train(
         progress.wall_seconds = seconds_before + time.perf_counter() - started
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            checkpoint.save_checkpoint(
-                output_dir / "checkpoints", forward.model.model, optimizer, schedule, progress, a.keep_last_n_checkpoints
-            )
+            try:
+                checkpoint.save_checkpoint(
+                    output_dir / "checkpoints", forward.model.model, optimizer, schedule, progress, a.keep_last_n_checkpoints
+                )
+            except WRITE_ERRORS as error:  # training goes on: the last good checkpoint is still there
+                warn(f"checkpoint of step {progress.step} could not be written ({' '.join(str(error).split())})")
         accelerator.wait_for_everyone()
 
     try:

@@ -74,6 +74,9 @@ class Batching(Protocol):
     def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_virtual_tokens: int) -> int:
         """Positions of a micro-batch, padding and virtual tokens included."""
 
+    def halved(self, indices: Sequence[int], lengths: np.ndarray) -> Packing | None:
+        """Rows of half the length that these examples fill now, or None where rows can't be made shorter."""
+
     def tensors(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What the forward pass takes. No example: a micro-batch without a label, for a process that has nothing left."""
 
@@ -93,6 +96,10 @@ class Padding:
         """See `Batching`."""
         return len(chosen) * (max(int(lengths[i]) for i in chosen) + num_virtual_tokens)
 
+    def halved(self, indices: Sequence[int], lengths: np.ndarray) -> Packing | None:
+        """See `Batching`."""
+        return None
+
     def tensors(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """input_ids, attention_mask, labels, each [B, T]."""
         return pad(examples or NOTHING, self.pad_token_id)
@@ -111,6 +118,12 @@ class Packing:
     def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_virtual_tokens: int) -> int:
         """See `Batching`."""
         return sum(int(lengths[i]) for i in chosen) + num_virtual_tokens
+
+    def halved(self, indices: Sequence[int], lengths: np.ndarray) -> Packing | None:
+        """See `Batching`. The longest example of the data set must fit."""
+        largest = max(int(lengths[row].sum()) for row in self.cut(indices, lengths, 0, 1))
+        bound = max(largest // 2, int(lengths.max()))
+        return Packing(bound) if bound < largest else None
 
     def tensors(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """See `pack`."""

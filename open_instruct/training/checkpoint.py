@@ -6,9 +6,11 @@ numbers and the order of examples are functions of seed and step, so they need n
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from open_instruct.data.writing import flush
+from open_instruct.data.writing import flush, write_json
 from open_instruct.errors import InputError
 
 MARK = "COMPLETED"
@@ -75,10 +77,21 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: Any, schedule: Any, progress: Progress, keep: int) -> None:
     """Write `folder`/step_N under a temporary name, flush it to disk, rename it, mark it; then drop the oldest beyond `keep`."""
-    final = folder / f"step_{progress.step}"
     working = folder / f".step_{progress.step}.writing"
     shutil.rmtree(working, ignore_errors=True)
-    working.mkdir(parents=True)
+    try:
+        working.mkdir(parents=True)
+        _write(working, model, optimizer, schedule, progress)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    if keep >= 0:
+        for old in complete_checkpoints(folder)[: -max(keep, 1)]:
+            shutil.rmtree(old)
+
+
+def _write(working: Path, model: nn.Module, optimizer: Any, schedule: Any, progress: Progress) -> None:
+    """Fill `working`, give it its final name, and mark it with the checksums of its files."""
+    final = working.parent / f"step_{progress.step}"
     tensors = {name: parameter.detach().contiguous().cpu() for name, parameter in trained_parameters(model).items()}
     save_file(tensors, working / "trained.safetensors")
     torch.save(optimizer.state_dict(), working / "optimizer.pt")
@@ -86,20 +99,40 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Any, schedule: An
     (working / "state.json").write_text(json.dumps(state, indent=2, default=str))
     for path in working.iterdir():
         flush(path)
+    sums = {path.name: sha256(path) for path in sorted(working.iterdir())}
     shutil.rmtree(final, ignore_errors=True)
     os.replace(working, final)
-    (final / MARK).touch()
-    flush(final / MARK)
-    flush(folder)
-    if keep >= 0:
-        for old in complete_checkpoints(folder)[: -max(keep, 1)]:
-            shutil.rmtree(old)
+    write_json(final / MARK, sums)
+    flush(working.parent)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints of a folder, oldest first."""
+    """The finished checkpoints of a folder, oldest first. Whether their files are still whole is asked by `damage`."""
     found = [path for path in folder.glob("step_*") if (path / MARK).exists()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by the checksums that it was marked with; None if it is whole."""
+    try:
+        sums = json.loads((path / MARK).read_text())
+    except (OSError, ValueError):
+        return "it was never finished"
+    for name, expected in sums.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if sha256(path / name) != expected:
+            return f"{name} is not what was written"
+    return None
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
@@ -109,13 +142,17 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
         InputError: the path is no complete checkpoint.
     """
     if wanted == "newest":
-        complete = complete_checkpoints(output_dir / "checkpoints")
-        return complete[-1] if complete else None
+        for path in reversed(complete_checkpoints(output_dir / "checkpoints")):
+            reason = damage(path)
+            if reason is None:
+                return path
+            print(f"warning: checkpoint {path} is damaged ({reason}): taking the one before", file=sys.stderr)
+        return None
     path = Path(wanted)
-    if not (path / MARK).exists():
-        known = ", ".join(p.name for p in complete_checkpoints(output_dir / "checkpoints")) or "none"
-        why = "is incomplete" if path.is_dir() else "does not exist"
-        raise InputError(f"checkpoint {path} {why}: complete ones in {output_dir / 'checkpoints'} are {known}")
+    reason = damage(path) if path.is_dir() else "it does not exist"
+    if reason:
+        known = ", ".join(p.name for p in complete_checkpoints(output_dir / "checkpoints") if damage(p) is None) or "none"
+        raise InputError(f"checkpoint {path} can't be used ({reason}): whole ones in {output_dir / 'checkpoints'} are {known}")
     return path
 
 

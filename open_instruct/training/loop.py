@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import DistributedType
 
 from open_instruct.data.collate import Batching, to_device
 from open_instruct.data.dataset import Examples
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
 from open_instruct.training.checkpoint import Progress
-from open_instruct.training.tracking import Metrics, peak_memory_mb
+from open_instruct.training.faults import Preempted, StopRequest, is_lost_contact, is_out_of_memory, lost_contact
+from open_instruct.training.tracking import Metrics
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class FitSettings:
     checkpoint_every: int  # steps; 0: none
     sum_loss: bool = False
     sync_each_batch: bool = False
+    max_skipped_steps: int = 3  # in a row
+    halved: bool = False  # memory ran out once
 
 
 def fit(
@@ -64,66 +69,110 @@ def fit(
         save: writes a checkpoint.
 
     Raises:
-        InputError: loss or gradient is no longer finite; parameters are those of the step before.
+        InputError: loss or gradient stays infinite or NaN; parameters are those of the last finite step.
+        Preempted: a signal asked for it; a checkpoint is written.
     """
     model.train()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    window_seconds, window_tokens = 0.0, 0
-    for step in range(progress.step, plan.num_steps):
-        started = time.perf_counter()
-        # Dropout is a function of seed, step and process: a resumed run draws what the uninterrupted one draws.
-        torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, accelerator.process_index]).generate_state(1)[0]))
-        indices = plan.examples(step)
-        label_tokens = int(examples.label_counts[indices].sum())
-        loss_sum = step_gradient(accelerator, model, examples, indices, label_tokens, settings)
-        learning_rate = schedule.get_last_lr()[0]
-        loss = accelerator.reduce(loss_sum, reduction="sum").item() / label_tokens
-        bound = settings.clip_grad_norm if settings.clip_grad_norm > 0 else math.inf
-        grad_norm = float(accelerator.clip_grad_norm_(parameters, bound))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise InputError(
-                f"step {step + 1}: loss {loss}, gradient norm {grad_norm} at learning rate {learning_rate:.3g}; the step was not "
-                "applied: lower --learning_rate or set --clip_grad_norm"
-            )
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    window_seconds, window_tokens, skipped = 0.0, 0, 0
+    with StopRequest() as stop:
+        for step in range(progress.step, plan.num_steps):
+            started = time.perf_counter()
+            indices = plan.examples(step)
+            label_tokens = int(examples.label_counts[indices].sum())
+            try:
+                loss_sum, settings = gradient_within_memory(accelerator, model, optimizer, examples, step, indices, settings, metrics)
+                # One exchange for two facts: a signal may have reached only some of the processes.
+                totals = accelerator.reduce(torch.stack([loss_sum, loss_sum.new_tensor(float(stop.name is not None))]), reduction="sum")
+                learning_rate, loss = schedule.get_last_lr()[0], totals[0].item() / label_tokens
+                bound = settings.clip_grad_norm if settings.clip_grad_norm > 0 else math.inf
+                grad_norm = float(accelerator.clip_grad_norm_(parameters, bound))
+            except RuntimeError as error:
+                if accelerator.num_processes > 1 and is_lost_contact(error):
+                    raise lost_contact(error, accelerator, step) from error
+                raise
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                optimizer.step()
+                skipped = 0
+            else:
+                skipped += 1
+                reason = f"loss {loss}, gradient norm {grad_norm} at learning rate {learning_rate:.3g}"
+                metrics.write({"step": step + 1, "skipped": reason, "example_indices": indices.tolist()})
+                metrics.say(f"step {step + 1}/{plan.num_steps} | not applied: {reason}; its examples are in metrics.jsonl")
+                if skipped >= settings.max_skipped_steps or accelerator.distributed_type == DistributedType.DEEPSPEED:
+                    raise InputError(f"step {step + 1}: {reason}, {skipped} in a row: lower --learning_rate or set --clip_grad_norm")
+            schedule.step()
+            optimizer.zero_grad()
 
-        tokens = int(examples.lengths[indices].sum())
-        seconds = time.perf_counter() - started
-        progress.advance(len(indices), tokens, label_tokens, seconds)
-        window_seconds, window_tokens = window_seconds + seconds, window_tokens + tokens
-        metrics.progress.update(1)
-        if progress.step % settings.logging_steps == 0 or progress.step == plan.num_steps:
-            row = {
-                "step": progress.step,
-                "epoch": plan.epoch(progress.step),
-                "loss": loss,
-                "learning_rate": learning_rate,
-                "grad_norm": grad_norm,
-                "examples": progress.examples,
-                "tokens": progress.tokens,
-                "label_tokens": progress.label_tokens,
-                "tokens_per_second": round(window_tokens / window_seconds, 1),
-                "peak_memory_mb": peak_memory_mb(),
-            }
-            window_seconds, window_tokens = 0.0, 0
-            metrics.write(row)
-            metrics.step_line(row)
-        if (settings.eval_steps and progress.step % settings.eval_steps == 0) or progress.step == plan.num_steps:
-            evaluate()
-        if settings.checkpoint_every and progress.step % settings.checkpoint_every == 0:
-            save()
+            tokens = int(examples.lengths[indices].sum())
+            seconds = time.perf_counter() - started
+            progress.advance(len(indices), tokens, label_tokens, seconds)
+            window_seconds, window_tokens = window_seconds + seconds, window_tokens + tokens
+            metrics.progress.update(1)
+            logged = progress.step % settings.logging_steps == 0 or progress.step == plan.num_steps
+            if logged and not skipped:
+                metrics.step_row(progress, plan.epoch(progress.step), loss, learning_rate, grad_norm, window_tokens / window_seconds)
+                window_seconds, window_tokens = 0.0, 0
+            if (settings.eval_steps and progress.step % settings.eval_steps == 0) or progress.step == plan.num_steps:
+                evaluate()
+            due = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
+            preempted = totals[1].item() > 0 and progress.step < plan.num_steps
+            if due or preempted:
+                save()
+            if preempted:
+                raise Preempted(f"stopped by {stop.name or 'a signal to another process'} after step {progress.step}")
+
+
+def gradient_within_memory(
+    accelerator: Any,
+    model: torch.nn.Module,
+    optimizer: Any,
+    examples: Examples,
+    step: int,
+    indices: Any,
+    settings: FitSettings,
+    metrics: Metrics,
+) -> tuple[torch.Tensor, FitSettings]:
+    """`step_gradient`; where memory runs out in a packed row, once more with rows of half the length, which are kept.
+
+    Returns:
+        This process's summed token loss, and the settings to go on with.
+
+    Raises:
+        InputError: memory runs out and rows can't be halved, or several processes run, of which the others wait.
+    """
+    try:
+        return step_gradient(accelerator, model, examples, step, indices, settings), settings
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        halved = settings.batching.halved(indices.tolist(), examples.lengths)
+    if halved is None or settings.halved or accelerator.num_processes > 1:
+        raise InputError(
+            f"out of memory in step {step + 1} on process {accelerator.process_index}: set --gradient_checkpointing, lower "
+            "--max_tokens_per_microbatch (padded: --per_device_train_batch_size, with more --gradient_accumulation_steps), or lower "
+            "--max_seq_length; --dry_run estimates what a setting needs"
+        )
+    optimizer.zero_grad()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    metrics.say(f"step {step + 1} | out of memory: going on with rows of {halved.max_tokens:,} tokens (--max_tokens_per_microbatch)")
+    settings = replace(settings, batching=halved, halved=True)
+    return step_gradient(accelerator, model, examples, step, indices, settings), settings
 
 
 def step_gradient(
-    accelerator: Any, model: torch.nn.Module, examples: Examples, indices: Any, label_tokens: int, settings: FitSettings
+    accelerator: Any, model: torch.nn.Module, examples: Examples, step: int, indices: Any, settings: FitSettings
 ) -> torch.Tensor:
     """Accumulate the gradient of a step and return this process's summed token loss.
 
     With S the step's examples on all R processes, the gradient is d/dθ of  Σ_{tokens of S} loss / label_tokens.
     Each process sums its own micro-batches. DDP averages over processes, so each sum is multiplied by R.
     """
+    # Dropout is a function of seed, step and process: a resumed run draws what the uninterrupted one draws.
+    torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, accelerator.process_index]).generate_state(1)[0]))
+    label_tokens = int(examples.label_counts[indices].sum())
     batches = settings.batching.cut(indices.tolist(), examples.lengths, accelerator.process_index, accelerator.num_processes)
     divisor = label_tokens
     if settings.sum_loss:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from open_instruct.training.checkpoint import Progress
+
 
 def peak_memory_mb() -> float:
     """Most memory that this process held so far, in MB: of its GPU if it has one, else resident."""
@@ -42,8 +44,25 @@ class Metrics:
         """One row to file and trackers."""
         if self.is_main:
             self.file.write(json.dumps(row) + "\n")
-        numbers = {name: value for name, value in row.items() if name != "step" and value is not None}
+        numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=row["step"])
+
+    def step_row(self, progress: Progress, epoch: float, loss: float, learning_rate: float, grad_norm: float, speed: float) -> None:
+        """The row and line of a training step; `speed` is in tokens per second."""
+        row = {
+            "step": progress.step,
+            "epoch": epoch,
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "examples": progress.examples,
+            "tokens": progress.tokens,
+            "label_tokens": progress.label_tokens,
+            "tokens_per_second": round(speed, 1),
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        self.write(row)
+        self.step_line(row)
 
     def step_line(self, row: dict[str, Any]) -> None:
         """The terminal's line of a training step: on the progress bar, or about twenty times a run where there is none."""
