@@ -27,7 +27,7 @@ from open_instruct.training import capabilities, checkpoint, export, packing, se
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.evaluation import held_out_loss
 from open_instruct.training.examples import Data, load_data, num_virtual_tokens
-from open_instruct.training.faults import PREEMPTED, WRITE_ERRORS, Preempted, save_somewhere, warn
+from open_instruct.training.faults import PREEMPTED, WRITE_ERRORS, Preempted, is_lost_contact, lost_contact, save_somewhere, warn
 from open_instruct.training.loop import fit
 from open_instruct.training.packing import Forward
 from open_instruct.training.tracking import Metrics, peak_memory_mb
@@ -167,6 +167,10 @@ def train(
     except InputError as error:
         newest = checkpoint.complete_checkpoints(output_dir / "checkpoints")
         raise InputError(f"{error}; last good checkpoint: {newest[-1] if newest else 'none (set --checkpointing_steps)'}") from None
+    except RuntimeError as error:
+        if accelerator.num_processes > 1 and is_lost_contact(error):
+            raise lost_contact(error, accelerator, progress.step) from error
+        raise
     finally:
         metrics.close()
         packing.release(forward)

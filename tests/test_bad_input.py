@@ -43,7 +43,7 @@ CASES = {
     "context": (["--use_prompt_tuning", "--num_virtual_tokens", "1000", "--max_seq_length", "100"], "context of 1024 positions"),
     "too many virtual tokens": (["--use_prompt_tuning", "--num_virtual_tokens", "2000"], "fills the model's context"),
     "too short": (["--max_seq_length", "3"], "none of the 80 conversations has a labelled token"),
-    "checkpoint": (["--resume_from_checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
+    "checkpoint": (["--resume_from_checkpoint", "nowhere"], "checkpoint nowhere can't be used (it does not exist)"),
     "checkpointing": (
         ["--use_prefix_tuning", "--gradient_checkpointing", "--packing", "False"],
         "prefix tuning does not work with gradient checkpointing, padded",

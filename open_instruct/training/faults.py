@@ -52,6 +52,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
+def out_of_memory(accelerator: Any, step: int) -> InputError:
+    """The error of a run that can't help itself."""
+    return InputError(
+        f"out of memory in step {step + 1} on process {accelerator.process_index}: set --gradient_checkpointing, lower "
+        "--max_tokens_per_microbatch (padded: --per_device_train_batch_size, with more --gradient_accumulation_steps), or lower "
+        "--max_seq_length; --dry_run estimates what a setting needs"
+    )
+
+
 def is_lost_contact(error: BaseException) -> bool:
     """Whether a collective failed because another process ended or did not come in time."""
     words = ("connection closed by peer", "connection reset by peer", "timed out", "broken pipe", "socket", "remote process exited")

@@ -19,7 +19,7 @@ from open_instruct.data.dataset import Examples
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
 from open_instruct.training.checkpoint import Progress
-from open_instruct.training.faults import Preempted, StopRequest, is_lost_contact, is_out_of_memory, lost_contact
+from open_instruct.training.faults import Preempted, StopRequest, is_out_of_memory, out_of_memory
 from open_instruct.training.tracking import Metrics
 
 
@@ -80,17 +80,12 @@ def fit(
             started = time.perf_counter()
             indices = plan.examples(step)
             label_tokens = int(examples.label_counts[indices].sum())
-            try:
-                loss_sum, settings = gradient_within_memory(accelerator, model, optimizer, examples, step, indices, settings, metrics)
-                # One exchange for two facts: a signal may have reached only some of the processes.
-                totals = accelerator.reduce(torch.stack([loss_sum, loss_sum.new_tensor(float(stop.name is not None))]), reduction="sum")
-                learning_rate, loss = schedule.get_last_lr()[0], totals[0].item() / label_tokens
-                bound = settings.clip_grad_norm if settings.clip_grad_norm > 0 else math.inf
-                grad_norm = float(accelerator.clip_grad_norm_(parameters, bound))
-            except RuntimeError as error:
-                if accelerator.num_processes > 1 and is_lost_contact(error):
-                    raise lost_contact(error, accelerator, step) from error
-                raise
+            loss_sum, settings = gradient_within_memory(accelerator, model, optimizer, examples, step, indices, settings, metrics)
+            # One exchange for two facts: a signal may have reached only some of the processes.
+            totals = accelerator.reduce(torch.stack([loss_sum, loss_sum.new_tensor(float(stop.name is not None))]), reduction="sum")
+            learning_rate, loss = schedule.get_last_lr()[0], totals[0].item() / label_tokens
+            bound = settings.clip_grad_norm if settings.clip_grad_norm > 0 else math.inf
+            grad_norm = float(accelerator.clip_grad_norm_(parameters, bound))
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 optimizer.step()
                 skipped = 0
@@ -146,20 +141,16 @@ def gradient_within_memory(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        halved = settings.batching.halved(indices.tolist(), examples.lengths)
+    halved = settings.batching.halved(indices.tolist(), examples.lengths)
     if halved is None or settings.halved or accelerator.num_processes > 1:
-        raise InputError(
-            f"out of memory in step {step + 1} on process {accelerator.process_index}: set --gradient_checkpointing, lower "
-            "--max_tokens_per_microbatch (padded: --per_device_train_batch_size, with more --gradient_accumulation_steps), or lower "
-            "--max_seq_length; --dry_run estimates what a setting needs"
-        )
+        raise out_of_memory(accelerator, step)
     optimizer.zero_grad()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     metrics.say(f"step {step + 1} | out of memory: going on with rows of {halved.max_tokens:,} tokens (--max_tokens_per_microbatch)")
     settings = replace(settings, batching=halved, halved=True)
-    return step_gradient(accelerator, model, examples, step, indices, settings), settings
+    return gradient_within_memory(accelerator, model, optimizer, examples, step, indices, settings, metrics)
 
 
 def step_gradient(
