@@ -29,6 +29,7 @@ EXTRAS = {
         "tensorboard>=2.18",
         "hypothesis>=6.100",
         "bitsandbytes>=0.46",
+        "deepspeed>=0.17",
     ],
 }
 

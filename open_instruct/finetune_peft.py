@@ -27,7 +27,7 @@ from open_instruct.training import capabilities, checkpoint, export, packing, se
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.evaluation import held_out_loss
 from open_instruct.training.examples import Data, load_data, num_virtual_tokens
-from open_instruct.training.faults import PREEMPTED, WRITE_ERRORS, Preempted, is_lost_contact, lost_contact, save_somewhere, warn
+from open_instruct.training.faults import PREEMPTED, Preempted, is_lost_contact, lost_contact, save_somewhere, warn
 from open_instruct.training.loop import fit
 from open_instruct.training.packing import Forward
 from open_instruct.training.tracking import Metrics, peak_memory_mb
@@ -99,15 +99,17 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
     optimizer, schedule = setup.make_optimizer(a, model, plan.num_steps)
     progress = Progress(identity=setup.run_identity(a, data, config, plan))
     if resume_from:
-        progress = checkpoint.resume(resume_from, model, optimizer, schedule, progress.identity)
+        part = setup.optimizer_part(accelerator)
+        progress = checkpoint.resume(resume_from, model, optimizer, schedule, progress.identity, part)
         accelerator.print(f"resuming after step {progress.step} from {resume_from}")
     elif a.resume_from_checkpoint:
         accelerator.print(f"no complete checkpoint in {a.output_dir}/checkpoints yet: starting at step 0")
 
     # Fit
-    record = export.run_record(a, origins, data.fingerprints(), accelerator.num_processes, recipe.sources, resume_from)
+    engine = setup.engine_of(accelerator)
+    record = export.run_record(a, origins, data.fingerprints(), accelerator.num_processes, engine, recipe.sources, resume_from)
     export.open_output_dir(a, accelerator, record, keep=resume_from is not None)
-    train(a, accelerator, forward, optimizer, schedule, data, plan, progress)
+    train(a, accelerator, forward, optimizer, schedule, data, plan, progress, resume_from)
 
     # Save
     accelerator.wait_for_everyone()
@@ -129,12 +131,16 @@ def train(
     data: Data,
     plan: Plan,
     progress: Progress,
+    resume_from: Path | None,
 ) -> None:
     """Prepare for the processes, measure the base and the start, run the steps. Updates `progress`."""
     output_dir = Path(a.output_dir)
     setup.configure_deepspeed(a, accelerator)
     packing.start(forward, a.gradient_checkpointing, a.compile)
     training_model, optimizer = accelerator.prepare(forward.model, optimizer)
+    part = setup.optimizer_part(accelerator)
+    if resume_from and part:
+        checkpoint.resume_part(resume_from / part, optimizer)
     metrics = Metrics(output_dir / "metrics.jsonl", accelerator, plan.num_steps, progress.step)
     started, seconds_before = time.perf_counter(), progress.wall_seconds
 
@@ -147,15 +153,10 @@ def train(
 
     def save() -> None:
         progress.wall_seconds = seconds_before + time.perf_counter() - started
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            try:
-                checkpoint.save_checkpoint(
-                    output_dir / "checkpoints", forward.model.model, optimizer, schedule, progress, a.keep_last_n_checkpoints
-                )
-            except WRITE_ERRORS as error:  # training goes on: the last good checkpoint is still there
-                warn(f"checkpoint of step {progress.step} could not be written ({' '.join(str(error).split())})")
-        accelerator.wait_for_everyone()
+        folder, keep = output_dir / "checkpoints", a.keep_last_n_checkpoints
+        problem = checkpoint.save_checkpoint(folder, forward.model.model, optimizer, schedule, progress, keep, accelerator)
+        if problem and accelerator.is_main_process:  # training goes on: the last good checkpoint is still there
+            warn(f"checkpoint of step {progress.step} could not be written ({problem})")
 
     try:
         if progress.step == 0:

@@ -1,44 +1,123 @@
-"""Two processes and one give the same curve."""
+"""Two processes and one give the same curve, under every engine."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
+from open_instruct.finetune_peft import main
 from tests.conftest import ROOT, TINY_MODEL, without_measurements
 
+VARIANTS = ["lora", "prompt_tuning", "p_tuning", "prefix_tuning"]
+ENGINES = {"ddp": "DDP", "zero2": "ZeRO-2"}
 
-def run_processes(count: int, folder, data, per_device: int) -> tuple[list[dict], dict]:
-    """Train prompt tuning on `count` CPU processes; asserts that there really were so many."""
-    words = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone"] if count > 1 else []
-    result = subprocess.run(
-        [
-            sys.executable, *words, str(ROOT / "open_instruct" / "finetune_peft.py"), "--model_name_or_path", str(TINY_MODEL),
-            "--train_file", str(data), "--use_prompt_tuning", "--output_dir", str(folder), "--dataset_skip_cache",
-            "--validation_fraction", "0.2",
-            "--per_device_train_batch_size", str(per_device), "--num_train_epochs", "1", "--eval_steps", "4", "--num_sample_answers", "0",
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert json.loads((folder / "run.json").read_text())["world_size"] == count
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return without_measurements(rows), json.loads((folder / "summary.json").read_text())
+
+def flags(folder: Path, data: Path, variant: str, packing: str, *more: str) -> list[str]:
+    """A run whose last step holds one example, so that one of two processes has nothing left."""
+    return [
+        "--model_name_or_path", str(TINY_MODEL), "--train_file", str(data), f"--use_{variant}", "--packing", packing,
+        "--output_dir", str(folder / f"{variant}-{packing}"), "--dataset_skip_cache", "--validation_fraction", "0.2",
+        "--max_train_samples", "61", "--num_train_epochs", "1", "--eval_steps", "4", "--num_sample_answers", "0",
+        "--lora_dropout", "0", *more,
+    ]  # fmt: skip
+
+
+def launch(engine: str, runs: list[list[str]], folder: Path, processes: int = 2) -> subprocess.CompletedProcess:
+    """All runs, one after another, on CPU processes."""
+    folder.mkdir(exist_ok=True)
+    listed = folder / "runs.json"
+    listed.write_text(json.dumps(runs))
+    words = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", str(ROOT / "tests" / "engines.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *words, engine, str(listed)], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """metrics.jsonl without measurements."""
+    return without_measurements([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+
+
+def adapter_of(folder: Path) -> torch.Tensor:
+    """All trained numbers that were saved."""
+    return torch.cat([tensor.flatten() for _, tensor in sorted(load_file(folder / "adapter_model.safetensors").items())])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, data_file) -> Path:
+    """Every variant, packed and padded, on one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for variant in VARIANTS:
+        for packing in ("True", "False"):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            assert main(flags(folder, data_file, variant, packing, "--per_device_train_batch_size", "6")) == 0
+    return folder
 
 
 @pytest.mark.distributed
-def test_two_processes_train_as_one(tmp_path, data_file):
-    one, one_summary = run_processes(1, tmp_path / "one", data_file, 6)  # 64 examples: the last step is not full
-    two, two_summary = run_processes(2, tmp_path / "two", data_file, 3)
-    assert len(one) == len(two) > 8
-    for a, b in zip(one, two, strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
-    assert one_summary["final_eval_loss"] == pytest.approx(two_summary["final_eval_loss"], rel=1e-4)
-    assert one_summary["examples"] == two_summary["examples"] == 64
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_as_one(engine, alone, tmp_path, data_file):
+    """Ragged label counts; a last step of one example; packed and padded."""
+    if engine == "zero2":
+        pytest.importorskip("deepspeed")
+    per_device = ("--per_device_train_batch_size", "3")
+    runs = [flags(tmp_path, data_file, variant, packing, *per_device) for variant in VARIANTS for packing in ("True", "False")]
+    result = launch(engine, runs, tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for variant in VARIANTS:
+        for packing in ("True", "False"):
+            name = f"{variant}-{packing}"
+            record = json.loads((tmp_path / name / "run.json").read_text())
+            assert (record["world_size"], record["engine"]) == (2, ENGINES[engine])
+            one, two = rows_of(alone / name), rows_of(tmp_path / name)
+            assert len(one) == len(two) == 11 + 4
+            for a, b in zip(one, two, strict=True):
+                assert a == pytest.approx(b, rel=1e-4)
+                assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-5)
+            first, second = adapter_of(alone / name), adapter_of(tmp_path / name)
+            assert (first - second).norm() / first.norm() < 1e-5, name
+
+
+def test_another_global_batch_would_be_noticed(alone, tmp_path, data_file):
+    """Negative control of the comparison above."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(flags(tmp_path, data_file, "lora", "True", "--per_device_train_batch_size", "5")) == 0
+    first, second = adapter_of(alone / "lora-True"), adapter_of(tmp_path / "lora-True")
+    assert (first - second).norm() / first.norm() > 1e-3
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_goes_on_where_it_stopped(engine, alone, tmp_path, data_file):
+    """Under the same engine; under DDP on another number of processes, too."""
+    if engine == "zero2":
+        pytest.importorskip("deepspeed")
+    saving = ("--per_device_train_batch_size", "3", "--checkpointing_steps", "5", "--keep_last_n_checkpoints", "-1")
+    first = flags(tmp_path, data_file, "p_tuning", "True", *saving)
+    assert launch(engine, [first], tmp_path).returncode == 0
+    whole = tmp_path / "p_tuning-True"
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoints" / "step_10")
+    (part / "summary.json").unlink()
+    again = [*first, "--output_dir", str(part), "--resume_from_checkpoint"]
+    result = launch(engine, [again], tmp_path)
+    assert result.returncode == 0 and "resuming after step 5" in result.stdout, result.stderr[-3000:]
+    assert rows_of(part) == rows_of(whole)
+    assert torch.equal(adapter_of(part), adapter_of(whole))
+    if engine == "ddp":
+        (part / "summary.json").unlink()
+        shutil.rmtree(part / "checkpoints" / "step_10")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert main([*again, "--per_device_train_batch_size", "6"]) == 0
+        first_adapter = adapter_of(whole)
+        assert (adapter_of(part) - first_adapter).norm() / first_adapter.norm() < 1e-5
 
 
 @pytest.mark.distributed

@@ -29,7 +29,13 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenize
 
 
 def run_record(
-    a: FinetuneArguments, origins: dict[str, str], fingerprints: dict[str, Any], world_size: int, sources: str, resumed_from: Path | None
+    a: FinetuneArguments,
+    origins: dict[str, str],
+    fingerprints: dict[str, Any],
+    world_size: int,
+    engine: str | None,
+    sources: str,
+    resumed_from: Path | None,
 ) -> dict[str, Any]:
     """Content of run.json: everything that is needed to repeat the run."""
     versions = {"python": platform.python_version()}
@@ -46,6 +52,7 @@ def run_record(
         "versions": versions,
         "git_commit": git_commit(),
         "world_size": world_size,
+        "engine": engine,
         "seed": a.seed,
         "data": fingerprints,
         "resumed_from": resumed_from and str(resumed_from),

@@ -11,13 +11,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from open_instruct.errors import InputError
+from open_instruct.training.checkpoint import WRITE_ERRORS
 
 PREEMPTED = 75  # exit code: sysexits' EX_TEMPFAIL, "try again later"; launchers requeue on it
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of a terminal or launcher, and of SLURM before a time limit
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk, as Python, torch and safetensors report it
 
 
 class Preempted(Exception):

@@ -25,7 +25,7 @@ from open_instruct.model import loading, memory
 from open_instruct.model.chunked_loss import rows_at_once
 from open_instruct.quiet import silence_transformers
 from open_instruct.training import capabilities, packing
-from open_instruct.training.checkpoint import complete_checkpoints, find_checkpoint
+from open_instruct.training.checkpoint import complete_checkpoints, find_checkpoint, part_name
 from open_instruct.training.examples import Data, max_sequence_length, num_virtual_tokens
 from open_instruct.training.loop import FitSettings
 from open_instruct.training.packing import Forward, PackingSettings
@@ -87,6 +87,13 @@ def engine_of(accelerator: Accelerator) -> str | None:
     if kind == DistributedType.FSDP:
         return capabilities.FSDP
     return capabilities.DDP if accelerator.num_processes > 1 else None
+
+
+def optimizer_part(accelerator: Accelerator) -> str | None:
+    """File name of this process's part of the optimizer in a checkpoint; None where one file holds it all."""
+    if engine_of(accelerator) != capabilities.ZERO_2:
+        return None
+    return part_name(accelerator.process_index, accelerator.num_processes)
 
 
 def check_wandb() -> None:

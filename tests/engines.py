@@ -1,0 +1,51 @@
+"""Several trainings in the same processes, under an engine that has no public way to run on CPUs.
+
+    python -m torch.distributed.run --nproc_per_node 2 --standalone tests/engines.py ENGINE RUNS.json
+
+ENGINE is ddp or zero2; RUNS.json holds a list of command lines. Ends with 0 if all of them did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def use_zero2() -> None:
+    """What `accelerate launch --use_deepspeed` sets, without the CPU build of a communication kernel that nothing here needs."""
+    import deepspeed
+    from accelerate import PartialState
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ROOT / "configs" / "ds_configs" / "zero2.json")
+    PartialState(cpu=True)
+
+
+def main() -> int:
+    """Run all."""
+    engine, runs = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+    if engine == "zero2":
+        use_zero2()
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from open_instruct.finetune_peft import main as finetune
+
+    Accelerator.end_training = lambda self: self.wait_for_everyone()  # the next run needs the group of processes
+    for words in runs:
+        AcceleratorState._reset_state()
+        code = finetune(words)
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
