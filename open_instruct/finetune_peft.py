@@ -27,7 +27,7 @@ from open_instruct.training import capabilities, checkpoint, export, packing, se
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.evaluation import held_out_loss
 from open_instruct.training.examples import Data, load_data, num_virtual_tokens
-from open_instruct.training.faults import PREEMPTED, Preempted, is_lost_contact, lost_contact, save_somewhere, warn
+from open_instruct.training.faults import PREEMPTED, Preempted, ignore_signals, is_lost_contact, lost_contact, save_somewhere, warn
 from open_instruct.training.loop import fit
 from open_instruct.training.packing import Forward
 from open_instruct.training.tracking import Metrics, peak_memory_mb
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return say_error(error)
     except Preempted as stop:
+        ignore_signals()  # a launcher that sees the first process end may tell the others once more
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{stop}: continue with --resume_from_checkpoint", file=sys.stderr, flush=True)
         return PREEMPTED

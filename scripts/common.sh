@@ -36,11 +36,23 @@ ensure_environment() {
     fi
 }
 
+# require_variables NAME …: stop if one is not set.
+require_variables() {
+    local name
+    for name in "$@"; do
+        if [[ -z "${!name:-}" ]]; then
+            echo "error: $name is not set: see the examples at the head of $0" >&2
+            exit 2
+        fi
+    done
+}
+
 # launch FLAG …: run finetune_peft.py through accelerate. Environment variables (default):
 #   MODEL (the bundled model)            TRAIN_FILE (the bundled sample)     VALIDATION_FILE (held out from TRAIN_FILE)
 #   OUTPUT_DIR (output/NAME_OF_SCRIPT)   NUM_PROCESSES (GPUs, or 1)          TOTAL_BATCH_SIZE (16)
 #   BATCH_SIZE_PER_GPU (TOTAL / processes, at most 16)   MAX_SEQ_LENGTH, LEARNING_RATE, NUM_EPOCHS, SEED (finetune_peft.py's)
-#   DS_CONFIG (configs/ds_configs/zero2.json)            PRINT_COMMAND=1: print the command instead of running it
+#   ENGINE (zero2 on several GPUs; or ddp)               DS_CONFIG (configs/ds_configs/zero2.json)
+#   PRINT_COMMAND=1: print the command instead of running it
 launch() {
     local gpus=0 processes total per_gpu accumulation command flags
     if command -v nvidia-smi >/dev/null 2>&1; then
@@ -56,7 +68,13 @@ launch() {
     accumulation=$((total / processes / per_gpu))
 
     command=(accelerate launch --num_machines 1 --num_processes "$processes" --mixed_precision no --dynamo_backend no)
-    if ((gpus > 1 && processes > 1)); then
+    if [[ "${ENGINE:-zero2}" != zero2 && "${ENGINE:-zero2}" != ddp ]]; then
+        echo "error: ENGINE $ENGINE is unknown: use ddp or zero2" >&2
+        exit 2
+    fi
+    if ((gpus > 1 && processes > 1)) && [[ "${ENGINE:-zero2}" == ddp ]]; then
+        command+=(--multi_gpu)
+    elif ((gpus > 1 && processes > 1)); then
         command+=(--use_deepspeed --deepspeed_config_file "${DS_CONFIG:-$REPO_ROOT/configs/ds_configs/zero2.json}")
     elif ((processes > 1)); then
         # Several processes on CPUs: `--cpu` would silently start one (docs of accelerate 1.15).

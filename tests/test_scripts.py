@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from open_instruct.arguments import check_arguments
 from open_instruct.command_line import parse
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY_MODEL
 
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/slurm/*"), ROOT / ".ci" / "run"])
+SAMPLE = ROOT / "data" / "sample" / "train.jsonl"
 LAUNCHERS = sorted(ROOT.glob("scripts/*finetune_*.sh"))
 
 
@@ -35,14 +37,47 @@ def test_shellcheck_finds_nothing(script):
 
 @pytest.mark.parametrize("script", LAUNCHERS, ids=lambda path: path.name)
 def test_a_launcher_composes_flags_that_the_trainer_accepts(script):
-    words = composed(script, "--num_virtual_tokens", "7") if "lora" not in script.name else composed(script)
+    needed = {"MODEL": str(TINY_MODEL), "TRAIN_FILE": str(SAMPLE), "OUTPUT_DIR": "out"} if "accelerate" in script.name else {}
+    words = composed(script, *(["--num_virtual_tokens", "7"] if "lora" not in script.name else []), **needed)
     entry = next(i for i, word in enumerate(words) if word.endswith("finetune_peft.py"))
     arguments, _ = parse(words[entry + 1 :])
     check_arguments(arguments)
     assert words[:2] == ["accelerate", "launch"]
     assert arguments.method in script.name
     assert Path(arguments.model_name_or_path).is_dir() and Path(arguments.train_file[0]).is_file()
-    assert arguments.overwrite_output_dir
+    assert arguments.overwrite_output_dir == (not needed)
+    if needed:  # the same command starts and continues a run
+        assert arguments.resume_from_checkpoint == "newest" and arguments.checkpointing_steps == "100"
+
+
+def test_a_launcher_for_real_runs_asks_for_what_it_needs():
+    script = ROOT / "scripts" / "finetune_lora_with_accelerate.sh"
+    result = subprocess.run(["bash", str(script)], env={**os.environ, "PRINT_COMMAND": "1"}, capture_output=True, text=True)
+    assert result.returncode == 2 and "error: MODEL is not set" in result.stderr
+
+
+@pytest.mark.parametrize("engine, words", [("ddp", ["--multi_gpu"]), ("zero2", ["--use_deepspeed", "--deepspeed_config_file"])])
+def test_the_engine_of_several_gpus_can_be_chosen(engine, words, tmp_path):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i; done\n")
+    fake.chmod(0o755)
+    needed = {"MODEL": "m", "TRAIN_FILE": "t", "OUTPUT_DIR": "o", "PATH": f"{tmp_path}:{os.environ['PATH']}", "ENGINE": engine}
+    command = composed(ROOT / "scripts" / "finetune_lora_with_accelerate.sh", **needed)
+    assert set(words) <= set(command) and ("--multi_gpu" in command) == (engine == "ddp")
+    assert command[command.index("--num_processes") + 1] == "8"
+    assert command[command.index("--per_device_train_batch_size") + 1 :][:3] == ["16", "--gradient_accumulation_steps", "1"]
+
+
+def test_the_batch_job_gives_each_task_its_rank_and_resumes():
+    words = composed(ROOT / "scripts" / "slurm" / "finetune.sbatch", "--use_lora", "--model_name_or_path", "m", "--train_file", "t")
+    assert words[:4] == ["srun", "--kill-on-bad-exit=1", "bash", "-c"]
+    entry = next(i for i, word in enumerate(words) if word.endswith("finetune_peft.py"))
+    arguments, _ = parse(words[entry + 1 :])
+    check_arguments(arguments)
+    assert arguments.resume_from_checkpoint == "newest"
+    show = [*words[2:5], "task", "bash", "-c", "echo $RANK $LOCAL_RANK $WORLD_SIZE"]
+    variables = {**os.environ, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2"}
+    assert subprocess.run(show, env=variables, capture_output=True, text=True).stdout.split() == ["3", "1", "4"]
 
 
 def test_environment_variables_override_and_accumulation_is_derived():
@@ -74,6 +109,17 @@ def test_a_batch_that_does_not_divide_is_refused():
     variables = {**os.environ, "PRINT_COMMAND": "1", "TOTAL_BATCH_SIZE": "10", "BATCH_SIZE_PER_GPU": "4"}
     result = subprocess.run(["bash", str(ROOT / "scripts" / "test_finetune_lora.sh")], env=variables, capture_output=True, text=True)
     assert result.returncode == 2 and "TOTAL_BATCH_SIZE 10 is no multiple" in result.stderr
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/accelerate/*.yaml")), ids=lambda path: path.name)
+def test_accelerate_accepts_the_configurations(path):
+    config = load_config_from_file(str(path))
+    nodes = 4 if "multinode" in path.name else 1
+    assert (config.num_machines, config.num_processes) == (nodes, 8 * nodes)
+    if path.name.startswith("zero2"):
+        assert config.distributed_type == "DEEPSPEED" and (ROOT / config.deepspeed_config["deepspeed_config_file"]).exists()
+    else:
+        assert config.distributed_type == "MULTI_GPU"
 
 
 def test_configurations_parse():

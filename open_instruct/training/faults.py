@@ -46,6 +46,12 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+def ignore_signals() -> None:
+    """From now on, this process ends by itself."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on CPU."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
