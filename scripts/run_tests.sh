@@ -11,4 +11,4 @@ ruff check .
 ruff format --check .
 mypy
 # Two workers with one thread each: the models are too small to fill a core.
-OMP_NUM_THREADS=1 python -m pytest -n 2 "$@"
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal "$@"
