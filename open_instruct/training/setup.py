@@ -279,6 +279,8 @@ def dry_run_text(a: FinetuneArguments, data: Data, plan: Plan, model: Any, confi
         a.gradient_checkpointing,
         a.use_8bit_optimizer,
         loading.choose_dtype(a.dtype).itemsize,
+        "full" if a.method == "full" else "soft prompt" if METHODS[a.method].is_soft_prompt else "layers",
+        dropout=a.lora_dropout > 0 and a.method in ("lora", "qlora"),
     )
     parts = ", ".join(f"{name} {value:,.1f}" for name, value in estimate.items() if name != "total")
     share = sizes["trainable_parameters"] / sizes["total_parameters"]
