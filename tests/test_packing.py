@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from docs import make_capabilities
 from open_instruct.arguments import FinetuneArguments
@@ -21,7 +21,7 @@ from open_instruct.model.chunked_loss import chunked_cross_entropy, find_head
 from open_instruct.model.loss import PackedModel
 from open_instruct.training import capabilities, packing, setup
 from open_instruct.training.packing import PackingSettings, choose_forward, row_bound, try_packed
-from tests.conftest import ROOT, method_flags, without_measurements
+from tests.conftest import ROOT, TINY_MODEL, method_flags, without_measurements
 from tests.test_shared_prefix import COMMON, examples, packed_model, random_model, wrap
 
 SETTINGS = PackingSettings(
@@ -132,6 +132,22 @@ def test_packed_and_padded_runs_agree_in_bfloat16(method, train):
     for a, b in zip(packed.metrics[:2], padded.metrics[:2], strict=True):
         names = [name for name in ("loss", "grad_norm", "eval_loss") if name in a]
         assert [a[name] for name in names] == pytest.approx([b[name] for name in names], rel=3e-2)
+
+
+@pytest.mark.parametrize("kind, options, forward", [
+    ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256, "attn_pdrop": 0.0}, "packed, rows of"),
+    ("bloom", {"n_head": 4, "n_layer": 2}, "padded, 8 rows; because the packed one can't serve this model exactly"),
+    ("gpt_neox", {}, "packed, rows of"),
+])  # fmt: skip
+def test_whole_runs_on_architectures_with_other_names_for_their_layers(kind, options, forward, train, tmp_path):
+    folder = tmp_path / kind
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    of_kind(kind, **{**options, **ids, "vocab_size": len(tokenizer)}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    run = train("run", "--use_prompt_tuning", "--gradient_checkpointing", *SHORT, "--num_sample_answers", "2", model=folder)
+    assert run.code == 0, run.err
+    assert f"forward pass: {forward}" in run.out and run.metrics[1]["grad_norm"] > 0
 
 
 RUNNABLE = {

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from open_instruct.data import collate
 from open_instruct.data.collate import Batching, Packing, Padding
@@ -207,7 +208,7 @@ def start(forward: Forward, gradient_checkpointing: bool, compile_layers: bool) 
     if compile_layers:
         if causal.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise InputError("--compile needs a C++ compiler on CPU, and g++ is not on the PATH: install one, set CXX, or drop the flag")
-        for layer in causal.get_decoder().layers:
+        for layer in decoder_layers(causal):
             layer.compile(dynamic=True)  # rows of any length use one graph
 
 
@@ -218,5 +219,10 @@ def release(forward: Forward) -> None:
         forward.model.release()
     if causal.is_gradient_checkpointing:
         causal.gradient_checkpointing_disable()
-    for layer in causal.get_decoder().layers:
+    for layer in decoder_layers(causal):
         layer._compiled_call_impl = None
+
+
+def decoder_layers(causal: Any) -> list[nn.Module]:
+    """The layers, whatever the architecture calls them."""
+    return [module for module in causal.modules() if isinstance(module, GradientCheckpointingLayer)]
