@@ -222,6 +222,22 @@ def test_the_head_is_found_and_pieces_give_the_whole_loss(architecture, monkeypa
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_soft_cap_that_small_logits_hardly_feel_is_not_left_out():
+    base = random_model("gemma2")
+    base.config.final_logit_softcapping = 30.0
+    ids = torch.arange(4)[None]
+    with torch.no_grad():
+        hidden = base.eval().get_decoder()(input_ids=ids).last_hidden_state
+        linear = base.get_output_embeddings()(hidden)
+        base.get_output_embeddings().weight.mul_(4 / linear.abs().max())  # a cap of 30 changes logits of 4 by half a percent
+        hidden = base.get_decoder()(input_ids=ids).last_hidden_state
+        expected = base(input_ids=ids).logits
+        assert 0 < (base.get_output_embeddings()(hidden) - expected).abs().max() < 1e-2 * expected.abs().max()
+        head = find_head(base)
+        assert head is not None
+        torch.testing.assert_close(head(hidden), expected)
+
+
 def test_a_head_of_unknown_form_is_left_to_the_model(monkeypatch):
     """Its logits are computed by the model itself, at the labelled positions."""
     model, method = wrap("prompt_tuning", random_model("llama"))

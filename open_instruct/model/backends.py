@@ -261,7 +261,7 @@ def varlen(
 
 
 def torch_kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, scale: float, window: Any, softcap: Any) -> Any:
-    """`torch.nn.attention.varlen`; it has no soft cap, which `make` minds."""
+    """`torch.nn.attention.varlen`; it has no soft cap, which `torch_varlen` minds."""
     from torch.nn.attention.varlen import varlen_attn
 
     assert not softcap
