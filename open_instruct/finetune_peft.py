@@ -23,7 +23,7 @@ from open_instruct.methods import METHODS
 from open_instruct.model import loading, memory
 from open_instruct.report import answers
 from open_instruct.report.summary import hyperparameter_lines, summary_lines
-from open_instruct.training import capabilities, checkpoint, export, packing, setup
+from open_instruct.training import capabilities, checkpoint, engines, export, packing, setup
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.evaluation import held_out_loss
 from open_instruct.training.examples import Data, load_data, num_virtual_tokens
@@ -70,7 +70,8 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
     # Setup
     resume_from = setup.check_output_dir(a)
     accelerator = setup.make_accelerator(a)
-    setup.check_capabilities(a, setup.engine_of(accelerator))
+    engine = engines.engine_of(accelerator)
+    setup.check_capabilities(a, engine)
 
     # Data
     tokenizer, config = setup.load_tokenizer_and_config(a)
@@ -85,36 +86,40 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
     base = setup.load_base(a, config, tokenizer, accelerator)
     context = loading.context_length(config)
     room = context and context - num_virtual_tokens(a)  # the same for both models, so that their answers compare
-    questions = answers.questions(data.held_out, tokenizer, 0 if a.dry_run else a.num_sample_answers, a.seed)
+    whole = not engines.shares_weights(engine)
+    questions = answers.questions(data.held_out, tokenizer, a.num_sample_answers if whole and not a.dry_run else 0, a.seed)
     base_answers = answers.answer(base, tokenizer, questions, room)
 
     # Method
     accelerator.print(capabilities.line(METHODS[a.method]))
-    model, recipe = setup.wrap_method(a, base, tokenizer, origins)
+    model, recipe = setup.wrap_method(a, base, tokenizer, origins, accelerator)
     accelerator.print(hyperparameter_lines(METHODS[a.method].title, setup.hyperparameters(a), origins, recipe.sources))
     forward = setup.choose_forward(a, origins, data, config, model, accelerator, tokenizer.pad_token_id)
     plan = setup.make_plan(a, len(data.train), accelerator.num_processes)
     if a.dry_run:
         accelerator.print(setup.dry_run_text(a, data, plan, model, config, forward.training))
         return
-    optimizer, schedule = setup.make_optimizer(a, model, plan.num_steps)
-    progress = Progress(identity=setup.run_identity(a, data, config, plan))
+    progress = Progress(identity=engines.told(setup.run_identity(a, data, config, plan), accelerator))
+    part = engines.part_name(accelerator)
     if resume_from:
-        part = setup.optimizer_part(accelerator)
-        progress = checkpoint.resume(resume_from, model, optimizer, schedule, progress.identity, part)
+        progress = checkpoint.resume(resume_from, model, progress.identity, part)
         accelerator.print(f"resuming after step {progress.step} from {resume_from}")
     elif a.resume_from_checkpoint:
         accelerator.print(f"no complete checkpoint in {a.output_dir}/checkpoints yet: starting at step 0")
 
     # Fit
-    engine = setup.engine_of(accelerator)
+    training_model, optimizer, schedule = setup.prepare(a, accelerator, forward, plan.num_steps)
+    if resume_from:
+        checkpoint.resume_optimizer(resume_from, optimizer, schedule, part)
     record = export.run_record(a, origins, data.fingerprints(), accelerator.num_processes, engine, recipe.sources, resume_from)
     export.open_output_dir(a, accelerator, record, keep=resume_from is not None)
-    train(a, accelerator, forward, optimizer, schedule, data, plan, progress, resume_from)
+    train(a, accelerator, forward, training_model, optimizer, schedule, data, plan, progress)
 
     # Save
+    tensors = {} if whole else engines.whole(checkpoint.trained_parameters(model), accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        model = model if whole else setup.empty_copy(a, config, tokenizer, tensors)
         samples, exact = answers.compare(questions, base_answers, answers.answer(model, tokenizer, questions, room))
         size = save_somewhere(lambda folder: export.save_model(model, tokenizer, folder), Path(a.output_dir))
         summary = {**progress.summary(), **memory.counts(model), "adapter_bytes": size, "peak_memory_mb": peak_memory_mb()}
@@ -127,21 +132,15 @@ def train(
     a: FinetuneArguments,
     accelerator: Any,
     forward: Forward,
+    training_model: Any,
     optimizer: Any,
     schedule: Any,
     data: Data,
     plan: Plan,
     progress: Progress,
-    resume_from: Path | None,
 ) -> None:
-    """Prepare for the processes, measure the base and the start, run the steps. Updates `progress`."""
+    """Measure the base and the start, run the steps. Updates `progress`."""
     output_dir = Path(a.output_dir)
-    setup.configure_deepspeed(a, accelerator)
-    packing.start(forward, a.gradient_checkpointing, a.compile)
-    training_model, optimizer = accelerator.prepare(forward.model, optimizer)
-    part = setup.optimizer_part(accelerator)
-    if resume_from and part:
-        checkpoint.resume_part(resume_from / part, optimizer)
     metrics = Metrics(output_dir / "metrics.jsonl", accelerator, plan.num_steps, progress.step)
     started, seconds_before = time.perf_counter(), progress.wall_seconds
 

@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --nproc_per_node 2 --standalone tests/engines.py ENGINE RUNS.json
 
-ENGINE is ddp, or the name of a file in configs/ds_configs; RUNS.json holds a list of command lines. Ends with 0 if all of them did.
+ENGINE is ddp, fsdp2, or the name of a file in configs/ds_configs; RUNS.json holds a list of command lines. Ends with 0 if all of them did.
 """
 
 from __future__ import annotations
@@ -26,14 +26,26 @@ def use_deepspeed(engine: str) -> None:
     PartialState(cpu=True)
 
 
+def use_fsdp2() -> None:
+    """What `accelerate launch` sets for FSDP2, by the only way to it on CPUs: a private attribute."""
+    from accelerate import PartialState
+
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ["FSDP_VERSION"] = "2"
+    os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "true"
+    PartialState(cpu=True)
+
+
 def main() -> int:
     """Run all."""
     engine, runs = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     if engine.startswith("zero"):
         use_deepspeed(engine)
+    elif engine == "fsdp2":
+        use_fsdp2()
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedType, PartialState
     from accelerate.state import AcceleratorState
 
     from open_instruct.finetune_peft import main as finetune
@@ -41,6 +53,8 @@ def main() -> int:
     Accelerator.end_training = lambda self: self.wait_for_everyone()  # the next run needs the group of processes
     for words in runs:
         AcceleratorState._reset_state()
+        if engine == "fsdp2":
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         code = finetune(words)
         if code:
             return code

@@ -16,7 +16,7 @@ from open_instruct.finetune_peft import main
 from tests.conftest import ROOT, TINY_MODEL, without_measurements
 
 VARIANTS = ["lora", "prompt_tuning", "p_tuning", "prefix_tuning"]
-ENGINES = {"ddp": "DDP", "zero2": "ZeRO-2"}
+ENGINES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP"}
 
 
 def flags(folder: Path, data: Path, variant: str, packing: str, *more: str) -> list[str]:
@@ -64,7 +64,7 @@ def alone(tmp_path_factory, data_file) -> Path:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_train_as_one(engine, alone, tmp_path, data_file):
     """Ragged label counts; a last step of one example; packed and padded."""
-    if engine == "zero2":
+    if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     per_device = ("--per_device_train_batch_size", "3")
     runs = [flags(tmp_path, data_file, variant, packing, *per_device) for variant in VARIANTS for packing in ("True", "False")]
@@ -79,7 +79,7 @@ def test_two_processes_train_as_one(engine, alone, tmp_path, data_file):
             assert len(one) == len(two) == 11 + 4
             for a, b in zip(one, two, strict=True):
                 assert a == pytest.approx(b, rel=1e-4)
-                assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-5)
+                assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-5, abs=2e-6)
             first, second = adapter_of(alone / name), adapter_of(tmp_path / name)
             assert (first - second).norm() / first.norm() < 1e-5, name
 
@@ -96,7 +96,7 @@ def test_another_global_batch_would_be_noticed(alone, tmp_path, data_file):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_goes_on_where_it_stopped(engine, alone, tmp_path, data_file):
     """Under the same engine; under DDP on another number of processes, too."""
-    if engine == "zero2":
+    if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     saving = ("--per_device_train_batch_size", "3", "--checkpointing_steps", "5", "--keep_last_n_checkpoints", "-1")
     first = flags(tmp_path, data_file, "p_tuning", "True", *saving)
@@ -111,7 +111,7 @@ def test_a_run_goes_on_where_it_stopped(engine, alone, tmp_path, data_file):
     assert result.returncode == 0 and "resuming after step 5" in result.stdout, result.stderr[-3000:]
     assert rows_of(part) == rows_of(whole)
     assert torch.equal(adapter_of(part), adapter_of(whole))
-    if engine == "ddp":
+    if engine in ("ddp", "fsdp2"):
         (part / "summary.json").unlink()
         shutil.rmtree(part / "checkpoints" / "step_10")
         AcceleratorState._reset_state(reset_partial_state=True)

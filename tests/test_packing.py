@@ -17,7 +17,7 @@ from open_instruct.errors import InputError
 from open_instruct.methods import METHODS
 from open_instruct.model import backends
 from open_instruct.model.backends import missing
-from open_instruct.model.chunked_loss import chunked_cross_entropy, find_head
+from open_instruct.model.chunked_loss import chunked_cross_entropy, find_head, head_forms
 from open_instruct.model.loss import PackedModel
 from open_instruct.training import capabilities, packing, setup
 from open_instruct.training.packing import PackingSettings, choose_forward, row_bound, try_packed
@@ -208,8 +208,7 @@ def test_compiled_layers_change_nothing_and_need_few_graphs(train):
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
 def test_the_head_is_found_and_pieces_give_the_whole_loss(architecture, monkeypatch):
     base = random_model(architecture)
-    head = find_head(base)
-    assert head is not None
+    head = head_forms(base)[find_head(base)]
     hidden, targets = torch.randn(20, 32, requires_grad=True), torch.randint(0, 120, (20,))
     expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
     weight = base.get_output_embeddings().weight
@@ -233,8 +232,7 @@ def test_a_soft_cap_that_small_logits_hardly_feel_is_not_left_out():
         hidden = base.get_decoder()(input_ids=ids).last_hidden_state
         expected = base(input_ids=ids).logits
         assert 0 < (base.get_output_embeddings()(hidden) - expected).abs().max() < 1e-2 * expected.abs().max()
-        head = find_head(base)
-        assert head is not None
+        head = head_forms(base)[find_head(base)]
         torch.testing.assert_close(head(hidden), expected)
 
 

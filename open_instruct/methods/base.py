@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class Method(ABC):
 
     @abstractmethod
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
-        """The base with a float32 adapter that is the only trainable part."""
+        """The base with a float32 adapter that is the only trainable part. A base on the meta device gets one without values."""
 
     def soft_prompt(self, model: Any) -> SoftPrompt | None:
         """What the wrapped model puts before every example, differentiable; None where the method has no such thing."""
@@ -89,13 +90,19 @@ class EmbeddingPrompt(Method):
 
 
 def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelFacts:
-    """Measure the base. The embedding's own scaling (Gemma) is included, as a soft prompt stands behind it."""
+    """Measure the base. The embedding's own scaling (Gemma) is included, as a soft prompt stands behind it.
+
+    The spread is nan where the model has no values (on the meta device).
+    """
     embedding = model.get_input_embeddings()
+    hidden_size = model.config.get_text_config().hidden_size
+    if embedding.weight.device.type == "meta":
+        return ModelFacts(hidden_size, math.nan)
     ids = torch.tensor(ordinary_tokens(tokenizer), device=embedding.weight.device)
     chosen = ids[torch.linspace(0, len(ids) - 1, min(len(ids), 10_000)).long()]
     with torch.no_grad():
         std = embedding(chosen).float().std().item()
-    return ModelFacts(hidden_size=model.config.get_text_config().hidden_size, embedding_std=std)
+    return ModelFacts(hidden_size, std)
 
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -37,7 +37,7 @@ class PrefixTuning(Method):
         """PEFT's prefix tuning; `text` starts from the keys and values that the base computes for a text."""
         assert settings.num_virtual_tokens is not None
         ids = None
-        if settings.prefix_init == "text":
+        if settings.prefix_init == "text" and model.device.type != "meta":
             ids = text_tokens(tokenizer, settings.prompt_tuning_init_text or DEFAULT_TEXT, settings.num_virtual_tokens)
             with torch.no_grad():
                 cache = model.eval()(torch.tensor([ids], device=model.device), use_cache=True).past_key_values

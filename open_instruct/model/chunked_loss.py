@@ -68,32 +68,36 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_output, None, None, None, *(grad * grad_output for grad in grad_trained)
 
 
-def find_head(causal: Any) -> Head | None:
-    """The function from the decoder's last hidden state to the logits, found by trying the known forms on the model itself.
+def head_forms(causal: Any) -> dict[str, Head]:
+    """Known functions from the decoder's last hidden state [n, D] to the logits [n, V], by name.
 
     A head is a linear map, for some families followed by a scale (Granite, Cohere) or a soft cap (Gemma).
-
-    Args:
-        causal: a causal language model of `transformers`.
-
-    Returns:
-        [n, D] → [n, V], or None if no known form gives the model's own logits.
     """
     config = causal.config.get_text_config()
     linear = causal.get_output_embeddings()
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    forms: list[Head] = [lambda x: linear(x), lambda x: linear(x) * scale]
+    forms: dict[str, Head] = {"linear": lambda x: linear(x), "scaled": lambda x: linear(x) * scale}
     if cap:
-        forms.append(lambda x: torch.tanh(linear(x) / cap) * cap)
-    ids = torch.arange(4, device=linear.weight.device)[None]
+        forms["capped"] = lambda x: torch.tanh(linear(x) / cap) * cap
+    return forms
+
+
+def find_head(causal: Any) -> str | None:
+    """Name of the form that gives the model's own logits, found by trying all on it; None if none does.
+
+    Args:
+        causal: a causal language model of `transformers`.
+    """
+    ids = torch.arange(4, device=causal.get_output_embeddings().weight.device)[None]
     was_training = causal.training
     causal.eval()
     with torch.no_grad():
         hidden = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         expected = causal(input_ids=ids, use_cache=False).logits.float()
-        off = [(form(hidden).float() - expected).abs().max().item() for form in forms]
+        off = {name: (form(hidden).float() - expected).abs().max().item() for name, form in head_forms(causal).items()}
         near = 1e-2 * expected.abs().max().item()  # rounding of 16 bits
     causal.train(was_training)
     # The nearest form, not the first that is near: small logits hardly feel a soft cap.
-    return forms[off.index(min(off))] if min(off) <= near else None
+    nearest = min(off, key=lambda name: off[name])
+    return nearest if off[nearest] <= near else None

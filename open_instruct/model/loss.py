@@ -12,7 +12,7 @@ from torch import nn
 
 from open_instruct.data.collate import IGNORE
 from open_instruct.model import shared_prefix
-from open_instruct.model.chunked_loss import chunked_cross_entropy, find_head
+from open_instruct.model.chunked_loss import chunked_cross_entropy, find_head, head_forms
 from open_instruct.model.shared_prefix import Backend, CannotPack, Row, SoftPrompt
 
 
@@ -58,18 +58,21 @@ class PaddedModel(TrainingModel):
 class PackedModel(TrainingModel):
     """One row without padding, one shared prefix, logits at labelled positions only."""
 
-    def __init__(self, model: Any, soft_prompt: Callable[[], SoftPrompt | None], backend: Backend) -> None:
+    def __init__(self, model: Any, soft_prompt: Callable[[], SoftPrompt | None], backend: Backend, head: str | None = "find") -> None:
         """Switch the model's attention to the packed one; `release` switches it back.
 
         Args:
             model: a causal language model or a PeftModel around one.
             soft_prompt: gives what stands before every example, differentiable; None where a method has no such thing.
             backend: of `model.backends`.
+            head: which of `chunked_loss.head_forms` makes logits of the decoder's states; "find": tries them; None: the model's own
+                forward does, for all labelled positions at once.
         """
         super().__init__(model)
         self.soft_prompt = soft_prompt
         self.backend = backend
-        self.head = find_head(self.causal)
+        name = find_head(self.causal) if head == "find" else head
+        self.head_name, self.head = name, head_forms(self.causal)[name] if name else None
         self.own_attention = self.causal.config._attn_implementation
         self.causal.set_attn_implementation(shared_prefix.NAME)
 

@@ -71,7 +71,7 @@ def counts(model: torch.nn.Module) -> dict[str, Any]:
     """Trained and all parameters; a 4-bit weight counts as the numbers that it stands for."""
     trained = total = 0
     for parameter in model.parameters():
-        number = parameter.numel()
+        number = getattr(parameter, "ds_numel", parameter.numel())  # of a weight that ZeRO-3 shares out
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             number = state.shape.numel()

@@ -19,8 +19,10 @@ def obstacle(method: Method, feature: str) -> str | None:
         return "quantised weights can't be trained in full: choose another method, for example --use_lora"
     if feature == EIGHT_BITS and method.needs_quantised_base:
         return "its base is held in 4 bits: drop --load_in_8bit, or use --use_lora"
-    if feature in (ZERO_3, FSDP):
-        return "saving and resuming under it are not there yet: use DDP or ZeRO-2"
+    if feature in (ZERO_3, FSDP) and method.needs_quantised_base:
+        return "quantised weights can't be shared out: use DDP or ZeRO-2"
+    if feature == ZERO_3 and method.name == "ia3":
+        return "DeepSpeed loses track of IA3's factors, which stand outside of modules: use DDP, ZeRO-2 or FSDP"
     return None
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from open_instruct.data.writing import flush, write_json
 from open_instruct.errors import InputError
+from open_instruct.training import engines
 
 MARK = "COMPLETED"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk, as Python, torch and safetensors report it
@@ -76,48 +77,38 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def zero_optimizer(optimizer: Any) -> Any | None:
-    """DeepSpeed's optimizer, of which each process holds a part, inside accelerate's wrapper; None where there is none."""
-    inner = getattr(optimizer, "optimizer", None)
-    return inner if hasattr(inner, "single_partition_of_fp32_groups") else None
-
-
-def part_name(rank: int, num_ranks: int) -> str:
-    """File of one process's part of the optimizer."""
-    return f"optimizer_{rank}_of_{num_ranks}.pt"
-
-
 def save_checkpoint(
     folder: Path, model: nn.Module, optimizer: Any, schedule: Any, progress: Progress, keep: int, accelerator: Any
 ) -> str | None:
     """Write `folder`/step_N under a temporary name, flush it to disk, rename it, mark it; then drop the oldest beyond `keep`.
 
-    Every process calls this. The main one writes; under ZeRO each one adds its part of the optimizer, into the same folder, which
-    all nodes must share.
+    Every process calls this. The main one writes, whoever holds the tensors; under ZeRO each one adds its part of the optimizer, into
+    the same folder, which all nodes must share.
 
     Returns:
         None, or why the checkpoint could not be written; older ones are untouched then.
     """
     working = folder / f".step_{progress.step}.writing"
-    rank, num_ranks, zero = accelerator.process_index, accelerator.num_processes, zero_optimizer(optimizer)
+    rank, part, zero = accelerator.process_index, engines.part_name(accelerator), engines.zero_optimizer(optimizer)
+    tensors = engines.whole(trained_parameters(model), accelerator)
+    optimizer_state = engines.optimizer_state(optimizer) if zero is None else None
     problem = None
     try:
         if rank == 0:
             shutil.rmtree(working, ignore_errors=True)
             working.mkdir(parents=True)
-            tensors = {name: parameter.detach().contiguous().cpu() for name, parameter in trained_parameters(model).items()}
             save_file(tensors, working / "trained.safetensors")
             state = {"progress": asdict(progress), "schedule": schedule.state_dict()}
             (working / "state.json").write_text(json.dumps(state, indent=2, default=str))
-            if zero is None:
-                torch.save(optimizer.state_dict(), working / "optimizer.pt")
+            if optimizer_state is not None:
+                torch.save(optimizer_state, working / "optimizer.pt")
     except WRITE_ERRORS as error:
         problem = " ".join(str(error).split())
     accelerator.wait_for_everyone()
-    if zero is not None:
+    if part is not None:
+        state = engines.zero_state(zero)
         try:
-            parts = [part.detach().cpu() for part in zero.single_partition_of_fp32_groups]
-            torch.save({"optimizer": zero.optimizer.state_dict(), "parameters": parts}, working / part_name(rank, num_ranks))
+            torch.save(state, working / part)
         except WRITE_ERRORS as error:
             problem = problem or " ".join(str(error).split())
     failed = accelerator.reduce(torch.tensor(float(problem is not None), device=accelerator.device), reduction="sum").item()
@@ -215,33 +206,30 @@ def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -
         raise InputError(f"checkpoint {path} belongs to another run ({'; '.join(different)}): give the same values, or a new --output_dir")
 
 
-def resume(path: Path, model: nn.Module, optimizer: Any, schedule: Any, identity: dict[str, Any], part: str | None) -> Progress:
-    """Put a checkpoint's state into model, optimizer and schedule, before they are prepared for several processes.
+def resume(path: Path, model: nn.Module, identity: dict[str, Any], part: str | None) -> Progress:
+    """Put a checkpoint's trained parameters into a model, before it is prepared for several processes.
 
     Args:
         path: of the checkpoint.
-        model: with the adapter.
-        optimizer: filled here unless its state is in parts.
-        schedule: of the learning rate.
+        model: with the adapter; on the meta device where another process has its values.
         identity: what the run must share with the one that wrote the checkpoint.
-        part: under ZeRO, the name of this process's part, which `resume_part` reads once the optimizer is prepared.
+        part: under ZeRO, the name of this process's part of the optimizer.
 
     Raises:
         InputError: the files are damaged, or belong to another run or engine.
     """
-    progress, schedule_state = read_progress(path)
+    progress, _ = read_progress(path)
     check_identity(path, progress.identity, identity)
     parameters = trained_parameters(model)
     if not (path / (part or "optimizer.pt")).exists():
         written = ", ".join(sorted(file.name for file in path.glob("optimizer*")))
         raise InputError(
             f"checkpoint {path} was written by another engine or, under ZeRO, another number of processes (it holds {written}): "
-            "resume with those; only DDP and one process can go on from each other's checkpoints"
+            "resume with those; only one process, DDP and FSDP can go on from each other's checkpoints"
         )
     try:
         tensors = load_file(path / "trained.safetensors")
-        optimizer_state = torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu") if part is None else None
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"checkpoint {path} is damaged ({error}): resume from an earlier one") from None
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
@@ -249,18 +237,24 @@ def resume(path: Path, model: nn.Module, optimizer: Any, schedule: Any, identity
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-    if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
-    schedule.load_state_dict(schedule_state)
     return progress
 
 
-def resume_part(path: Path, optimizer: Any) -> None:
-    """Put this process's part of a ZeRO optimizer back: moments, and the float32 originals of what it trains."""
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    zero = zero_optimizer(optimizer)
-    assert zero is not None
-    zero.optimizer.load_state_dict(state["optimizer"])
-    with torch.no_grad():
-        for part, saved in zip(zero.single_partition_of_fp32_groups, state["parameters"], strict=True):
-            part.copy_(saved)
+def resume_optimizer(path: Path, optimizer: Any, schedule: Any, part: str | None) -> None:
+    """Put the rest of a checkpoint back, once model and optimizer are prepared.
+
+    Args:
+        path: of the checkpoint, which `resume` has accepted.
+        optimizer: as accelerate prepared it.
+        schedule: of the learning rate.
+        part: see `resume`.
+    """
+    try:
+        state = torch.load(path / (part or "optimizer.pt"), weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"checkpoint {path} is damaged ({error}): resume from an earlier one") from None
+    if part is None:
+        engines.load_optimizer_state(optimizer, state)
+    else:
+        engines.load_zero_state(engines.zero_optimizer(optimizer), state)
+    schedule.load_state_dict(read_progress(path)[1])

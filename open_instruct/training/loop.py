@@ -18,6 +18,7 @@ from open_instruct.data.collate import Batching, to_device
 from open_instruct.data.dataset import Examples
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
+from open_instruct.training import engines
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.faults import Preempted, StopRequest, is_out_of_memory, out_of_memory
 from open_instruct.training.tracking import Metrics
@@ -85,7 +86,7 @@ def fit(
             totals = accelerator.reduce(torch.stack([loss_sum, loss_sum.new_tensor(float(stop.name is not None))]), reduction="sum")
             learning_rate, loss = schedule.get_last_lr()[0], totals[0].item() / label_tokens
             bound = settings.clip_grad_norm if settings.clip_grad_norm > 0 else math.inf
-            grad_norm = float(accelerator.clip_grad_norm_(parameters, bound))
+            grad_norm = float(engines.whole_tensor(accelerator.clip_grad_norm_(parameters, bound)))
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 optimizer.step()
                 skipped = 0

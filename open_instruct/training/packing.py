@@ -23,6 +23,8 @@ from open_instruct.model.shared_prefix import CannotPack
 
 ROW_TOKENS = 4096  # tokens that keep a GPU busy, and make 200 virtual tokens 5 % of a row
 
+CPU = torch.device("cpu")
+
 # Largest difference of the probe's losses from the model's own, relative to their size. A neighbour that is seen or a
 # position that is off makes tenths; rounding of 16 bits, of quantised products, and of float32 makes less than these.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -84,15 +86,23 @@ def check_rows(settings: PackingSettings, longest: int) -> None:
         )
 
 
-def choose_forward(model: nn.Module, method: Method, settings: PackingSettings, device: torch.device, dtype: torch.dtype) -> Forward:
+def choose_forward(
+    model: nn.Module,
+    method: Method,
+    settings: PackingSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    tell: Callable[[Any], Any] = lambda found: found,
+) -> Forward:
     """The packed forward pass if it is exact for this model, else PEFT's padded one. Call it under the run's autocast.
 
     Args:
-        model: base with adapter, on its device.
+        model: base with adapter; on the meta device where another process probes.
         method: that wrapped it.
         settings: plain values.
-        device: of the model.
+        device: on which the run computes.
         dtype: in which attention is computed.
+        tell: passes the probing process's findings to the others, and returns them.
 
     Raises:
         InputError: packing, a back end, or something that needs packing was asked for and is not possible.
@@ -100,8 +110,19 @@ def choose_forward(model: nn.Module, method: Method, settings: PackingSettings, 
     reason = "--packing False"
     if settings.packing:
         name = backends.choose(settings.attn_backend, device, dtype, settings.use_flash_attn)
-        packed, reason = try_packed(model, partial(method.soft_prompt, model), name, dtype)
-        if packed is not None:
+        soft_prompt = partial(method.soft_prompt, model)
+        where = base_of(model).device.type
+        reason, head = "", None
+        if where != "meta":
+            probed, reason = try_packed(
+                model, soft_prompt, name if where == device.type else backends.choose(None, CPU, dtype, False), dtype
+            )
+            head = probed and probed.head_name
+            if probed is not None:
+                probed.release()
+        reason, head = tell((reason, head))
+        if not reason:
+            packed = PackedModel(model, soft_prompt, backends.BACKENDS[name], head)
             bound = row_bound(settings)
             rows = Packing(bound - settings.num_virtual_tokens)
             return Forward(packed, rows, rows, f"packed, rows of at most {bound:,} tokens, attention by {name}")

@@ -6,14 +6,15 @@ import json
 import math
 import os
 import tempfile
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, get_scheduler, set_seed
+from accelerate import Accelerator, InitProcessGroupKwargs, init_empty_weights
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase, get_scheduler, set_seed
 
 from open_instruct.arguments import FinetuneArguments
 from open_instruct.data import chat
@@ -24,8 +25,8 @@ from open_instruct.methods import METHODS, MethodSettings, Recipe, model_facts
 from open_instruct.model import loading, memory
 from open_instruct.model.chunked_loss import rows_at_once
 from open_instruct.quiet import silence_transformers
-from open_instruct.training import capabilities, packing
-from open_instruct.training.checkpoint import complete_checkpoints, find_checkpoint, part_name
+from open_instruct.training import capabilities, engines, packing
+from open_instruct.training.checkpoint import complete_checkpoints, find_checkpoint
 from open_instruct.training.examples import Data, max_sequence_length, num_virtual_tokens
 from open_instruct.training.loop import FitSettings
 from open_instruct.training.packing import Forward, PackingSettings
@@ -52,6 +53,7 @@ def make_accelerator(a: FinetuneArguments) -> Accelerator:
             raise
         raise InputError(f"--report_to {' '.join(a.report_to)} can't be used ({error}): install the tracker or name another") from None
     set_seed(a.seed)
+    engines.start(accelerator)
     return accelerator
 
 
@@ -60,7 +62,7 @@ def check_capabilities(a: FinetuneArguments, engine: str | None) -> None:
 
     Args:
         a: the flags.
-        engine: of several processes, as `engine_of` names it.
+        engine: of several processes, as `engines.engine_of` names it.
 
     Raises:
         InputError: naming every obstacle at once.
@@ -74,26 +76,14 @@ def check_capabilities(a: FinetuneArguments, engine: str | None) -> None:
     }
     reasons = {feature: capabilities.obstacle(method, feature) for feature, on in wanted.items() if feature and on}
     problems = [f"{method.title} does not work with {feature}: {reason}" for feature, reason in reasons.items() if reason]
+    if engines.shares_weights(engine) and (a.load_in_4bit or a.load_in_8bit):
+        problems.append(
+            f"quantised weights can't be shared out by {engine}: use DDP or ZeRO-2, or drop --load_in_{4 if a.load_in_4bit else 8}bit"
+        )
+    if engine == capabilities.FSDP and a.use_8bit_optimizer:
+        problems.append("--use_8bit_optimizer does not know the shared parameters of FSDP: drop it, or use another engine")
     if problems:
         raise InputError("; ".join(problems))
-
-
-def engine_of(accelerator: Accelerator) -> str | None:
-    """What joins the processes, as a column of the capability table; None for one process alone."""
-    kind = accelerator.distributed_type
-    if kind == DistributedType.DEEPSPEED:
-        stage = accelerator.state.deepspeed_plugin.zero_stage
-        return capabilities.ZERO_3 if stage == 3 else capabilities.ZERO_2
-    if kind == DistributedType.FSDP:
-        return capabilities.FSDP
-    return capabilities.DDP if accelerator.num_processes > 1 else None
-
-
-def optimizer_part(accelerator: Accelerator) -> str | None:
-    """File name of this process's part of the optimizer in a checkpoint; None where one file holds it all."""
-    if engine_of(accelerator) != capabilities.ZERO_2:
-        return None
-    return part_name(accelerator.process_index, accelerator.num_processes)
 
 
 def check_wandb() -> None:
@@ -170,14 +160,17 @@ def method_settings(a: FinetuneArguments) -> MethodSettings:
 
 
 def load_base(a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Any:
-    """The base model on this process's device."""
+    """The base model on this process's device; where weights are shared out, whole on the main process's CPU, and empty elsewhere."""
     assert a.model_name_or_path
+    shared = engines.shares_weights(engines.engine_of(accelerator))
+    if shared and not accelerator.is_main_process:
+        return skeleton(a, config)
     quantise = "4bit" if METHODS[a.method].needs_quantised_base or a.load_in_4bit else "8bit" if a.load_in_8bit else None
-    with accelerator.main_process_first():
+    with nullcontext() if shared else accelerator.main_process_first():
         model = loading.load_model(
             a.model_name_or_path,
             config,
-            torch.float32 if a.method == "full" else loading.choose_dtype(a.dtype),
+            base_dtype(a),
             loading.choose_attention(a.use_flash_attn),
             quantise=quantise,
             allow_pickle=a.allow_pickle,
@@ -186,17 +179,48 @@ def load_base(a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrai
             trust_remote_code=a.trust_remote_code,
         )
     loading.check_vocabulary(model, tokenizer)
-    return model if quantise else model.to(accelerator.device)
+    return model if quantise or shared else model.to(accelerator.device)
 
 
-def wrap_method(a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase, origins: dict[str, str]) -> tuple[Any, Recipe]:
+def base_dtype(a: FinetuneArguments) -> torch.dtype:
+    """In which the base is held."""
+    return torch.float32 if a.method == "full" else loading.choose_dtype(a.dtype)
+
+
+def skeleton(a: FinetuneArguments, config: PretrainedConfig) -> Any:
+    """The base model without values, on the meta device. Its buffers, which a configuration alone decides, are real."""
+    attention = loading.choose_attention(a.use_flash_attn)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=base_dtype(a), attn_implementation=attention, trust_remote_code=a.trust_remote_code
+        )
+    model.tie_weights()  # the context makes each parameter anew
+    model.config.use_cache = False
+    return model
+
+
+def empty_copy(a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tensors: dict[str, torch.Tensor]) -> Any:
+    """The model on the meta device with true values where it was trained: enough to be saved, at no cost in memory."""
+    model = METHODS[a.method].wrap(skeleton(a, config), tokenizer, method_settings(a))
+    problems = model.load_state_dict(tensors, strict=False, assign=True)
+    assert not problems.unexpected_keys, problems.unexpected_keys
+    causal = packing.base_of(model)
+    causal.tie_weights()
+    with suppress(OSError):  # many a base has none of its own
+        causal.generation_config = GenerationConfig.from_pretrained(a.model_name_or_path, revision=a.model_revision)
+    return model
+
+
+def wrap_method(
+    a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase, origins: dict[str, str], accelerator: Accelerator
+) -> tuple[Any, Recipe]:
     """Fill in the recipe and put the adapter on. The same seed gives the same start on every process."""
     method = METHODS[a.method]
     if a.prompt_tuning_init_text and a.method == "prefix_tuning" and a.prefix_init is None:
         a.prefix_init, origins["prefix_init"] = "text", "flag prompt_tuning_init_text"
     if a.prompt_tuning_init_text and a.method == "prompt_tuning" and a.prompt_tuning_init is None:
         a.prompt_tuning_init, origins["prompt_tuning_init"] = "text", "flag prompt_tuning_init_text"
-    recipe = method.recipe(model_facts(model, tokenizer), method_settings(a))
+    recipe = method.recipe(engines.told(model_facts(model, tokenizer), accelerator), method_settings(a))
     fill_from_recipe(a, recipe, origins)
     torch.manual_seed(a.seed)
     return method.wrap(model, tokenizer, method_settings(a)), recipe
@@ -222,8 +246,14 @@ def choose_forward(
     )
     packing.check_rows(settings, max(int(examples.lengths.max()) for examples in (data.train, data.held_out) if examples))
     dtype = loading.choose_dtype(a.dtype)
-    with accelerator.autocast():
-        forward = packing.choose_forward(model, METHODS[a.method], settings, accelerator.device, dtype)
+    engine = engines.engine_of(accelerator)
+
+    def tell(found: tuple[str, str | None]) -> tuple[str, str | None]:
+        reason, head = engines.told(found, accelerator) if engines.shares_weights(engine) else found
+        return reason, None if engine == capabilities.ZERO_3 else head  # which gathers the head in each piece, of which processes differ
+
+    with torch.autocast(packing.base_of(model).device.type.replace("meta", "cpu"), dtype, enabled=dtype == torch.bfloat16):
+        forward = packing.choose_forward(model, METHODS[a.method], settings, accelerator.device, dtype, tell)
     accelerator.print(f"forward pass: {forward.description}")
     return forward
 
@@ -322,11 +352,14 @@ def make_optimizer(a: FinetuneArguments, model: torch.nn.Module, num_steps: int)
     return optimizer, schedule
 
 
-def configure_deepspeed(a: FinetuneArguments, accelerator: Accelerator) -> None:
-    """DeepSpeed clips by its configuration, at 1.0 if it says nothing: write the run's bound there (0: none)."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None:
-        plugin.deepspeed_config["gradient_clipping"] = max(a.clip_grad_norm or 0.0, 0.0)
+def prepare(a: FinetuneArguments, accelerator: Accelerator, forward: Forward, num_steps: int) -> tuple[Any, Any, Any]:
+    """Model, optimizer and schedule for the engine: shared out, wrapped, checkpointed, compiled."""
+    engines.configure_deepspeed(accelerator, a.clip_grad_norm)
+    packing.start(forward, a.gradient_checkpointing, a.compile)
+    if engines.shares_weights(engines.engine_of(accelerator)):
+        engines.share_out(forward.model, packing.decoder_layers(packing.base_of(forward.model.model)), accelerator)
+    optimizer, schedule = make_optimizer(a, forward.model, num_steps)
+    return *engines.prepare(accelerator, forward.model, optimizer), schedule
 
 
 def run_identity(a: FinetuneArguments, data: Data, config: PretrainedConfig, plan: Plan) -> dict[str, Any]:
