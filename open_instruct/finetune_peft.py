@@ -97,7 +97,8 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
     forward = setup.choose_forward(a, origins, data, config, model, accelerator, tokenizer.pad_token_id)
     plan = setup.make_plan(a, len(data.train), accelerator.num_processes)
     if a.dry_run:
-        accelerator.print(setup.dry_run_text(a, data, plan, model, config, forward.training))
+        sharing = engines.sharing(engine, accelerator.num_processes)
+        accelerator.print(setup.dry_run_text(a, data, plan, model, config, forward.training, sharing))
         return
     progress = Progress(identity=engines.told(setup.run_identity(a, data, config, plan), accelerator))
     part = engines.part_name(accelerator)

@@ -51,10 +51,10 @@ require_variables() {
 #   MODEL (the bundled model)            TRAIN_FILE (the bundled sample)     VALIDATION_FILE (held out from TRAIN_FILE)
 #   OUTPUT_DIR (output/NAME_OF_SCRIPT)   NUM_PROCESSES (GPUs, or 1)          TOTAL_BATCH_SIZE (16)
 #   BATCH_SIZE_PER_GPU (TOTAL / processes, at most 16)   MAX_SEQ_LENGTH, LEARNING_RATE, NUM_EPOCHS, SEED (finetune_peft.py's)
-#   ENGINE (zero2 on several GPUs; or ddp)               DS_CONFIG (configs/ds_configs/zero2.json)
+#   ENGINE (zero2 on several GPUs; or ddp, zero3, fsdp)  DS_CONFIG (configs/ds_configs/ENGINE.json)
 #   PRINT_COMMAND=1: print the command instead of running it
 launch() {
-    local gpus=0 processes total per_gpu accumulation command flags
+    local gpus=0 processes total per_gpu accumulation command flags engine=${ENGINE:-zero2}
     if command -v nvidia-smi >/dev/null 2>&1; then
         gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
     fi
@@ -68,14 +68,16 @@ launch() {
     accumulation=$((total / processes / per_gpu))
 
     command=(accelerate launch --num_machines 1 --num_processes "$processes" --mixed_precision no --dynamo_backend no)
-    if [[ "${ENGINE:-zero2}" != zero2 && "${ENGINE:-zero2}" != ddp ]]; then
-        echo "error: ENGINE $ENGINE is unknown: use ddp or zero2" >&2
+    if [[ ! "$engine" =~ ^(ddp|zero2|zero3|fsdp)$ ]]; then
+        echo "error: ENGINE $engine is unknown: use ddp, zero2, zero3 or fsdp" >&2
         exit 2
     fi
-    if ((gpus > 1 && processes > 1)) && [[ "${ENGINE:-zero2}" == ddp ]]; then
-        command+=(--multi_gpu)
-    elif ((gpus > 1 && processes > 1)); then
-        command+=(--use_deepspeed --deepspeed_config_file "${DS_CONFIG:-$REPO_ROOT/configs/ds_configs/zero2.json}")
+    if ((gpus > 1 && processes > 1)); then
+        case $engine in
+            ddp) command+=(--multi_gpu) ;;
+            fsdp) command+=(--use_fsdp --fsdp_version 2 --fsdp_reshard_after_forward true) ;;
+            *) command+=(--use_deepspeed --deepspeed_config_file "${DS_CONFIG:-$REPO_ROOT/configs/ds_configs/$engine.json}") ;;
+        esac
     elif ((processes > 1)); then
         # Several processes on CPUs: `--cpu` would silently start one (docs of accelerate 1.15).
         export ACCELERATE_USE_CPU=true

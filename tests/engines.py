@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +37,8 @@ def use_fsdp2() -> None:
     PartialState(cpu=True)
 
 
-def main() -> int:
-    """Run all."""
-    engine, runs = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+def make_run(engine: str) -> Callable[[list[str]], int]:
+    """Start an engine; gives what trains once with a command line and returns the exit code."""
     if engine.startswith("zero"):
         use_deepspeed(engine)
     elif engine == "fsdp2":
@@ -51,11 +51,21 @@ def main() -> int:
     from open_instruct.finetune_peft import main as finetune
 
     Accelerator.end_training = lambda self: self.wait_for_everyone()  # the next run needs the group of processes
-    for words in runs:
+
+    def run(words: list[str]) -> int:
         AcceleratorState._reset_state()
         if engine == "fsdp2":
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        code = finetune(words)
+        return finetune(words)
+
+    return run
+
+
+def main() -> int:
+    """Run all."""
+    run = make_run(sys.argv[1])
+    for words in json.loads(Path(sys.argv[2]).read_text()):
+        code = run(words)
         if code:
             return code
     return 0

@@ -131,3 +131,44 @@ def test_bad_input_is_said_once_by_two_processes(tmp_path):
     )  # fmt: skip
     assert result.returncode != 0
     assert result.stderr.count("no such file: missing.jsonl") == 1
+
+
+SHARES = """
+import sys, torch
+from tests.engines import make_run
+make_run(sys.argv[1])
+from accelerate import Accelerator, DistributedType, PartialState
+from transformers import AutoConfig, AutoTokenizer
+from open_instruct.arguments import FinetuneArguments
+from open_instruct.training import engines, packing, setup
+
+if sys.argv[1] == "fsdp2":
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+accelerator = Accelerator()
+engines.start(accelerator)
+a = FinetuneArguments(model_name_or_path=sys.argv[2], use_lora=True)
+model = setup.load_base(a, AutoConfig.from_pretrained(sys.argv[2]), AutoTokenizer.from_pretrained(sys.argv[2]), accelerator)
+assert {p.device.type for p in model.parameters()} == {"cpu" if accelerator.is_main_process else "meta"}
+before = {name: value.clone() for name, value in model.state_dict().items()} if accelerator.is_main_process else {}
+number = sum(p.numel() for p in model.parameters())
+engines.share_out(model, packing.decoder_layers(model), accelerator)
+assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+mine = sum((p.ds_tensor if hasattr(p, "ds_id") else p.to_local()).numel() for p in model.parameters())
+assert number / 2 <= mine <= number / 2 + 1000, (mine, number)
+whole = engines.whole(dict(model.named_parameters()), accelerator)
+assert all(torch.equal(value, before[name]) for name, value in whole.items()) and bool(whole) == accelerator.is_main_process
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_each_process_keeps_its_share_of_the_weights(engine, tmp_path):
+    """Only the main process reads them; put together again, they are what it read."""
+    if engine == "zero3":
+        pytest.importorskip("deepspeed")
+    program = tmp_path / "program.py"
+    program.write_text(SHARES)
+    words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(program), engine, str(TINY_MODEL)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]

@@ -175,10 +175,17 @@ def test_the_table_of_capabilities_is_true(name, feature, train):
 
 
 @pytest.mark.parametrize("engine", [capabilities.ZERO_3, capabilities.FSDP])
-def test_an_engine_that_can_not_be_saved_yet_is_refused(engine):
-    with pytest.raises(InputError, match="saving and resuming"):
-        setup.check_capabilities(FinetuneArguments(use_lora=True), engine)
-    setup.check_capabilities(FinetuneArguments(use_lora=True), capabilities.ZERO_2)
+@pytest.mark.parametrize("flags", [{"use_qlora": True}, {"use_lora": True, "load_in_4bit": True}, {"load_in_8bit": True, "use_ia3": True}])
+def test_quantised_weights_are_not_shared_out(engine, flags):
+    with pytest.raises(InputError, match="can't be shared out"):
+        setup.check_capabilities(FinetuneArguments(**flags), engine)
+    setup.check_capabilities(FinetuneArguments(**flags), capabilities.ZERO_2)
+    setup.check_capabilities(FinetuneArguments(use_lora=True), engine)
+
+
+def test_ia3_is_refused_where_deepspeed_loses_it():
+    with pytest.raises(InputError, match="loses track of IA3's factors"):
+        setup.check_capabilities(FinetuneArguments(use_ia3=True), capabilities.ZERO_3)
 
 
 def test_the_documented_table_is_generated_from_the_code():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
 from open_instruct.arguments import check_arguments
 from open_instruct.command_line import parse
@@ -56,14 +57,21 @@ def test_a_launcher_for_real_runs_asks_for_what_it_needs():
     assert result.returncode == 2 and "error: MODEL is not set" in result.stderr
 
 
-@pytest.mark.parametrize("engine, words", [("ddp", ["--multi_gpu"]), ("zero2", ["--use_deepspeed", "--deepspeed_config_file"])])
-def test_the_engine_of_several_gpus_can_be_chosen(engine, words, tmp_path):
+ENGINES = {"ddp": "--multi_gpu", "zero2": "--use_deepspeed", "zero3": "--use_deepspeed", "fsdp": "--use_fsdp"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_engine_of_several_gpus_can_be_chosen(engine, tmp_path):
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i; done\n")
     fake.chmod(0o755)
     needed = {"MODEL": "m", "TRAIN_FILE": "t", "OUTPUT_DIR": "o", "PATH": f"{tmp_path}:{os.environ['PATH']}", "ENGINE": engine}
     command = composed(ROOT / "scripts" / "finetune_lora_with_accelerate.sh", **needed)
-    assert set(words) <= set(command) and ("--multi_gpu" in command) == (engine == "ddp")
+    assert set(ENGINES.values()) & set(command) == {ENGINES[engine]}
+    launch_command_parser().parse_args(command[2:])
+    if engine.startswith("zero"):
+        config = json.loads(Path(command[command.index("--deepspeed_config_file") + 1]).read_text())
+        assert config["zero_optimization"]["stage"] == int(engine[-1])
     assert command[command.index("--num_processes") + 1] == "8"
     assert command[command.index("--per_device_train_batch_size") + 1 :][:3] == ["16", "--gradient_accumulation_steps", "1"]
 
@@ -116,10 +124,12 @@ def test_accelerate_accepts_the_configurations(path):
     config = load_config_from_file(str(path))
     nodes = 4 if "multinode" in path.name else 1
     assert (config.num_machines, config.num_processes) == (nodes, 8 * nodes)
-    if path.name.startswith("zero2"):
-        assert config.distributed_type == "DEEPSPEED" and (ROOT / config.deepspeed_config["deepspeed_config_file"]).exists()
+    engine = path.name.split("_")[0]
+    if engine.startswith("zero"):
+        assert config.distributed_type == "DEEPSPEED"
+        assert config.deepspeed_config["deepspeed_config_file"] == f"configs/ds_configs/{engine}.json"
     else:
-        assert config.distributed_type == "MULTI_GPU"
+        assert config.distributed_type == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[engine]
 
 
 def test_configurations_parse():

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Numbers that a layer keeps for each token, in hidden and in feed-forward sizes: growth of a step's peak memory over layers and sizes of
 # random Llamas in float32 on CPU (torch 2.13). Frozen matrices need no copy of their inputs.
 KEPT = {"soft prompt": (6.3, 3.1), "layers": (8.3, 4.0), "full": (10.0, 4.0)}
 DROPPED = (9.0, 1.0)  # more with LoRA's dropout: seven layers' inputs after it, and their masks
 OPTIMIZER_BYTES = {False: 8, True: 2}  # AdamW's two moments in float32, or in 8 bits
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What several processes share out, and what that costs each of them."""
+
+    weights: int = 1  # processes among which each weight is split
+    states: int = 1  # processes among which gradients and the optimizer's moments are split
+    bytes_for_trained: int = 0  # for each trained number: buffers to exchange its gradient, or a second original
+    kept_gathered: float = 0  # numbers that an engine keeps gathered at most, where that is more than the parts in use
 
 
 def estimate_mb(
@@ -24,6 +36,7 @@ def estimate_mb(
     activation_bytes: int,
     trains: str,
     dropout: bool = False,
+    sharing: Sharing = Sharing(),
 ) -> dict[str, float]:
     """Megabytes of one process in a training step, by what they hold.
 
@@ -41,12 +54,13 @@ def estimate_mb(
         activation_bytes: bytes of an activation (4 or 2).
         trains: "soft prompt", "layers" (LoRA, IA3) or "full", a key of `KEPT`.
         dropout: the adapter drops inputs, and keeps what is left of them.
+        sharing: of several processes.
 
     Returns:
-        weights, gradients, optimizer, activations, logits, total.
+        weights, gradients, optimizer, activations, logits, with shared weights those that are gathered at a time, total.
     """
     text = config.get_text_config()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = bytes_of(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     hidden, layers = text.hidden_size, text.num_hidden_layers
     feed_forward = getattr(text, "intermediate_size", None) or 4 * hidden
@@ -57,14 +71,24 @@ def estimate_mb(
     a_layer = hidden if gradient_checkpointing else whole_layer
     recomputed = whole_layer if gradient_checkpointing else 0
     parts = {
-        "weights": weights,
-        "gradients": trained * 4,
-        "optimizer": trained * OPTIMIZER_BYTES[use_8bit_optimizer],
+        "weights": weights / sharing.weights,
+        "gradients": trained * 4 / sharing.states,
+        "optimizer": trained * (OPTIMIZER_BYTES[use_8bit_optimizer] + sharing.bytes_for_trained) / sharing.states,
         "activations": tokens * (a_layer * layers + recomputed) * activation_bytes,
         "logits": logit_rows * text.vocab_size * 4 * 3,
     }
+    if sharing.weights > 1:  # what stands outside of layers, a layer, and the next one on its way
+        in_layers = [bytes_of(module) for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        in_use = weights - sum(in_layers) + 2 * max(in_layers, default=0)
+        kept = min(weights, sharing.kept_gathered * activation_bytes)
+        parts["gathered"] = max(in_use, kept) * (1 - 1 / sharing.weights)
     parts["total"] = sum(parts.values())
     return {name: round(value / 1e6, 1) for name, value in parts.items()}
+
+
+def bytes_of(module: torch.nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def counts(model: torch.nn.Module) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from open_instruct.errors import InputError
+from open_instruct.model.memory import Sharing
 from open_instruct.training import capabilities
 
 
@@ -37,6 +38,22 @@ def engine_of(accelerator: Accelerator) -> str | None:
 def shares_weights(engine: str | None) -> bool:
     """Whether a process holds only a part of the model."""
     return engine in (capabilities.ZERO_3, capabilities.FSDP)
+
+
+def sharing(engine: str | None, processes: int) -> Sharing:
+    """What an engine splits among its processes. ZeRO keeps originals of its own of what is trained, DDP buffers of its gradients.
+
+    ZeRO-3 keeps up to a billion numbers gathered (`stage3_max_live_parameters`).
+    """
+    if engine == capabilities.DDP:
+        return Sharing(bytes_for_trained=4)
+    if engine == capabilities.ZERO_2:
+        return Sharing(states=processes, bytes_for_trained=4)
+    if engine == capabilities.ZERO_3:
+        return Sharing(processes, processes, bytes_for_trained=4, kept_gathered=1e9)
+    if engine == capabilities.FSDP:
+        return Sharing(processes, processes)
+    return Sharing()
 
 
 def start(accelerator: Accelerator) -> None:

@@ -294,7 +294,9 @@ def fit_settings(a: FinetuneArguments, plan: Plan, batching: Batching) -> FitSet
     )
 
 
-def dry_run_text(a: FinetuneArguments, data: Data, plan: Plan, model: Any, config: PretrainedConfig, batching: Batching) -> str:
+def dry_run_text(
+    a: FinetuneArguments, data: Data, plan: Plan, model: Any, config: PretrainedConfig, batching: Batching, sharing: memory.Sharing
+) -> str:
     """The plan of a run: steps, tokens, parameters, memory."""
     sizes = memory.counts(model)
     vocab_size, device = config.get_text_config().vocab_size, next(model.parameters()).device
@@ -311,6 +313,7 @@ def dry_run_text(a: FinetuneArguments, data: Data, plan: Plan, model: Any, confi
         loading.choose_dtype(a.dtype).itemsize,
         "full" if a.method == "full" else "soft prompt" if METHODS[a.method].is_soft_prompt else "layers",
         dropout=a.lora_dropout > 0 and a.method in ("lora", "qlora"),
+        sharing=sharing,
     )
     parts = ", ".join(f"{name} {value:,.1f}" for name, value in estimate.items() if name != "total")
     share = sizes["trainable_parameters"] / sizes["total_parameters"]
