@@ -42,6 +42,7 @@ def main() -> None:
     """Print one of the two tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fits", action="store_true")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="measured ones")
     parser.add_argument("--worker", nargs=2, metavar=("ENGINE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -49,10 +50,10 @@ def main() -> None:
     elif arguments.fits:
         print_fits()
     else:
-        print_measured()
+        print_measured(arguments.engines)
 
 
-def print_measured() -> None:
+def print_measured(chosen: list[str]) -> None:
     """Traffic and speed of every engine and method."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -61,7 +62,7 @@ def print_measured() -> None:
         print(
             "| method | engine | trained numbers, MB | weights, MB | MB a step | tokens/s of 2 processes / 1 |\n|---|---|---|---|---|---|"
         )
-        for engine in ENGINES:
+        for engine in chosen:
             for method, found in launch(engine, folder, 2).items():
                 ratio = found["tokens_per_second"] / alone[method]["tokens_per_second"]
                 sizes = f"{found['trained_mb']:.2f} | {found['weights_mb']:.0f}"
@@ -96,24 +97,28 @@ def worker(engine: str, folder: str) -> None:
     from tests.engines import make_run
 
     run = make_run(engine)
+    out = Path(folder) / "out"
+
+    def train(flags: list[str], steps: int) -> int:
+        """Bytes that a run of so many steps sent."""
+        words = [
+            "--model_name_or_path", f"{folder}/model", "--train_file", str(ROOT / "data" / "sample" / "train.jsonl"), *flags,
+            "--output_dir", str(out), "--overwrite_output_dir", "--max_train_steps", str(steps), "--validation_fraction", "0",
+            "--dataset_skip_cache", "--max_train_samples", "384", "--logging_steps", "1000",
+            "--per_device_train_batch_size", str(32 // int(os.environ["WORLD_SIZE"])),
+        ]  # fmt: skip
+        before = loopback_bytes()
+        if run(words):
+            raise SystemExit(1)
+        return loopback_bytes() - before
+
+    train(MEASURED["prompt tuning"], 1)  # the processes find each other
     figures = {}
     for method, flags in MEASURED.items():
-        traffic, summary = {}, {}
-        for steps in STEPS:
-            out = Path(folder) / "out"
-            words = [
-                "--model_name_or_path", f"{folder}/model", "--train_file", str(ROOT / "data" / "sample" / "train.jsonl"), *flags,
-                "--output_dir", str(out), "--overwrite_output_dir", "--max_train_steps", str(steps), "--validation_fraction", "0",
-                "--dataset_skip_cache", "--max_train_samples", "384", "--logging_steps", "1000",
-                "--per_device_train_batch_size", str(32 // int(os.environ["WORLD_SIZE"])),
-            ]  # fmt: skip
-            before = loopback_bytes()
-            if run(words):
-                raise SystemExit(1)
-            traffic[steps] = loopback_bytes() - before
-            summary = json.loads((out / "summary.json").read_text())
+        few, more = (train(flags, steps) for steps in STEPS)
+        summary = json.loads((out / "summary.json").read_text())
         figures[method] = {
-            "mb_a_step": (traffic[STEPS[1]] - traffic[STEPS[0]]) / (STEPS[1] - STEPS[0]) / 1e6,
+            "mb_a_step": (more - few) / (STEPS[1] - STEPS[0]) / 1e6,
             "tokens_per_second": summary["tokens_per_second"],
             "trained_mb": summary["trainable_parameters"] * 4 / 1e6,
             "weights_mb": summary["total_parameters"] * 4 / 1e6,
