@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +25,43 @@ class OneLineParser(HfArgumentParser):
         """Print one line and exit with code 2."""
         print(f"error: {message} (see --help)", file=sys.stderr)
         sys.exit(2)
+
+
+class OneLineArgumentParser(argparse.ArgumentParser):
+    """argparse with one-line errors and no abbreviations."""
+
+    def __init__(self, **options: Any) -> None:
+        """As argparse's."""
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with code 2."""
+        print(f"error: {message} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def add_model_flags(parser: argparse.ArgumentParser, dtype: str = "stored") -> None:
+    """The flags that name a base model and adapters, the same for every tool that uses them."""
+    parser.add_argument(
+        "--adapter", action="append", metavar="[NAME=]DIR", help="trained adapter, in PEFT's format; may be given several times"
+    )
+    parser.add_argument("--model_name_or_path", metavar="MODEL", help="base model; unset: the one that the adapter names")
+    parser.add_argument("--any_base", action="store_true", help="accept a base under another name than the adapter's")
+    choices = ["stored", "auto", "float32", "bfloat16", "float16"]
+    text = "precision of the base; stored: as in its files; auto: bfloat16 on a GPU that has it, float32 elsewhere"
+    parser.add_argument("--dtype", default=dtype, choices=choices, help=f"{text} (default: {dtype})")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+
+
+def at_least(smallest: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least so much."""
+
+    def whole_number(text: str) -> int:
+        if not text.removeprefix("-").isdigit() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {smallest}")
+        return int(text)
+
+    return whole_number
 
 
 def build_parser() -> OneLineParser:

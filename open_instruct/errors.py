@@ -12,8 +12,8 @@ class InputError(ValueError):
     """Wrong input: names the value seen, why it is wrong, and the remedy. Entry points print it and exit with code 2."""
 
 
-def exit_code(work: Callable[[], None]) -> int:
-    """Do a tool's work. 0: done; 2: wrong input, said in one line; 130: interrupted or told to end."""
+def exit_code(work: Callable[[], None], interrupted: str = "interrupted: nothing half-written remains") -> int:
+    """Do a tool's work. 0: done; 2: wrong input, said in one line; 130: interrupted or told to end, said in the words given."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -25,7 +25,7 @@ def exit_code(work: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing half-written remains", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)

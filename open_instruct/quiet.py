@@ -3,6 +3,7 @@
 import logging
 import warnings
 
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional CPU kernel of bitsandbytes is missing
 warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
 warnings.filterwarnings(

@@ -26,8 +26,8 @@ SHAREGPT_ROLES = {
 }
 
 
-def form_of(place: str, row: dict[str, Any], key: str = "messages") -> str:
-    """Name of the form that a row has.
+def form_of(place: str, row: dict[str, Any], key: str = "messages", answered: bool = True) -> str:
+    """Name of the form that a row has. `answered`: with an answer.
 
     Raises:
         InputError: none; names the columns found and the forms known.
@@ -36,36 +36,42 @@ def form_of(place: str, row: dict[str, Any], key: str = "messages") -> str:
         return key
     if isinstance(row.get("conversations"), list):
         return "ShareGPT"
-    if "prompt" in row and "completion" in row:
+    if "prompt" in row and ("completion" in row or not answered):
         return "prompt and completion"
-    if "instruction" in row and "output" in row:
+    if "instruction" in row and ("output" in row or not answered):
         return "Alpaca"
     raise InputError(f"{place}: no `{key}` (columns: {', '.join(row) or 'none'}): known forms are {KNOWN}")
 
 
-def to_messages(place: str, row: dict[str, Any], key: str = "messages") -> list[dict[str, Any]]:
+def to_messages(place: str, row: dict[str, Any], key: str = "messages", answered: bool = True) -> list[dict[str, Any]]:
     """A row's conversation, checked.
+
+    Args:
+        place: of the row, for errors.
+        row: its columns.
+        key: column of the messages.
+        answered: an assistant's turn must be there, as in training; else it may.
 
     Raises:
         InputError: naming the place, the value and the remedy.
     """
-    form = form_of(place, row, key)
+    form = form_of(place, row, key, answered)
     if form == "ShareGPT":
         messages = sharegpt(place, row)
     elif form == "Alpaca":
         question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+        messages = [{"role": "user", "content": question}, *optional(row.get("output"), answered)]
     elif form == "prompt and completion":
-        messages = [*turns(row["prompt"], "user"), *turns(row["completion"], "assistant")]
+        messages = [*turns(row["prompt"], "user"), *optional(row.get("completion"), answered)]
     else:
         messages = row[key]
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise InputError(f"{place}: `{key}` must be a list of {{role, content}} objects that is not empty")
     messages = [check_message(f"{place}: message {number}", message) for number, message in enumerate(messages, start=1)]
     roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
+    if answered and "assistant" not in roles:
         raise InputError(f"{place}: no assistant message: there is nothing to learn from it; remove the row")
-    if next(role for role in roles if role != "system") == "assistant":
+    if next((role for role in roles if role != "system"), None) == "assistant":
         raise InputError(f"{place}: the assistant speaks first: a user message must come before it")
     return messages
 
@@ -79,6 +85,11 @@ def sharegpt(place: str, row: dict[str, Any]) -> list[dict[str, Any]]:
             raise InputError(f"{place}: message {number} is from {speaker!r}: known speakers are {', '.join(SHAREGPT_ROLES)}")
         messages.append({"role": SHAREGPT_ROLES[speaker], "content": turn.get("value")})
     return messages
+
+
+def optional(value: Any, answered: bool) -> list[Any]:
+    """An answer that may be missing."""
+    return turns(value, "assistant") if answered or value is not None else []
 
 
 def turns(value: Any, role: str) -> list[Any]:

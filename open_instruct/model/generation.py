@@ -1,16 +1,142 @@
-"""Greedy answers that don't depend on which other questions share the batch."""
+"""Answers that don't depend on which other questions share the batch, greedy or sampled."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; names and meanings are those of transformers' `generate`."""
+
+    max_new_tokens: int = 256
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    repetition_penalty: float = 1.0
+    num_return_sequences: int = 1
+    seed: int = 42
+
+    def warpers(self) -> LogitsProcessorList:
+        """What `generate` applies to the scores before it draws."""
+        found = LogitsProcessorList()
+        if self.temperature != 1.0:
+            found.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            found.append(TopPLogitsWarper(self.top_p))
+        return found
+
+
+class DrawByRow(LogitsProcessor):
+    """Adds Gumbel noise, so that the largest score is a draw from the softmax (Gumbel-max). Each row has random numbers of its own."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        """One seed for each row."""
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, V] with noise."""
+        noise = [torch.empty(scores.shape[1], dtype=torch.float64).exponential_(generator=g) for g in self.generators]
+        return scores.float() - torch.stack(noise).log().to(scores.device, torch.float32)
 
 
 @torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    max_length: int | None = None,
+    batch_size: int = 32,
+    streamer: Any = None,
+) -> Iterator[tuple[int, list[str]]]:
+    """Answer each prompt (token ids), and give (its index, its answers) as soon as they are there.
+
+    Only prompts of equal length share a batch: left padding shifts what soft prompts compute, and right padding has no
+    meaning in generation. What is drawn for a prompt follows from the seed and the prompt alone.
+
+    Args:
+        model: a causal language model or a PeftModel.
+        tokenizer: decodes the answers.
+        prompts: token ids of each prompt.
+        sampling: how answers are drawn.
+        max_length: prompt and answer together at most, virtual tokens not counted. A prompt that fills it gets empty answers.
+        batch_size: rows in a batch at most.
+        streamer: transformers' own, for one prompt and one answer.
+
+    Yields:
+        Answers without special tokens and surrounding white space, `num_return_sequences` of each prompt.
+    """
+    copies = sampling.num_return_sequences
+    by_length: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        by_length[len(prompt)] += [(index, copy) for copy in range(copies)]
+    found: dict[int, list[str]] = defaultdict(lambda: [""] * copies)
+    device = next(model.parameters()).device
+    ends = end_tokens(model, tokenizer)
+    was_training = model.training
+    model.eval()
+    for length, rows in by_length.items():
+        room = min(sampling.max_new_tokens, max_length - length) if max_length else sampling.max_new_tokens
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            if room > 0:
+                ids = torch.tensor([list(prompts[index]) for index, _ in chosen], device=device)
+                processors = LogitsProcessorList()
+                if sampling.do_sample:
+                    seeds = [seed_of(sampling.seed, prompts[index], copy) for index, copy in chosen]
+                    processors = LogitsProcessorList([*sampling.warpers(), DrawByRow(seeds)])
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=room,
+                    do_sample=False,
+                    num_beams=1,
+                    repetition_penalty=sampling.repetition_penalty,
+                    use_cache=True,
+                    eos_token_id=ends,
+                    pad_token_id=tokenizer.pad_token_id,
+                    logits_processor=processors,
+                    streamer=streamer,
+                )
+                for (index, copy), row in zip(chosen, out[:, length:], strict=True):
+                    found[index][copy] = tokenizer.decode(row, skip_special_tokens=True).strip()
+            for index, copy in chosen:
+                if copy == copies - 1:
+                    yield index, found[index]
+    model.train(was_training)
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """Tokens that end an answer: the tokenizer's, and those that the model names."""
+    named = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    return sorted(found) or None
+
+
+def seed_of(seed: int, prompt: Sequence[int], copy: int) -> int:
+    """Seed of one answer: a function of the run's seed, the prompt, and which of its answers it is."""
+    digest = hashlib.sha256(f"{seed} {copy} {list(prompt)}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 def greedy_answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -19,44 +145,8 @@ def greedy_answers(
     max_length: int | None = None,
     batch_size: int = 32,
 ) -> list[str]:
-    """Answer each prompt (token ids).
-
-    Only prompts of equal length share a batch: left padding shifts what soft prompts compute, and right padding has no
-    meaning in generation.
-
-    Args:
-        model: a causal language model or a PeftModel.
-        tokenizer: decodes the answers.
-        prompts: token ids of each prompt.
-        max_new_tokens: tokens of an answer at most.
-        max_length: prompt and answer together at most, virtual tokens not counted.
-        batch_size: prompts in a batch at most.
-
-    Returns:
-        The answers in the order of the prompts, without special tokens and surrounding white space.
-    """
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        by_length[len(prompt)].append(index)
+    """The one greedy answer to each prompt, in the order of the prompts. See `generate`."""
     answers = [""] * len(prompts)
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    for length, indices in by_length.items():
-        room = min(max_new_tokens, max_length - length) if max_length else max_new_tokens
-        for start in range(0, len(indices) if room > 0 else 0, batch_size):
-            chosen = indices[start : start + batch_size]
-            ids = torch.tensor([list(prompts[i]) for i in chosen], device=device)
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=room,
-                do_sample=False,
-                use_cache=True,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            for i, row in zip(chosen, out[:, length:], strict=True):
-                answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
-    model.train(was_training)
+    for index, found in generate(model, tokenizer, prompts, Sampling(max_new_tokens), max_length, batch_size):
+        answers[index] = found[0]
     return answers

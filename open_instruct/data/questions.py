@@ -1,0 +1,46 @@
+"""Rows of any known form → questions, with the answer that is given for each, if one is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from open_instruct.data import forms
+from open_instruct.data.reading import Row
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation up to the turn that is to be answered."""
+
+    place: str
+    messages: list[dict[str, Any]]
+    reference: str | None  # the turn itself, where the row has it
+
+    @property
+    def text(self) -> str:
+        """The last thing said, for tables."""
+        return str(self.messages[-1]["content"])
+
+
+def questions(rows: Iterable[Row], key: str = "messages") -> Iterator[Question]:
+    """One question a row: everything before the assistant's last turn if the row ends with it, else all of it.
+
+    Raises:
+        InputError: a row of no known form, or with content that is no text.
+    """
+    for place, row in rows:
+        messages = forms.to_messages(place, row, key, answered=False)
+        if messages[-1]["role"] == "assistant":
+            yield Question(place, messages[:-1], str(messages[-1]["content"]))
+        else:
+            yield Question(place, messages, None)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
+    """Token ids of a conversation that the assistant is to continue, as in training."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(str(text), add_special_tokens=False)["input_ids"]

@@ -1,0 +1,146 @@
+"""Soft prompts as vocabulary entries, so that a plain checkpoint holds them and any engine can serve them.
+
+A soft prompt of embeddings is P rows that stand before the input. Put into the embedding matrix as rows of P new tokens, which the
+tokenizer writes before everything else, they give the same hidden states, with no PEFT at inference. The head gets rows of zeros, so
+the new tokens are hardly ever predicted, and `generation_config` suppresses them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import processors
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from open_instruct.errors import InputError
+from open_instruct.model.adapters import BASE
+
+BIAS_OF_NEW_TOKENS = -1e4  # where the head has one: no probability at all
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The tokens that stand for one adapter's soft prompt, in order."""
+
+    adapter: str
+    tokens: tuple[str, ...]
+    ids: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """What the tokenizer reads as these tokens."""
+        return "".join(self.tokens)
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, adapter: str, count: int) -> NewTokens:
+    """Give the tokenizer the special tokens `<|ADAPTER_0|>` and so on.
+
+    Raises:
+        InputError: it has one of them already.
+    """
+    tokens = tuple(f"<|{adapter}_{number}|>" for number in range(count))
+    known = tokenizer.get_vocab()
+    clash = next((token for token in tokens if token in known), None)
+    if clash:
+        raise InputError(f"the tokenizer has a token {clash} already: give the adapter another name, --adapter NAME=DIR")
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    return NewTokens(adapter, tokens, tuple(tokenizer.convert_tokens_to_ids(list(tokens))))
+
+
+@torch.no_grad()
+def grow(model: Any, prompts: Sequence[tuple[NewTokens, torch.Tensor]]) -> None:
+    """Write soft prompts into the embedding matrix, untie the head, and keep both at the multiple that they had.
+
+    Args:
+        model: a causal language model; changed in place.
+        prompts: new tokens, and their vectors [P, D] as the decoder takes them.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = embedding.weight.shape[0]
+    highest = max(max(new.ids) for new, _ in prompts)
+    multiple = math.gcd(rows, 128)
+    wanted = max(rows, math.ceil((highest + 1) / multiple) * multiple)
+    scale = embedding_scale(embedding)
+    weight = torch.cat([embedding.weight, embedding.weight.new_zeros(wanted - rows, embedding.weight.shape[1])])
+    for new, vectors in prompts:
+        weight[list(new.ids)] = (vectors.float().to(weight.device) / scale).to(weight.dtype)
+    head_weight = torch.cat([head.weight, head.weight.new_zeros(wanted - rows, head.weight.shape[1])]).clone()
+    embedding.weight = nn.Parameter(weight, requires_grad=False)
+    embedding.num_embeddings = wanted
+    head.weight = nn.Parameter(head_weight, requires_grad=False)
+    head.out_features = wanted
+    if getattr(head, "bias", None) is not None:
+        more = head.bias.new_full((wanted - rows,), BIAS_OF_NEW_TOKENS)
+        head.bias = nn.Parameter(torch.cat([head.bias, more]), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    text = model.config.get_text_config()
+    text.tie_word_embeddings, text.vocab_size = False, wanted
+    model.vocab_size = wanted
+    ids = [token for new, _ in prompts for token in new.ids]
+    model.generation_config.suppress_tokens = sorted({*(model.generation_config.suppress_tokens or []), *ids})
+
+
+def embedding_scale(embedding: nn.Module) -> float:
+    """What the embedding module multiplies its rows by (Gemma 3: the root of the hidden size), 1 for most.
+
+    A soft prompt stands behind that factor, a row before it.
+    """
+    weight = embedding.weight
+    assert isinstance(weight, torch.Tensor)
+    ids = torch.arange(min(64, len(weight)), device=weight.device)
+    given, raw = embedding(ids).float(), weight[ids].float()
+    return (given.norm() / raw.norm()).item() if not torch.equal(given, raw) else 1.0
+
+
+def put_first(tokenizer: PreTrainedTokenizerBase, sets: Sequence[NewTokens], templates: dict[str, str | None]) -> None:
+    """Make the tokenizer write an adapter's tokens before everything else: in chats, and before plain text.
+
+    The adapter of a chat is chosen by `chat_template_kwargs={"adapter": NAME}`, "base" for none. Where none is named, and before plain
+    text, it is the first one's.
+
+    Args:
+        tokenizer: changed in place.
+        sets: tokens of each adapter.
+        templates: each adapter's chat template; None where it has none.
+    """
+    first = sets[0]
+    post = processors.TemplateProcessing(
+        single=f"{' '.join(first.tokens)} $A", special_tokens=list(zip(first.tokens, first.ids, strict=True))
+    )
+    backend = tokenizer._tokenizer  # transformers has no public way to a post-processor
+    own = backend.post_processor
+    backend.post_processor = processors.Sequence([own, post]) if own is not None else post
+    bodies = {new.adapter: without_generation_marks(templates[new.adapter] or "") for new in sets}
+    if not any(bodies.values()):
+        return
+    choice = f"{{%- set adapter = adapter if adapter is defined else {first.adapter!r} -%}}"
+    if len(set(bodies.values())) == 1:
+        tokens = "".join(branch(number, new.adapter, f"{{{{- {new.text!r} -}}}}") for number, new in enumerate(sets))
+        text = f"{choice}{tokens}{otherwise(sets, '')}{{%- endif -%}}{bodies[first.adapter]}"
+    else:
+        parts = "".join(branch(number, new.adapter, f"{{{{- {new.text!r} -}}}}{bodies[new.adapter]}") for number, new in enumerate(sets))
+        text = f"{choice}{parts}{otherwise(sets, bodies[first.adapter])}{{%- endif -%}}"
+    tokenizer.chat_template = text
+
+
+def branch(number: int, adapter: str, body: str) -> str:
+    """One case of the template."""
+    return f"{{%- {'elif' if number else 'if'} adapter == {adapter!r} -%}}{body}"
+
+
+def otherwise(sets: Sequence[NewTokens], base_body: str) -> str:
+    """The plain model's case, and the error for a name that there is not."""
+    names = ", ".join([new.adapter for new in sets] + [BASE])
+    wrong = f"{{{{- raise_exception('no adapter ' ~ adapter ~ ': there are {names}') -}}}}"
+    return f"{{%- elif adapter == {BASE!r} -%}}{base_body}{{%- else -%}}{wrong}"
+
+
+def without_generation_marks(template: str) -> str:
+    """A chat template without `generation` blocks, which only training needs and few servers know; white space stays as it was."""
+    return re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", template)
