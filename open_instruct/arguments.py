@@ -91,6 +91,10 @@ class MethodFlags:
     use_prompt_tuning: bool = flag(False, "prompt tuning: trained embeddings before the input")
     use_p_tuning: bool = flag(False, "P-tuning: prompt tuning whose embeddings come from a small trained network")
     use_ia3: bool = flag(False, "IA3: trained scaling of keys, values and feed-forward activations")
+    adapter_name_or_path: str | None = flag(
+        None,
+        "trained adapter to go on from, in PEFT's format; unset: a new one. Its method, size and base are taken where no flag names them",
+    )
     num_virtual_tokens: int | None = flag(None, "length of the soft prompt, in tokens; unset or 0: the recipe's")
     prompt_tuning_init: PEFT_INITS | None = flag(
         None, "start of a soft prompt: a text's embeddings, random tokens', or noise; unset: the recipe's"

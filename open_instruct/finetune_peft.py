@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit code 0: done; 2: wrong input, said in one line; 75: preempted, resumable; 130: interrupted."""
     try:
         arguments, origins = parse(sys.argv[1:] if argv is None else argv)
+        setup.adopt_adapter(arguments, origins)
         check_arguments(arguments)
         warn_without_effect(origins)
         run(arguments, origins)
@@ -109,11 +110,12 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
         accelerator.print(f"no complete checkpoint in {a.output_dir}/checkpoints yet: starting at step 0")
 
     # Fit
+    start = METHODS[a.method].start(model) if whole or accelerator.is_main_process else None
     training_model, optimizer, schedule = setup.prepare(a, accelerator, forward, plan.num_steps)
     if resume_from:
         checkpoint.resume_optimizer(resume_from, optimizer, schedule, part)
     record = export.run_record(a, origins, data.fingerprints(), accelerator.num_processes, engine, recipe.sources, resume_from)
-    export.open_output_dir(a, accelerator, record, keep=resume_from is not None)
+    export.open_output_dir(a, accelerator, record, start, keep=resume_from is not None)
     train(a, accelerator, forward, training_model, optimizer, schedule, data, plan, progress)
 
     # Save
@@ -122,7 +124,8 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
     if accelerator.is_main_process:
         model = model if whole else setup.empty_copy(a, config, tokenizer, tensors)
         samples, exact = answers.compare(questions, base_answers, answers.answer(model, tokenizer, questions, room))
-        size = save_somewhere(lambda folder: export.save_model(model, tokenizer, folder), Path(a.output_dir))
+        network = a.method == "p_tuning" or a.prefix_projection
+        size = save_somewhere(lambda folder: export.save_model(model, tokenizer, folder, network), Path(a.output_dir))
         summary = {**progress.summary(), **memory.counts(model), "adapter_bytes": size, "peak_memory_mb": peak_memory_mb()}
         export.finish(a, progress, summary | {"exact_match": exact, "samples": samples})
         print(summary_lines(summary, samples, exact, a.output_dir))

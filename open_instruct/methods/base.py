@@ -77,6 +77,10 @@ class Method(ABC):
         """What the wrapped model puts before every example, differentiable; None where the method has no such thing."""
         return None
 
+    def start(self, model: Any) -> torch.Tensor | None:
+        """The soft prompt [P, D] as it is now, on the CPU, where the method has one of embeddings."""
+        return None
+
 
 class EmbeddingPrompt(Method):
     """A method whose soft prompt is embeddings."""
@@ -87,6 +91,11 @@ class EmbeddingPrompt(Method):
         """[P, D], from PEFT's own encoder."""
         embeddings = model.get_prompt(batch_size=1)[0]
         return SoftPrompt(embeddings=embeddings, length=len(embeddings))
+
+    def start(self, model: Any) -> torch.Tensor:
+        """See `Method`."""
+        with torch.no_grad():
+            return model.get_prompt(batch_size=1)[0].detach().float().cpu()
 
 
 def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelFacts:

@@ -221,6 +221,13 @@ def name_of(base: Any) -> str:
     return base.config._name_or_path or type(base).__name__
 
 
+def chat_template(path: Path) -> str | None:
+    """The chat template that an adapter's folder holds."""
+    if not (path / "tokenizer_config.json").is_file():
+        return None
+    return loading.load_tokenizer(str(path)).chat_template
+
+
 def load_tokenizer(base: str, folders: Sequence[AdapterFolder]) -> PreTrainedTokenizerBase:
     """The first adapter's own tokenizer, with the chat template that it was trained with, or the base's."""
     for folder in folders:

@@ -48,15 +48,8 @@ def evaluate(
     figures: dict[str, dict[str, Any]] = {}
     for name in [BASE, *served.names]:
         model = make_model(served, name, batch_size)
-        result = lm_eval.simple_evaluate(
-            model,
-            tasks=list(tasks),
-            limit=limit,
-            task_manager=manager,
-            apply_chat_template=apply_chat_template,
-            bootstrap_iters=0,
-            log_samples=False,
-        )
+        options: dict[str, Any] = {"apply_chat_template": apply_chat_template, "log_samples": False}
+        result = lm_eval.simple_evaluate(model, tasks=list(tasks), limit=limit, task_manager=manager, **options)
         figures[name] = read_figures(result["results"])
     return {
         "model": str(served.adapters.base.config._name_or_path),
@@ -67,7 +60,7 @@ def evaluate(
 
 
 def read_figures(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """ "task metric" → value and interval."""
+    """Value and interval of each metric of each task."""
     found = {}
     for task, values in results.items():
         for key, value in values.items():
@@ -107,8 +100,8 @@ def make_model(served: Served, name: str, batch_size: int) -> Any:
             scores = token_scores(served.adapters.use(name), rows, batch_size)
             found = []
             for (_, _, continuation), (losses, likeliest) in zip(requests, scores, strict=True):
-                count = len(continuation)
-                found.append((-losses[-count:].double().sum().item(), bool(likeliest[-count:].all())))
+                first = len(losses) - len(continuation)
+                found.append((-losses[first:].double().sum().item(), bool(likeliest[first:].all())))
             return found
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:

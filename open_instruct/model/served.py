@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data import chat, questions
+from open_instruct.errors import InputError
 from open_instruct.model import adapters, generation, loading
 from open_instruct.model.adapters import BASE, Adapters
 from open_instruct.model.generation import Sampling
@@ -90,6 +91,12 @@ def load(
     folders = adapters.parse_adapters([adapter] if isinstance(adapter, str) else adapter)
     name = adapters.base_name(model_name_or_path, folders, any_base)
     tokenizer = adapters.load_tokenizer(name, folders)
+    templates = {folder.name: adapters.chat_template(folder.path) for folder in folders}
+    if not chat_template_name and len(set(templates.values()) - {None}) > 1:
+        raise InputError(
+            f"the adapters {', '.join(templates)} were trained with different chat templates: use them one at a time, or give one template "
+            "for all with --chat_template_name"
+        )
     if chat_template_name or not tokenizer.chat_template:
         if not chat_template_name:
             print(f"warning: the tokenizer of {name} has no chat template: taking tulu's (--chat_template_name)", file=sys.stderr)

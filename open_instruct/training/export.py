@@ -14,16 +14,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.arguments import FinetuneArguments
 from open_instruct.data.writing import flush, write_json
+from open_instruct.methods.continuing import TRAINED
+from open_instruct.model.inspection import START
 from open_instruct.report.plots import plot_losses
-from open_instruct.training.checkpoint import Progress
+from open_instruct.training.checkpoint import Progress, trained_parameters
 from open_instruct.training.tracking import read_rows
 
-RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "checkpoints")
+RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "checkpoints", START, TRAINED)
 MODEL_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors*")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "deepspeed", "flash_attn")
 
@@ -79,14 +83,21 @@ def start_trackers(accelerator: Any, a: FinetuneArguments) -> None:
     accelerator.init_trackers(a.wandb_project_name, config=flags, init_kwargs={"wandb": {"name": name, "entity": a.wandb_entity}})
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> int:
-    """Write the adapter (or the whole model) and the tokenizer beside a rename, and return the weights' size in bytes."""
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path, keep_network: bool = False) -> int:
+    """Write the adapter (or the whole model) and the tokenizer beside a rename, and return the weights' size in bytes.
+
+    `keep_network`: also what PEFT's format leaves out, the network that computes the soft prompt, so that training can go on.
+    """
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=output_dir) as working:
         # PEFT would ask the Hub whether the vocabulary grew; it never does here.
         model.save_pretrained(working, **({"save_embedding_layers": False} if isinstance(model, PeftModel) else {}))
         tokenizer.save_pretrained(working)
         (Path(working) / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form
         size = sum(path.stat().st_size for path in Path(working).glob("*.safetensors"))
+        if keep_network:
+            save_file(
+                {name: value.detach().contiguous().cpu() for name, value in trained_parameters(model).items()}, Path(working) / TRAINED
+            )
         for path in Path(working).iterdir():
             if path.is_file():
                 flush(path)
@@ -94,14 +105,16 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path)
     return size
 
 
-def open_output_dir(a: FinetuneArguments, accelerator: Any, record: dict[str, Any], keep: bool) -> None:
-    """Create the folder with its run.json, and open the trackers. `keep`: a resumed run's files stay."""
+def open_output_dir(a: FinetuneArguments, accelerator: Any, record: dict[str, Any], start: torch.Tensor | None, keep: bool) -> None:
+    """Create the folder with its run.json and a soft prompt's start, and open the trackers. `keep`: a resumed run's files stay."""
     folder = Path(a.output_dir)
     accelerator.wait_for_everyone()  # every process has checked the folder by now
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not keep:
             clear(folder)
+            if start is not None:
+                save_file({"embeddings": start.contiguous()}, folder / START)
         write_json(folder / "run.json", record)
     start_trackers(accelerator, a)
     accelerator.wait_for_everyone()

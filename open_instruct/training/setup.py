@@ -21,15 +21,54 @@ from open_instruct.data import chat
 from open_instruct.data.collate import Batching, Packing
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
-from open_instruct.methods import METHODS, MethodSettings, Recipe, model_facts
-from open_instruct.model import loading, memory
+from open_instruct.methods import METHODS, MethodSettings, Recipe, continuing, model_facts
+from open_instruct.model import adapters, loading, memory
 from open_instruct.model.chunked_loss import rows_at_once
 from open_instruct.quiet import silence_transformers
 from open_instruct.training import capabilities, engines, packing
 from open_instruct.training.checkpoint import complete_checkpoints, find_checkpoint
 from open_instruct.training.examples import Data, max_sequence_length, num_virtual_tokens
+from open_instruct.training.faults import warn
 from open_instruct.training.loop import FitSettings
 from open_instruct.training.packing import Forward, PackingSettings
+
+
+def adopt_adapter(a: FinetuneArguments, origins: dict[str, str]) -> None:
+    """Take method, size and base from the adapter to go on from, where no flag names them.
+
+    Raises:
+        InputError: it can't be read, or contradicts the flags.
+    """
+    if not a.adapter_name_or_path:
+        return
+    folder = adapters.read_folder("the adapter", a.adapter_name_or_path)
+
+    def take(name: str, value: Any) -> None:
+        setattr(a, name, value)
+        origins[name] = "adapter"
+
+    if a.method == "full":
+        take(f"use_{continuing.method_of(folder)}", True)
+    if folder.num_virtual_tokens and not a.num_virtual_tokens:
+        take("num_virtual_tokens", folder.num_virtual_tokens)
+    if a.method == "prefix_tuning" and folder.config.prefix_projection and (folder.path / continuing.TRAINED).is_file():
+        take("prefix_projection", True)
+    if a.method == "p_tuning" or a.prefix_projection:
+        take("encoder_hidden_size", folder.config.encoder_hidden_size)
+    if a.method in ("lora", "qlora"):
+        for name in ("r", "lora_alpha", "lora_dropout"):
+            take("lora_rank" if name == "r" else name, getattr(folder.config, name))
+    continuing.check(folder, a.method, method_settings(a))
+    a.model_name_or_path = adapters.base_name(a.model_name_or_path, [folder])
+
+
+def wrapped(a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The base with a new adapter, or with the one to go on from."""
+    method = METHODS[a.method]
+    if not a.adapter_name_or_path:
+        return method.wrap(model, tokenizer, method_settings(a))
+    folder = adapters.read_folder("the adapter", a.adapter_name_or_path)
+    return continuing.wrap(folder, method, model, tokenizer, method_settings(a))
 
 
 def make_accelerator(a: FinetuneArguments) -> Accelerator:
@@ -141,6 +180,8 @@ def load_tokenizer_and_config(a: FinetuneArguments) -> tuple[PreTrainedTokenizer
     name = a.tokenizer_name_or_path or a.model_name_or_path
     tokenizer = loading.load_tokenizer(name, revision=a.tokenizer_revision or a.model_revision, **remote)
     chat.set_chat_template(tokenizer, a.chat_template_name, a.add_bos)
+    if a.adapter_name_or_path and (own := adapters.chat_template(Path(a.adapter_name_or_path))) not in (None, tokenizer.chat_template):
+        warn(f"the adapter was trained with another chat template (it starts with {str(own)[:60]!r}): see --chat_template_name")
     loading.check_weights(a.model_name_or_path, a.allow_pickle)
     return tokenizer, config
 
@@ -201,7 +242,7 @@ def skeleton(a: FinetuneArguments, config: PretrainedConfig) -> Any:
 
 def empty_copy(a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tensors: dict[str, torch.Tensor]) -> Any:
     """The model on the meta device with true values where it was trained: enough to be saved, at no cost in memory."""
-    model = METHODS[a.method].wrap(skeleton(a, config), tokenizer, method_settings(a))
+    model = wrapped(a, skeleton(a, config), tokenizer)
     problems = model.load_state_dict(tensors, strict=False, assign=True)
     assert not problems.unexpected_keys, problems.unexpected_keys
     causal = packing.base_of(model)
@@ -223,7 +264,7 @@ def wrap_method(
     recipe = method.recipe(engines.told(model_facts(model, tokenizer), accelerator), method_settings(a))
     fill_from_recipe(a, recipe, origins)
     torch.manual_seed(a.seed)
-    return method.wrap(model, tokenizer, method_settings(a)), recipe
+    return wrapped(a, model, tokenizer), recipe
 
 
 def choose_forward(
@@ -268,6 +309,8 @@ def hyperparameters(a: FinetuneArguments) -> dict[str, Any]:
         "lora": ["lora_rank", "lora_alpha", "lora_dropout"],
         "qlora": ["lora_rank", "lora_alpha", "lora_dropout"],
     }.get(a.method, [])
+    if a.adapter_name_or_path:
+        names = [name for name in names if not name.endswith("_init")]
     return {name: getattr(a, name) for name in names}
 
 

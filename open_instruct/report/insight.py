@@ -1,0 +1,79 @@
+"""An inspected soft prompt as text and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Tables of what was measured."""
+    lines = [f"{result['adapter']}: {result['method']}, {result['virtual_tokens']} virtual tokens"]
+    if "norms" in result:
+        names = list(result["norms"]["vocabulary"])
+        lines += ["", "Length of vectors:", "", "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+        lines += [f"| {who} | " + " | ".join(f"{values[name]:.3g}" for name in names) + " |" for who, values in result["norms"].items()]
+        lines += ["", "Nearest tokens:", "", "| | length | moved | by cosine | by distance | at the start, by cosine |", "|---" * 6 + "|"]
+        for number, token in enumerate(result["end"]):
+            moved = f"{result['moved'][number]:.3g}" if "moved" in result else ""
+            before = listed(result["start"][number]["cosine"]) if "start" in result else "not kept"
+            lines.append(
+                f"| {number} | {token['norm']:.3g} | {moved} | {listed(token['cosine'])} | {listed(token['distance'])} | {before} |"
+            )
+    if result.get("drift"):
+        lines += ["", "Drift:", "", "| step | mean distance from the start | mean length |", "|---|---|---|"]
+        lines += [f"| {row['step']} | {row['distance']:.3g} | {row['norm']:.3g} |" for row in result["drift"]]
+    if "prefix_norms" in result:
+        base = result.get("base_norms")
+        lines += [
+            "",
+            "Mean length of keys and values:",
+            "",
+            "| layer | prefix keys | prefix values | base keys | base values |",
+            "|---" * 5 + "|",
+        ]
+        pairs = zip(result["prefix_norms"]["keys"], result["prefix_norms"]["values"], strict=True)
+        for layer, (key, value) in enumerate(pairs):
+            own = f"{base['keys'][layer]:.3g} | {base['values'][layer]:.3g}" if base else "|"
+            lines.append(f"| {layer} | {key:.3g} | {value:.3g} | {own} |")
+    if "attention" in result:
+        lines += ["", f"Attention to the virtual tokens (all positions alike would give {result['attention']['uniform'][0]:.1%}):", ""]
+        lines += ["| layer | share |", "|---|---|"]
+        lines += [f"| {layer} | {share:.1%} |" for layer, share in enumerate(result["attention"]["mass"])]
+    return "\n".join(lines)
+
+
+def listed(tokens: list[list[Any]]) -> str:
+    """Tokens with their figures, safe inside a table."""
+    return ", ".join(f"`{str(text).replace('|', '¦').replace(chr(10), '⏎')}` {value:.2f}" for text, value in tokens)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Similarities of the virtual tokens, and attention or norms of each layer, as a PNG."""
+    panels = [name for name in ("similarity", "prefix_norms", "attention") if name in result]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for place, name in zip(axes[0], panels, strict=True):
+        if name == "similarity":
+            image = place.imshow(result[name], vmin=-1, vmax=1, cmap="coolwarm")
+            figure.colorbar(image, ax=place, shrink=0.8)
+            place.set_title("cosine between virtual tokens")
+        elif name == "attention":
+            place.bar(range(len(result[name]["mass"])), result[name]["mass"])
+            place.axhline(result[name]["uniform"][0], color="black", linestyle="--", linewidth=1, label="all positions alike")
+            place.set(title="attention to virtual tokens", xlabel="layer", ylabel="share", ylim=(0, 1))
+            place.legend()
+        else:
+            for kind, values in result[name].items():
+                place.plot(values, "o-", label=f"prefix {kind}")
+            for kind, values in result.get("base_norms", {}).items():
+                place.plot(values, "--", label=f"base {kind}")
+            place.set(title="length of keys and values", xlabel="layer")
+            place.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
