@@ -17,6 +17,8 @@ CORE = [
 EXTRAS = {
     "core": [],
     "deepspeed": ["deepspeed>=0.17"],
+    "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.4"],
+    "harness": ["lm-eval>=0.4.9"],
     "flash": ["flash-attn>=2.7"],
     "quant": ["bitsandbytes>=0.46"],
     "dev": [
@@ -30,6 +32,9 @@ EXTRAS = {
         "hypothesis>=6.100",
         "bitsandbytes>=0.46",
         "deepspeed>=0.17",
+        "rouge-score>=0.1.2",
+        "sacrebleu>=2.4",
+        "lm-eval>=0.4.9",
     ],
 }
 

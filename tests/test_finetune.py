@@ -56,6 +56,8 @@ def test_the_saved_adapter_loads_with_plain_peft_and_gives_the_loss_of_the_summa
         if variant == "full"
         else {"adapter_config.json", "adapter_model.safetensors"}
     )
+    expected |= {"soft_prompt_start.safetensors"} if variant in ("prompt_tuning", "p_tuning") else set()
+    expected |= {"trained.safetensors"} if variant in ("p_tuning", "projected_prefix") else set()
     assert {path.name for path in run.folder.iterdir()} == expected
 
     base = AutoModelForCausalLM.from_pretrained(TINY_MODEL)

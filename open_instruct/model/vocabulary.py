@@ -7,6 +7,7 @@ the new tokens are hardly ever predicted, and `generation_config` suppresses the
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,13 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import processors
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.errors import InputError
 from open_instruct.model.adapters import BASE
 
+A, B = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+EMPTY = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}
 BIAS_OF_NEW_TOKENS = -1e4  # where the head has one: no probability at all
 
 
@@ -110,12 +113,9 @@ def put_first(tokenizer: PreTrainedTokenizerBase, sets: Sequence[NewTokens], tem
         templates: each adapter's chat template; None where it has none.
     """
     first = sets[0]
-    post = processors.TemplateProcessing(
-        single=f"{' '.join(first.tokens)} $A", special_tokens=list(zip(first.tokens, first.ids, strict=True))
-    )
     backend = tokenizer._tokenizer  # transformers has no public way to a post-processor
-    own = backend.post_processor
-    backend.post_processor = processors.Sequence([own, post]) if own is not None else post
+    own = json.loads(backend.to_str())["post_processor"]
+    backend.post_processor = Tokenizer.from_str(json.dumps(EMPTY | {"post_processor": post_processor(own, first)})).post_processor
     bodies = {new.adapter: without_generation_marks(templates[new.adapter] or "") for new in sets}
     if not any(bodies.values()):
         return
@@ -127,6 +127,28 @@ def put_first(tokenizer: PreTrainedTokenizerBase, sets: Sequence[NewTokens], tem
         parts = "".join(branch(number, new.adapter, f"{{{{- {new.text!r} -}}}}{bodies[new.adapter]}") for number, new in enumerate(sets))
         text = f"{choice}{parts}{otherwise(sets, bodies[first.adapter])}{{%- endif -%}}"
     tokenizer.chat_template = text
+
+
+def post_processor(own: dict[str, Any] | None, new: NewTokens) -> dict[str, Any]:
+    """A post-processor that puts new tokens before what the tokenizer's own puts there, as JSON of the tokenizers library.
+
+    Args:
+        own: what the tokenizer has; None: nothing.
+        new: tokens to put first.
+    """
+    first = [{"SpecialToken": {"id": token, "type_id": 0}} for token in new.tokens]
+    known = {token: {"id": token, "ids": [number], "tokens": [token]} for token, number in zip(new.tokens, new.ids, strict=True)}
+    if own is None:
+        return {"type": "TemplateProcessing", "single": [*first, A], "pair": [*first, A, B], "special_tokens": known}
+    if own["type"] == "TemplateProcessing":
+        single, pair = [*first, *own["single"]], [*first, *own["pair"]]
+        return {**own, "single": single, "pair": pair, "special_tokens": own["special_tokens"] | known}
+    parts = own["processors"] if own["type"] == "Sequence" else [own]
+    if any(part["type"] == "TemplateProcessing" for part in parts):
+        parts = [post_processor(part, new) if part["type"] == "TemplateProcessing" else part for part in parts]
+    else:
+        parts = [*parts, post_processor(None, new)]
+    return {"type": "Sequence", "processors": parts}
 
 
 def branch(number: int, adapter: str, body: str) -> str:

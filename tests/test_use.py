@@ -1,0 +1,426 @@
+"""Trained adapters in use: loaded, mixed, asked, measured, looked into, trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import open_instruct
+from open_instruct import InputError, Sampling
+from open_instruct.evaluate_peft import main as evaluate_main
+from open_instruct.finetune_peft import main as finetune
+from open_instruct.generate_peft import main as generate_main
+from open_instruct.inspect_peft import main as inspect_main
+from open_instruct.model.generation import generate
+from open_instruct.model.scoring import answer_losses, token_scores
+from tests.conftest import ROOT, TINY_MODEL, write_conversations
+
+METHODS = ["lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A short run of every method, on words in reverse."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_conversations(folder / "train.jsonl", "reverse", 300)
+    for method in METHODS:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        words = [
+            "--model_name_or_path", str(TINY_MODEL), "--train_file", str(data), f"--use_{method}", "--output_dir", str(folder / method),
+            "--max_train_steps", "40", "--validation_fraction", "0.1", "--num_sample_answers", "0", "--checkpointing_steps", "20",
+            "--dataset_skip_cache",
+        ]  # fmt: skip
+        assert finetune(words) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions_file(trained) -> Path:
+    """30 questions that nothing was trained on."""
+    return write_conversations(trained / "heldout.jsonl", "reverse", 30, seed=99)
+
+
+def asked(path: Path, count: int = 8) -> list[str]:
+    """The questions of a file."""
+    return [json.loads(line)["messages"][0]["content"] for line in path.read_text().splitlines()[:count]]
+
+
+def test_adapters_of_all_methods_share_a_base_and_answer_as_alone(trained, questions_file):
+    """In any order of use, each gives what plain PEFT gives with nothing else loaded."""
+    mixed = open_instruct.load([str(trained / method) for method in METHODS])
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    ids = torch.tensor([tokenizer("green red blue")["input_ids"]])
+    alone = {"base": AutoModelForCausalLM.from_pretrained(TINY_MODEL)(ids).logits}
+    for method in METHODS:
+        alone[method] = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY_MODEL), trained / method)(ids).logits
+    with torch.no_grad():
+        for name in ["ia3", "lora", "base", "prefix_tuning", "lora", "prompt_tuning", "base", "p_tuning", "ia3"]:
+            torch.testing.assert_close(mixed.adapters.use(name)(ids).logits, alone[name], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(alone["lora"], alone["base"], atol=1e-2) and not torch.allclose(alone["ia3"], alone["base"], atol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "lora"])
+@pytest.mark.parametrize("sampling", [Sampling(16), Sampling(16, do_sample=True, temperature=1.3, top_p=0.9, num_return_sequences=3)])
+def test_answers_do_not_depend_on_the_batch(method, sampling, trained, questions_file):
+    served = open_instruct.load(str(trained / method))
+    texts = asked(questions_file, 12)
+    together = served.answers(texts, sampling=sampling, batch_size=7)
+    alone = [served.answers([text], sampling=sampling)[0] for text in texts]
+    assert together == alone
+    assert all(len(found) == sampling.num_return_sequences for found in together)
+    if sampling.do_sample:
+        assert any(len(set(found)) > 1 for found in together)
+        other = Sampling(16, do_sample=True, temperature=1.3, top_p=0.9, num_return_sequences=3, seed=7)
+        assert served.answers(texts, sampling=other) != together
+
+
+def test_drawing_by_noise_draws_from_the_softmax():
+    """Frequencies of first tokens against the probabilities that transformers' own warpers leave."""
+    tokenizer, model = AutoTokenizer.from_pretrained(TINY_MODEL), AutoModelForCausalLM.from_pretrained(TINY_MODEL).eval()
+    ids = tokenizer("green red")["input_ids"]
+    sampling = Sampling(1, do_sample=True, temperature=1.5, top_k=5, num_return_sequences=2000)
+    ((_, found),) = list(generate(model, tokenizer, [ids], sampling, batch_size=2000))[-1:]
+    with torch.no_grad():
+        top = (model(torch.tensor([ids])).logits[0, -1] / 1.5).topk(5)
+    for probability, token in zip(top.values.softmax(0).tolist(), top.indices.tolist(), strict=True):
+        share = found.count(tokenizer.decode([token], skip_special_tokens=True).strip()) / 2000
+        assert share == pytest.approx(probability, abs=4 * math.sqrt(probability / 2000) + 1e-3)
+
+
+def test_a_file_is_answered_by_each_adapter_and_votes(trained, questions_file, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    words = ["--adapter", f"a={trained / 'prompt_tuning'}", "--adapter", f"b={trained / 'lora'}", "--max_new_tokens", "16"]
+    files = ["--input_file", str(questions_file), "--output_file", str(out)]
+    assert generate_main([*words, *files, "--combine", "vote", "--batch_size", "2"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["number"] for row in rows] == list(range(30))
+    served = open_instruct.load(str(trained / "prompt_tuning"))
+    assert [row["answers"]["a"] for row in rows[:8]] == served.answers(asked(questions_file), sampling=Sampling(16))
+    assert all(row["vote"] in (row["answers"]["a"][0], row["answers"]["b"][0]) and row["reference"] for row in rows)
+    assert generate_main([*words, *files]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert generate_main([*words, *files, "--resume", "--combine", "concatenate"]) == 2
+    assert "combine was 'vote' and is now 'concatenate'" in capsys.readouterr().err
+
+
+def test_a_killed_file_goes_on_where_it_was(trained, questions_file, tmp_path):
+    """A real kill in the middle; the resumed file equals one that was never interrupted."""
+    lines = questions_file.read_text().splitlines() * 10
+    many = tmp_path / "many.jsonl"
+    many.write_text("\n".join(lines) + "\n")
+    words = ["--adapter", str(trained / "prefix_tuning"), "--input_file", str(many), "--batch_size", "4", "--max_new_tokens", "8"]
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    assert generate_main([*words, "--output_file", str(whole)]) == 0
+    command = [sys.executable, str(ROOT / "open_instruct" / "generate_peft.py"), *words, "--output_file", str(killed)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 100
+    while time.time() < deadline and not (killed.exists() and killed.stat().st_size):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = killed.read_bytes().count(b"\n")
+    assert 0 < done < 300
+    with killed.open("ab") as file:
+        file.write(b'{"number": 16, "mess')  # a kill can leave half a line
+    assert generate_main([*words, "--output_file", str(killed), "--resume"]) == 0
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+def test_a_chat_streams_switches_and_compares(trained):
+    lines = "red green blue\n/use lora\nred green blue\n/reset\n/compare tall small\n/use nobody\n/what\n/quit\n"
+    command = [sys.executable, str(ROOT / "open_instruct" / "generate_peft.py"), "--max_new_tokens", "12"]
+    command += ["--adapter", str(trained / "prompt_tuning"), "--adapter", str(trained / "lora")]
+    result = subprocess.run(command, input=lines, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    served = open_instruct.load([str(trained / "prompt_tuning"), str(trained / "lora")])
+    names = ("base", "prompt_tuning", "lora")
+    first, compared = ([served.answers([text], name, Sampling(12))[0][0] for name in names] for text in ("red green blue", "tall small"))
+    assert f"prompt_tuning> {first[1]}" in result.stdout
+    assert f"base: {compared[0]}\nprompt_tuning: {compared[1]}\nlora: {compared[2]}\n" in result.stdout
+    assert "no adapter 'nobody': there are base, prompt_tuning, lora" in result.stdout
+    assert result.stdout.count("/use NAME") == 2
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--adapter", "missing/folder/x"], "no such adapter folder: missing/folder/x"),
+    (["--adapter", "./missing"], "no such adapter folder: ./missing"),
+    (["--adapter", str(TINY_MODEL)], "it holds a whole model"),
+    (["--adapter", "{lora}", "--adapter", "{lora}"], "two adapters are named 'lora'"),
+    (["--adapter", "base={lora}"], "stands for the plain model"),
+    (["--adapter", "{lora}", "--model_name_or_path", "{other}"], "was trained on"),
+    (["--adapter", "{prompt_tuning}", "--model_name_or_path", "{other}", "--any_base"], "20 × 128 numbers for"),
+    (["--adapter", "{pickled}"], "only as pickle (adapter_model.bin)"),
+    (["--adapter", "{cut}"], "cut"),
+    (["--adapter", "{empty}"], "has no adapter_model.safetensors"),
+    (["--temperature", "0.5"], "need --do_sample"),
+    (["--input_file", "x.jsonl"], "go together"),
+    ([], "no base model is known"),
+])  # fmt: skip
+def test_wrong_input_is_one_line(words, says, trained, tmp_path, capsys):
+    from tests.conftest import tiny_llama
+
+    tiny_llama(vocab_size=1000).save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(TINY_MODEL).save_pretrained(tmp_path / "other")
+    for name in ("pickled", "cut", "empty"):
+        shutil.copytree(trained / "lora", tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
+        (tmp_path / name / "adapter_model.safetensors").unlink()
+    torch.save({}, tmp_path / "pickled" / "adapter_model.bin")
+    (tmp_path / "cut" / "adapter_model.safetensors").write_bytes((trained / "lora" / "adapter_model.safetensors").read_bytes()[:5000])
+    places = {name: tmp_path / name for name in ("other", "pickled", "cut", "empty")} | {m: trained / m for m in METHODS}
+    try:
+        code = generate_main([word.format(**places) for word in words])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and says in error and "Traceback" not in error
+    assert len([line for line in error.splitlines() if line.startswith("error:")]) == 1
+
+
+def test_an_adapter_that_another_tool_made_will_do(tmp_path):
+    """Plain PEFT: no run.json, no tokenizer, other layers than ours, and a name that PEFT can't use for its own parts."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(TINY_MODEL), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    folder = tmp_path / "v1.5 lora"
+    model.save_pretrained(folder)
+    served = open_instruct.load(f"p.x={folder}", chat_template_name="tulu")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(served.adapters.use("p.x")(ids).logits, model.eval()(ids).logits)
+
+
+def test_losses_are_those_of_single_rows(trained):
+    """Padding on the right changes nothing, for soft prompts of both kinds."""
+    served = open_instruct.load([str(trained / "prompt_tuning"), str(trained / "prefix_tuning")])
+    rows, spans = [[5, 9, 30, 31], list(range(10, 40)), [7, 8]], [[(0, 2), (3, 4)], [(4, 30)], [(1, 2)]]
+    for name in ("prompt_tuning", "prefix_tuning", "base"):
+        model = served.adapters.use(name)
+        together = answer_losses(model, rows, spans, 3)
+        for found, row, pieces in zip(together, rows, spans, strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([row])).logits[0, -len(row) :].double().log_softmax(-1)
+            labelled = [place for start, end in pieces for place in range(max(start, 1), end)]
+            assert found[0] == pytest.approx(-sum(logits[place - 1, row[place]].item() for place in labelled), rel=1e-5)
+            assert found[1] == len(labelled)
+        (_, likeliest) = token_scores(model, rows[:1], 1)[0]
+        assert likeliest.dtype == torch.bool and len(likeliest) == 3
+
+
+def test_an_evaluation_agrees_with_the_run_and_the_reference_libraries(trained, questions_file, tmp_path, capsys):
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import BLEU
+
+    out = tmp_path / "evaluated"
+    words = ["--adapter", str(trained / "prefix_tuning"), "--adapter", str(trained / "lora"), "--file", str(questions_file)]
+    assert evaluate_main([*words, "--output_dir", str(out), "--max_new_tokens", "24"]) == 0
+    result = json.loads((out / "evaluation.json").read_text())
+    assert (out / "evaluation.png").stat().st_size > 5000 and "| exact_match |" in (out / "evaluation.md").read_text()
+    references = [json.loads(line)["messages"][1]["content"] for line in questions_file.read_text().splitlines()]
+    for name in ("prefix_tuning", "base"):
+        served = open_instruct.load(str(trained / "prefix_tuning"))
+        answers = [found[0] for found in served.answers(asked(questions_file, 30), name, Sampling(24))]
+        figures = {metric: figure["value"] for metric, figure in result["figures"][name].items()}
+        assert figures["exact_match"] == sum(a == r for a, r in zip(answers, references, strict=True)) / 30
+        assert figures["bleu"] == pytest.approx(BLEU().corpus_score(answers, [references]).score, abs=1e-9)
+        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+        for metric in ("rouge1", "rouge2", "rougeL"):
+            mean = sum(scorer.score(r, a)[metric].fmeasure for a, r in zip(answers, references, strict=True)) / 30
+            assert figures[metric] == pytest.approx(mean)
+        assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    # The trainer's own held-out loss on the same rows
+    AcceleratorState._reset_state(reset_partial_state=True)
+    again = ["--model_name_or_path", str(TINY_MODEL), "--adapter_name_or_path", str(trained / "prefix_tuning"), "--max_train_steps", "1"]
+    again += [
+        "--train_file",
+        str(trained / "train.jsonl"),
+        "--validation_file",
+        str(questions_file),
+        "--output_dir",
+        str(tmp_path / "more"),
+    ]
+    assert finetune([*again, "--num_sample_answers", "0", "--dataset_skip_cache"]) == 0
+    summary = json.loads((tmp_path / "more" / "summary.json").read_text())
+    assert result["figures"]["prefix_tuning"]["loss"]["value"] == pytest.approx(summary["initial_eval_loss"], rel=1e-5, abs=2e-6)
+    assert result["figures"]["base"]["loss"]["value"] == pytest.approx(summary["base_eval_loss"], rel=1e-5)
+    low, high = result["differences_from_base"]["lora"]["loss"]["interval"]
+    assert low < result["differences_from_base"]["lora"]["loss"]["value"] < high < 0
+    assert evaluate_main([*words, "--output_dir", str(out)]) == 2 and "holds an evaluation" in capsys.readouterr().err
+
+
+def test_a_file_without_answers_can_not_be_evaluated(trained, tmp_path, capsys):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"prompt": "red green"}\n{"prompt": "blue", "completion": "blue"}\n')
+    assert evaluate_main(["--adapter", str(trained / "lora"), "--file", str(path)]) == 2
+    assert "questions.jsonl:1: no answer to compare with" in capsys.readouterr().err
+    assert generate_main(["--adapter", str(trained / "lora"), "--input_file", str(path), "--output_file", str(tmp_path / "o.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert "reference" not in rows[0] and rows[1]["reference"] == "blue"
+
+
+HARNESS_TASK = """
+task: words
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: OUTPUT
+doc_to_text: "{{question}}"
+MORE
+"""
+GENERATED = """doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 24}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]"""
+CHOSEN = """doc_to_choice: "{{[question, answer]}}"
+doc_to_target: 1
+target_delimiter: ""
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]"""
+
+
+@pytest.mark.parametrize("output, more, metric", [("generate_until", GENERATED, "exact_match"), ("multiple_choice", CHOSEN, "acc")])
+def test_the_harness_runs_a_local_task_with_a_soft_prompt(output, more, metric, trained, questions_file, tmp_path, capfd):
+    """Offline. Generated answers are scored as our own evaluation scores them; choices as the losses of both say."""
+    pytest.importorskip("lm_eval")
+    rows = [json.loads(line)["messages"] for line in questions_file.read_text().splitlines()]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"question": q["content"], "answer": a["content"]}) for q, a in rows) + "\n")
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "words.yaml").write_text(HARNESS_TASK.replace("FILE", str(data)).replace("OUTPUT", output).replace("MORE", more))
+    words = ["--adapter", str(trained / "prompt_tuning"), "--lm_eval_tasks", "words", "--lm_eval_path", str(tasks), "--apply_chat_template"]
+    assert evaluate_main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())["figures"]
+    served = open_instruct.load(str(trained / "prompt_tuning"))
+    for name in ("base", "prompt_tuning"):
+        if metric == "exact_match":
+            found = served.answers([q["content"] for q, _ in rows], name, Sampling(24))
+            right = [answer[0].split("\n")[0] == a["content"] for answer, (_, a) in zip(found, rows, strict=True)]
+        else:
+            right = []
+            for q, a in rows:
+                prompt = served.tokenizer.apply_chat_template([q], tokenize=False, add_generation_prompt=True)
+                start = len(served.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+                pair = [served.tokenizer(prompt + text["content"], add_special_tokens=False)["input_ids"] for text in (q, a)]
+                losses = [answer_losses(served.adapters.use(name), [ids], [[(start, len(ids))]], 1)[0][0] for ids in pair]
+                right.append(losses[1] < losses[0])
+        assert figures[name][f"words {metric}"]["value"] == pytest.approx(sum(right) / len(rows))
+    assert evaluate_main([*words[:2], "--lm_eval_tasks", "nothing"]) == 2
+    assert "the harness has no task nothing" in capfd.readouterr().err
+
+
+def test_inspection_finds_what_was_put_there(trained, questions_file, tmp_path, capsys):
+    """Virtual tokens set to known embeddings have them as neighbours; drift and start are the run's."""
+    folder = tmp_path / "planted"
+    shutil.copytree(trained / "prompt_tuning", folder)
+    tokenizer, base = AutoTokenizer.from_pretrained(TINY_MODEL), AutoModelForCausalLM.from_pretrained(TINY_MODEL)
+    ids = tokenizer(" apple stone", add_special_tokens=False)["input_ids"][:2]
+    prompt = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
+    prompt[:2] = base.get_input_embeddings().weight[ids].detach()
+    save_file({"prompt_embeddings": prompt}, folder / "adapter_model.safetensors", {"format": "pt"})
+    assert inspect_main(["--adapter", str(folder), "--file", str(questions_file), "--output_dir", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "inspection.json").read_text())
+    for number in range(2):
+        for kind, best in (("cosine", 1.0), ("distance", 0.0)):
+            text, value = found["end"][number][kind][0]
+            assert text == tokenizer.decode([ids[number]]) and value == pytest.approx(best, abs=1e-2)
+    assert [row["step"] for row in found["drift"]] == [20, 40] and found["drift"][0]["distance"] < found["drift"][1]["distance"]
+    start = load_file(folder / "soft_prompt_start.safetensors")["embeddings"]
+    assert found["moved"] == pytest.approx((prompt - start).norm(dim=1).tolist(), rel=1e-4)
+    assert found["start"][3]["cosine"][0][1] == pytest.approx(1.0, abs=1e-4)  # it starts on tokens
+    assert (tmp_path / "out" / "inspection.png").stat().st_size > 5000
+    out = capsys.readouterr().out
+    assert "Attention to the virtual tokens" in out and "apple" in out
+    assert inspect_main(["--adapter", str(trained / "lora")]) == 2
+    assert "no virtual tokens to look at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_attention_mass_is_that_of_the_softmax(method, trained, questions_file):
+    """Against the weights that PEFT's own forward pass returns, summed by hand; P-tuned positions themselves don't count."""
+    figures = open_instruct.inspect(str(trained / method), file=str(questions_file), rows=1)
+    served = open_instruct.load(str(trained / method))
+    model = served.adapters.use(method)
+    served.adapters.base.set_attn_implementation("eager")
+    text = served.tokenizer.apply_chat_template(
+        [{"role": "user", "content": asked(questions_file)[0]}], tokenize=False, add_generation_prompt=True
+    )
+    ids = served.tokenizer(text, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        layers = model(input_ids=torch.tensor([ids]), output_attentions=True).attentions
+    for share, layer in zip(figures["attention"]["mass"], layers, strict=True):
+        rows = layer[0][:, -len(ids) :]
+        assert rows.sum(-1).mean().item() == pytest.approx(1.0, abs=1e-5)
+        assert share == pytest.approx(rows[:, :, :20].sum(-1).mean().item(), rel=1e-4)
+    if method == "prefix_tuning":
+        assert len(figures["prefix_norms"]["keys"]) == len(figures["base_norms"]["values"]) == 4
+
+
+@pytest.mark.parametrize("method", [*METHODS, "projected"])
+def test_training_goes_on_from_an_adapter(method, trained, tmp_path, capsys):
+    """The start is where the other run ended, to the last digits; the loss goes on falling."""
+    common = [
+        "--train_file",
+        str(trained / "train.jsonl"),
+        "--max_train_steps",
+        "20",
+        "--validation_fraction",
+        "0.1",
+        "--num_sample_answers",
+        "0",
+    ]
+    common += ["--dataset_skip_cache", "--eval_steps", "0"]
+    first = trained / method
+    if method == "projected":
+        first = tmp_path / "first"
+        AcceleratorState._reset_state(reset_partial_state=True)
+        model = ["--model_name_or_path", str(TINY_MODEL), "--use_prefix_tuning", "--prefix_projection", "--encoder_hidden_size", "48"]
+        assert finetune([*common, *model, "--output_dir", str(first)]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert finetune([*common, "--adapter_name_or_path", str(first), "--output_dir", str(tmp_path / "on")]) == 0
+    before, after = [json.loads((folder / "summary.json").read_text()) for folder in (first, tmp_path / "on")]
+    assert after["initial_eval_loss"] == pytest.approx(before["final_eval_loss"], rel=1e-6)
+    assert after["final_eval_loss"] < after["initial_eval_loss"] and after["trainable_parameters"] == before["trainable_parameters"]
+
+
+def test_going_on_is_refused_where_it_would_not_be_the_same(trained, tmp_path, capsys):
+    common = ["--train_file", str(trained / "train.jsonl"), "--output_dir", str(tmp_path / "on")]
+    foreign = tmp_path / "foreign"
+    shutil.copytree(trained / "p_tuning", foreign)
+    (foreign / "trained.safetensors").unlink()
+    for words, says in [
+        (["--adapter_name_or_path", str(trained / "lora"), "--use_prompt_tuning"], "is LoRA, and the method is prompt_tuning"),
+        (["--adapter_name_or_path", str(trained / "prompt_tuning"), "--num_virtual_tokens", "7"], "is not the 20 of"),
+        (["--adapter_name_or_path", str(foreign)], "does not hold its network"),
+        (["--adapter_name_or_path", str(TINY_MODEL)], "it holds a whole model"),
+    ]:
+        assert finetune([*common, *words]) == 2
+        assert says in capsys.readouterr().err
+    AcceleratorState._reset_state(reset_partial_state=True)
+    small = ["--max_train_steps", "1", "--num_sample_answers", "0", "--validation_fraction", "0.1", "--dataset_skip_cache"]
+    assert finetune([*common, *small, "--adapter_name_or_path", str(foreign), "--use_prompt_tuning"]) == 0  # its vectors, as prompt tuning
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (trained / "p_tuning", tmp_path / "on")]
+    assert summaries[1]["initial_eval_loss"] == pytest.approx(summaries[0]["final_eval_loss"], rel=1e-6)
+
+
+def test_names_that_are_not_there(trained):
+    served = open_instruct.load(str(trained / "lora"))
+    with pytest.raises(InputError, match="no adapter 'x': there are base, lora"):
+        served.answers(["a"], "x")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = open_instruct.nothing
