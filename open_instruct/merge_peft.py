@@ -71,7 +71,7 @@ def merge(
         raise InputError("nothing to merge: give --adapter DIR")
     merging.check_mergeable(folders)
     name = known.base_name(model_name_or_path, folders, any_base)
-    quantise = merging.quantisation(folders)
+    quantise = known.quantisation(folders)
     base = known.load_base(name, dtype, quantise, trust_remote_code)
     if quantise:
         base = base.dequantize()  # an adapter corrects the base that it was trained on, rounding included

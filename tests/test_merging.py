@@ -206,11 +206,10 @@ def test_qlora_is_merged_onto_the_base_that_it_was_trained_on(tmp_path, train):
     result = open_instruct.merge([str(run.folder)], str(tmp_path / "merged"))
     assert result["quantised_in_training"] == "4bit"
     ids = torch.tensor([[5, 9, 40, 41, 60]])
-    from open_instruct.model import adapters
-
+    served = open_instruct.load(f"q={run.folder}", dtype="stored")
+    assert served.adapters.base.is_loaded_in_4bit  # as it was in training
     with torch.no_grad():
-        quantised = adapters.load_base(str(TINY_MODEL), "stored", "4bit")
-        wanted = adapters.Adapters(quantised, adapters.parse_adapters([f"q={run.folder}"])).use("q")(ids).logits
+        wanted = served.adapters.use("q")(ids).logits
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
         other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY_MODEL), run.folder).eval()(ids).logits
     assert (merged - wanted).abs().max() < 0.1 * (other - wanted).abs().max()

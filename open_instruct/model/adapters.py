@@ -7,6 +7,7 @@ at a time.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,18 @@ def same_base(one: str, other: str) -> bool:
     return first.name.lower() == second.name.lower()
 
 
+def quantisation(folders: Sequence[AdapterFolder]) -> str | None:
+    """In which form all of these adapters knew their base: "4bit", "8bit", or None for whole weights or where they differ."""
+    forms = set()
+    for folder in folders:
+        four = folder.trained_on("use_qlora") or folder.trained_on("load_in_4bit")
+        forms.add("4bit" if four else "8bit" if folder.trained_on("load_in_8bit") else None)
+    if len(forms) > 1:
+        names = ", ".join(folder.name for folder in folders)
+        print(f"warning: {names} were trained on differently quantised bases, and share one of whole weights here", file=sys.stderr)
+    return forms.pop() if len(forms) == 1 else None
+
+
 class Adapters:
     """A base model with adapters by name, of which one at a time is active.
 
@@ -171,8 +184,8 @@ class Adapters:
             try:
                 self.models[folder.name] = PeftModel.from_pretrained(base, str(folder.path), adapter_name=self.keys[folder.name]).eval()
             except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                text = " ".join(str(error).split())[:300]
-                raise InputError(f"adapter {folder.name} ({folder.path}) does not fit the base {name_of(base)}: {text}") from None
+                text, trained = " ".join(str(error).split())[:300], folder.config.base_model_name_or_path or "another model"
+                raise InputError(f"adapter {folder.name}, trained on {trained}, does not fit the base {name_of(base)}: {text}") from None
         self.use(BASE)
 
     def use(self, name: str) -> Any:

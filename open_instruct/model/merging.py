@@ -49,16 +49,6 @@ def check_mergeable(folders: Sequence[AdapterFolder]) -> None:
         raise InputError(f"{others} would change the weights that the others share: merge it alone, only soft prompts go together")
 
 
-def quantisation(folders: Sequence[AdapterFolder]) -> str | None:
-    """In which form the adapters knew their base: "4bit", "8bit", or None for whole weights."""
-    for folder in folders:
-        if folder.trained_on("use_qlora") or folder.trained_on("load_in_4bit"):
-            return "4bit"
-        if folder.trained_on("load_in_8bit"):
-            return "8bit"
-    return None
-
-
 @torch.no_grad()
 def expected(adapters: Adapters, tokenizer: PreTrainedTokenizerBase) -> Expected:
     """Run the probes through base + adapter, as PEFT does it."""

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from open_instruct.data.chat import Spans
 
+LOGITS_AT_ONCE = 1 << 28  # elements: half a gigabyte in bfloat16
+
 
 @torch.no_grad()
 def token_scores(model: Any, rows: Sequence[Sequence[int]], batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -27,18 +29,20 @@ def token_scores(model: Any, rows: Sequence[Sequence[int]], batch_size: int) -> 
     """
     found: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
     device = next(model.parameters()).device
+    vocab_size = model.get_input_embeddings().weight.shape[0]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        longest = len(rows[chosen[0]])
+    while order:
+        longest = len(rows[order[0]])
+        size = max(1, min(batch_size, LOGITS_AT_ONCE // (longest * vocab_size)))
+        chosen, order = order[:size], order[size:]
         ids = torch.tensor([[*rows[i], *[0] * (longest - len(rows[i]))] for i in chosen], device=device)
         mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in chosen], device=device)
         # Prompt tuning and P-tuning put P positions before the row: count from its end.
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -longest:][:, :-1]
-        losses = F.cross_entropy(logits.transpose(1, 2).float(), ids[:, 1:], reduction="none").cpu()
-        likeliest = (logits.argmax(-1) == ids[:, 1:]).cpu()
         for place, i in enumerate(chosen):
-            found[i] = losses[place, : len(rows[i]) - 1], likeliest[place, : len(rows[i]) - 1]
+            own, targets = logits[place, : len(rows[i]) - 1], ids[place, 1 : len(rows[i])]
+            losses = F.cross_entropy(own.float(), targets, reduction="none")  # a row at a time: float32 of one
+            found[i] = losses.cpu(), (own.argmax(-1) == targets).cpu()
     return found
 
 

@@ -74,7 +74,7 @@ def load(
     trust_remote_code: bool = False,
     chat_template_name: str | None = None,
 ) -> Served:
-    """Load a base model and adapters on it.
+    """Load a base model and adapters on it. Adapters that were trained on a quantised base get it quantised.
 
     Args:
         adapter: folder in PEFT's format, or NAME=FOLDER, or several of them, of any methods; none: the base alone.
@@ -101,5 +101,5 @@ def load(
         if not chat_template_name:
             print(f"warning: the tokenizer of {name} has no chat template: taking tulu's (--chat_template_name)", file=sys.stderr)
         chat.set_chat_template(tokenizer, chat_template_name or "tulu")
-    base = adapters.load_base(name, dtype, None, trust_remote_code)
+    base = adapters.load_base(name, dtype, adapters.quantisation(folders), trust_remote_code)
     return Served(Adapters(base, folders), tokenizer)
