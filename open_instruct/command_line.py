@@ -50,6 +50,7 @@ def add_model_flags(parser: argparse.ArgumentParser, dtype: str = "stored") -> N
     choices = ["stored", "auto", "float32", "bfloat16", "float16"]
     text = "precision of the base; stored: as in its files; auto: bfloat16 on a GPU that has it, float32 elsewhere"
     parser.add_argument("--dtype", default=dtype, choices=choices, help=f"{text} (default: {dtype})")
+    parser.add_argument("--allow_pickle", action="store_true", help="load a base whose weights exist only as pickle files")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
 
 

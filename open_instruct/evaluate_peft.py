@@ -24,7 +24,7 @@ import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
 from open_instruct.data import chat, questions, reading
 from open_instruct.data.questions import Question
-from open_instruct.data.writing import write_json
+from open_instruct.data.writing import check_result_folder, write_json
 from open_instruct.errors import InputError, exit_code
 from open_instruct.model.adapters import BASE
 from open_instruct.model.generation import Sampling
@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_samples", type=at_least(1), help="rows drawn by seed; unset: all")
     parser.add_argument("--max_new_tokens", type=at_least(1), default=256, help="tokens of an answer at most (default: 256)")
     parser.add_argument("--batch_size", type=at_least(1), default=16, help="rows computed at once at most (default: 16)")
-    parser.add_argument("--seed", type=int, default=42, help="of the rows and the bootstrap (default: 42)")
+    parser.add_argument("--seed", type=at_least(0), default=42, help="of the rows and the bootstrap (default: 42)")
     parser.add_argument("--chat_template_name", help="as in finetune_peft.py; unset: the adapter's own")
     parser.add_argument("--output_dir", metavar="DIR", help="where evaluation.json, .md and .png go; unset: they are only printed")
     parser.add_argument("--lm_eval_tasks", nargs="+", metavar="TASK", help="tasks of the harness instead of --file")
@@ -73,10 +73,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(a: argparse.Namespace) -> None:
     """Measure, print, write."""
-    if a.output_dir and (Path(a.output_dir) / "evaluation.json").exists():
-        raise InputError(f"--output_dir {a.output_dir} holds an evaluation: name another folder")
+    check_result_folder(a.output_dir, "evaluation.json")
     asked = read_questions(a.file, a.max_samples, a.seed) if a.file else []
-    served = load(a.adapter, a.model_name_or_path, a.dtype, a.any_base, a.trust_remote_code, a.chat_template_name)
+    if a.answer_regex and "exact_match" in a.metrics:
+        references = [str(question.reference) for question in asked]
+        metrics.exact_matches(references, references, a.answer_regex, a.normaliser)  # before the model is loaded
+    served = load(a.adapter, a.model_name_or_path, a.dtype, a.any_base, a.trust_remote_code, a.chat_template_name, a.allow_pickle)
     if a.lm_eval_tasks:
         from open_instruct.model import harness
 
@@ -87,7 +89,6 @@ def run(a: argparse.Namespace) -> None:
     print(text)
     if a.output_dir:
         folder = Path(a.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "evaluation.md").write_text(text + "\n", encoding="utf-8")
         comparison.plot(result, folder / "evaluation.png")
         write_json(folder / "evaluation.json", result)
@@ -143,6 +144,8 @@ def read_questions(file: str, most: int | None, seed: int) -> list[Question]:
     without = next((question.place for question in asked if question.reference is None), None)
     if without:
         raise InputError(f"{without}: no answer to compare with: give rows that end with the assistant's turn, or use generate_peft.py")
+    if not asked:
+        raise InputError(f"{file} holds no row: there is nothing to measure")
     if most and most < len(asked):
         chosen = np.sort(np.random.default_rng([seed, 0xE7]).permutation(len(asked))[:most])
         asked = [asked[i] for i in chosen]
@@ -165,7 +168,7 @@ def measure(
     everyone = [BASE, *served.names]
     room = min((room for room in map(served.room, everyone) if room), default=None)  # one for all, so that they score the same tokens
     found, answers = {}, {}
-    truncated = 0
+    truncated = unanswered = 0
     for name in everyone:
         statistics: dict[str, Statistic] = {}
         if "loss" in names:
@@ -173,6 +176,7 @@ def measure(
             statistics |= losses
         if set(names) - {"loss"}:
             prompts = [questions.prompt_ids(served.tokenizer, question.messages) for question in asked]
+            unanswered = sum(len(prompt) >= room for prompt in prompts) if room else 0
             given = dict(served.stream(prompts, name, Sampling(max_new_tokens=max_new_tokens), batch_size))
             answers[name] = [given[i][0] for i in range(len(asked))]
             statistics |= answer_statistics(answers[name], references, names, answer_regex, normaliser)
@@ -182,6 +186,7 @@ def measure(
         "adapters": {name: str(folder.path) for name, folder in served.adapters.folders.items()},
         "rows": len(asked),
         "truncated": truncated,
+        "unanswered": unanswered,
         "answer_regex": answer_regex,
         "normaliser": normaliser,
         "figures": found,

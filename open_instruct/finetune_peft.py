@@ -7,10 +7,12 @@ See `--help` for every flag and README.md for what a run leaves in --output_dir.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from open_instruct.report import answers
 from open_instruct.report.summary import hyperparameter_lines, summary_lines
 from open_instruct.training import capabilities, checkpoint, engines, export, packing, setup
 from open_instruct.training.checkpoint import Progress
+from open_instruct.training.doctor import Doctor, Finding
 from open_instruct.training.evaluation import held_out_loss
 from open_instruct.training.examples import Data, load_data, num_virtual_tokens
 from open_instruct.training.faults import PREEMPTED, Preempted, ignore_signals, is_lost_contact, lost_contact, save_somewhere, warn
@@ -93,7 +96,7 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
 
     # Method
     accelerator.print(capabilities.line(METHODS[a.method]))
-    model, recipe = setup.wrap_method(a, base, tokenizer, origins, accelerator)
+    model, recipe, facts = setup.wrap_method(a, base, tokenizer, origins, accelerator)
     accelerator.print(hyperparameter_lines(METHODS[a.method].title, setup.hyperparameters(a), origins, recipe.sources))
     forward = setup.choose_forward(a, origins, data, config, model, accelerator, tokenizer.pad_token_id)
     plan = setup.make_plan(a, len(data.train), accelerator.num_processes)
@@ -116,7 +119,8 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
         checkpoint.resume_optimizer(resume_from, optimizer, schedule, part)
     record = export.run_record(a, origins, data.fingerprints(), accelerator.num_processes, engine, recipe.sources, resume_from)
     export.open_output_dir(a, accelerator, record, start, keep=resume_from is not None)
-    train(a, accelerator, forward, training_model, optimizer, schedule, data, plan, progress)
+    doctor = Doctor(setup.patient(a, data, plan, facts, start), said={finding["name"] for finding in progress.findings})
+    train(a, accelerator, forward, training_model, optimizer, schedule, data, plan, progress, doctor)
 
     # Save
     tensors = {} if whole else engines.whole(checkpoint.trained_parameters(model), accelerator)
@@ -142,11 +146,17 @@ def train(
     data: Data,
     plan: Plan,
     progress: Progress,
+    doctor: Doctor,
 ) -> None:
     """Measure the base and the start, run the steps. Updates `progress`."""
     output_dir = Path(a.output_dir)
     metrics = Metrics(output_dir / "metrics.jsonl", accelerator, plan.num_steps, progress.step)
     started, seconds_before = time.perf_counter(), progress.wall_seconds
+
+    def tell(findings: list[Finding]) -> None:
+        for finding in findings:
+            progress.findings.append({"step": progress.step, **asdict(finding)})
+            metrics.say(str(finding))
 
     def evaluate() -> None:
         if data.held_out:
@@ -154,6 +164,18 @@ def train(
             progress.record_eval(loss)
             metrics.write({"step": progress.step, "eval_loss": loss, "eval_tokens": tokens})
             metrics.say(f"step {progress.step}/{plan.num_steps} | held-out loss {loss:.4f} (base model {progress.base_eval_loss:.4f})")
+            if progress.step:
+                tell(doctor.evaluation(progress.step, loss, prompt_norm()))
+            else:
+                tell(doctor.first(progress.base_eval_loss or loss, loss))
+
+    def prompt_norm() -> float:
+        whole = not engines.shares_weights(engines.engine_of(accelerator))
+        vectors = METHODS[a.method].start(forward.model.model) if whole else None
+        return math.nan if vectors is None else vectors.norm(dim=1).median().item()
+
+    def observe(loss: float, grad_norm: float) -> None:
+        tell(doctor.step(loss, grad_norm))
 
     def save() -> None:
         progress.wall_seconds = seconds_before + time.perf_counter() - started
@@ -164,11 +186,12 @@ def train(
 
     try:
         if progress.step == 0:
+            tell(doctor.before())
             if data.held_out and a.method != "full":  # in full fine-tuning the start is the base
                 progress.base_eval_loss, _ = held_out_loss(accelerator, training_model, data.held_out, forward.evaluation, adapter=False)
             evaluate()
         settings = setup.fit_settings(a, plan, forward.training)
-        fit(accelerator, training_model, optimizer, schedule, data.train, plan, settings, progress, metrics, evaluate, save)
+        fit(accelerator, training_model, optimizer, schedule, data.train, plan, settings, progress, metrics, observe, evaluate, save)
     except InputError as error:
         newest = checkpoint.complete_checkpoints(output_dir / "checkpoints")
         raise InputError(f"{error}; last good checkpoint: {newest[-1] if newest else 'none (set --checkpointing_steps)'}") from None

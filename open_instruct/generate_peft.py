@@ -11,6 +11,7 @@ A file may have any form that training reads; an answer that a row has is kept a
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -66,15 +67,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--seed", type=int, default=42, help="of the draws (default: 42)")
     a = parser.parse_args(argv)
     drawing = a.temperature != 1.0 or a.top_p != 1.0 or a.top_k or a.num_return_sequences > 1
-    for wrong, text in {
-        drawing
-        and not a.do_sample: "--temperature, --top_p, --top_k and --num_return_sequences need --do_sample: greedy answers are all alike",
-        a.temperature <= 0: f"--temperature {a.temperature} must be above 0: drop --do_sample for greedy answers",
-        not 0 < a.top_p <= 1: f"--top_p {a.top_p} must be above 0 and at most 1",
-        bool(a.input_file) != bool(a.output_file): "--input_file and --output_file go together: give both, or none for a chat",
-    }.items():
-        if wrong:
-            parser.error(text)
+    checks = [
+        (
+            drawing and not a.do_sample,
+            "--temperature, --top_p, --top_k and --num_return_sequences need --do_sample: greedy answers are all alike",
+        ),
+        (not a.temperature > 0, f"--temperature {a.temperature} must be above 0: drop --do_sample for greedy answers"),
+        (not 0 < a.top_p <= 1, f"--top_p {a.top_p} must be above 0 and at most 1"),
+        (not a.repetition_penalty > 0, f"--repetition_penalty {a.repetition_penalty} must be above 0; 1 is none"),
+        (bool(a.input_file) != bool(a.output_file), "--input_file and --output_file go together: give both, or none for a chat"),
+        (not a.input_file and (a.combine or a.resume), "--combine and --resume belong to --input_file: drop them for a chat"),
+    ]
+    problems = [text for wrong, text in checks if wrong]
+    if problems:
+        parser.error("; ".join(problems))
     return a
 
 
@@ -85,7 +91,7 @@ def run(a: argparse.Namespace) -> None:
     if a.input_file:
         asked = list(questions.questions(reading.read_files(reading.files_of(a.input_file))))
         done = prepare_output(a, sampling, asked)
-    served = load(a.adapter, a.model_name_or_path, a.dtype, a.any_base, a.trust_remote_code, a.chat_template_name)
+    served = load(a.adapter, a.model_name_or_path, a.dtype, a.any_base, a.trust_remote_code, a.chat_template_name, a.allow_pickle)
     if a.input_file:
         answer_file(served, asked, done, a, sampling)
     else:
@@ -103,13 +109,15 @@ def prepare_output(a: argparse.Namespace, sampling: Sampling, asked: Sequence[Qu
         "adapter": a.adapter or [],
         "model_name_or_path": a.model_name_or_path,
         "input_file": str(a.input_file),
-        "questions": len(asked),
+        "questions": hashlib.sha256(json.dumps([question.messages for question in asked]).encode()).hexdigest(),
+        "chat_template_name": a.chat_template_name,
+        "dtype": a.dtype,
         "system": a.system,
         "combine": a.combine,
         **asdict(sampling),
     }
     record = path.with_name(f"{path.name}.run.json")
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, settings)
         path.touch()
@@ -129,6 +137,8 @@ def answer_file(served: Served, asked: Sequence[Question], done: int, a: argpars
     """Write one line for each question, in their order, a few batches at a time."""
     names = served.names or [BASE]
     size = 4 * a.batch_size
+    room = min((room for room in map(served.room, names) if room), default=None)
+    unanswered = 0
     with (
         Path(a.output_file).open("a", encoding="utf-8") as file,
         tqdm(total=len(asked), initial=done, unit="question", disable=None) as bar,
@@ -136,6 +146,7 @@ def answer_file(served: Served, asked: Sequence[Question], done: int, a: argpars
         for start in range(done, len(asked), size):
             chosen = asked[start : start + size]
             prompts = [questions.prompt_ids(served.tokenizer, with_system(question.messages, a.system)) for question in chosen]
+            unanswered += sum(len(prompt) >= room for prompt in prompts) if room else 0
             answers: dict[str, list[list[str]]] = {}
             for name in names:
                 answers[name] = [found for _, found in sorted(served.stream(prompts, name, sampling, a.batch_size))]
@@ -150,7 +161,8 @@ def answer_file(served: Served, asked: Sequence[Question], done: int, a: argpars
             file.flush()
             os.fsync(file.fileno())
             bar.update(len(chosen))
-    print(f"{len(asked)} questions answered by {', '.join(names)}: {a.output_file}")
+    without = f"; {unanswered} fill the context and have no answer" if unanswered else ""
+    print(f"{len(asked)} questions answered by {', '.join(names)}: {a.output_file}{without}")
 
 
 def combined(how: str, given: dict[str, list[str]]) -> str:
@@ -202,6 +214,7 @@ def chat(served: Served, sampling: Sampling, system: str | None) -> None:
             room = served.room(active)
             if room and len(prompt) >= room:
                 print(f"the conversation has {len(prompt)} tokens, and there is room for {room}: /reset")
+                history.pop()
                 continue
             single = Sampling(**{**asdict(sampling), "num_return_sequences": 1})
             streamer = TextStreamer(served.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -17,7 +17,7 @@ from typing import Any
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
 from open_instruct.data import questions, reading
-from open_instruct.data.writing import write_json
+from open_instruct.data.writing import check_result_folder, write_json
 from open_instruct.errors import InputError, exit_code
 from open_instruct.model import inspection
 from open_instruct.model.served import Served, load
@@ -40,15 +40,13 @@ def run(a: argparse.Namespace) -> None:
     """Inspect, print, write."""
     if not a.adapter or len(a.adapter) > 1:
         raise InputError("give the one adapter to look at, --adapter DIR")
-    if a.output_dir and (Path(a.output_dir) / "inspection.json").exists():
-        raise InputError(f"--output_dir {a.output_dir} holds an inspection: name another folder")
-    options = {"any_base": a.any_base, "trust_remote_code": a.trust_remote_code}
+    check_result_folder(a.output_dir, "inspection.json")
+    options = {"any_base": a.any_base, "trust_remote_code": a.trust_remote_code, "allow_pickle": a.allow_pickle}
     result = inspect(a.adapter[0], a.model_name_or_path, a.file, a.rows, a.neighbours, dtype=a.dtype, **options)
     text = insight.markdown(result)
     print(text)
     if a.output_dir:
         folder = Path(a.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "inspection.md").write_text(text + "\n", encoding="utf-8")
         insight.plot(result, folder / "inspection.png")
         write_json(folder / "inspection.json", result)

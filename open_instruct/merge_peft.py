@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the plain checkpoint; must not exist")
     a = parser.parse_args(argv)
     return exit_code(
-        lambda: print(report(merge(a.adapter, a.output, a.model_name_or_path, a.dtype, a.any_base, a.trust_remote_code), a.output))
+        lambda: print(
+            report(merge(a.adapter, a.output, a.model_name_or_path, a.dtype, a.any_base, a.trust_remote_code, a.allow_pickle), a.output)
+        )
     )
 
 
@@ -45,6 +47,7 @@ def merge(
     dtype: str = "stored",
     any_base: bool = False,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> dict[str, Any]:
     """Merge adapters into a plain checkpoint and verify it.
 
@@ -55,6 +58,7 @@ def merge(
         dtype: of the checkpoint: stored (as the base is), float32, bfloat16, float16.
         any_base: accept a base under another name than the adapters'.
         trust_remote_code: run Python code that comes with the model.
+        allow_pickle: load a base whose weights exist only as pickle files.
 
     Returns:
         Content of `merged.json`: adapters, their tokens, largest relative difference of a logit, leaked probability.
@@ -71,14 +75,13 @@ def merge(
         raise InputError("nothing to merge: give --adapter DIR")
     merging.check_mergeable(folders)
     name = known.base_name(model_name_or_path, folders, any_base)
-    quantise = known.quantisation(folders)
-    base = known.load_base(name, dtype, quantise, trust_remote_code)
-    if quantise:
+    base = known.load_base(name, dtype, folders, trust_remote_code, allow_pickle)
+    if getattr(base, "is_quantized", False):
         base = base.dequantize()  # an adapter corrects the base that it was trained on, rounding included
     merging.check_room(base, folders)
     loaded = known.Adapters(base, folders)
-    tokenizer = known.load_tokenizer(name, folders)
-    templates = {folder.name: known.load_tokenizer(name, [folder]).chat_template for folder in folders}
+    tokenizer = known.load_tokenizer(name, folders, trust_remote_code)
+    templates = {folder.name: known.load_tokenizer(name, [folder], trust_remote_code).chat_template for folder in folders}
     wanted = merging.expected(loaded, tokenizer)
     model, sets = merging.merge(loaded, tokenizer, templates)
 
@@ -91,13 +94,15 @@ def merge(
         device, kind = model.device, model.dtype
         del model, loaded, base
         again = AutoModelForCausalLM.from_pretrained(working, dtype=kind, trust_remote_code=trust_remote_code).to(device).eval()
-        found = merging.verify(again, AutoTokenizer.from_pretrained(working), known.load_tokenizer(name, folders), sets, wanted)
+        found = merging.verify(
+            again, AutoTokenizer.from_pretrained(working), known.load_tokenizer(name, folders, trust_remote_code), sets, wanted
+        )
         result = {
             "base": name,
             "adapters": {folder.name: {"path": str(folder.path), "method": folder.title} for folder in folders},
             "tokens": {new.adapter: {"first": new.ids[0], "number": len(new.ids), "text": new.text} for new in sets},
             "vocabulary_rows": again.get_input_embeddings().weight.shape[0],
-            "quantised_in_training": quantise,
+            "quantised_in_training": known.quantisation(folders),
             "dtype": str(kind).removeprefix("torch."),
             **found,
         }
@@ -115,9 +120,8 @@ def report(result: dict[str, Any], output: str) -> str:
     lines = [
         f"{output}: {', '.join(result['adapters'])} on {result['base']}, {result['dtype']}, {result['vocabulary_rows']:,} vocabulary rows"
     ]
-    lines.append(
-        f"reloaded and compared: logits differ by at most {result['largest_difference']:.1e} of the largest, greedy texts are equal"
-    )
+    texts = f"{result['equal_texts']} of {result['texts']} greedy texts are equal"
+    lines.append(f"reloaded and compared: logits differ by at most {result['largest_difference']:.1e} of the largest, {texts}")
     for name, tokens in result["tokens"].items():
         chosen = f'chat_template_kwargs={{"adapter": "{name}"}}' if len(result["tokens"]) > 1 else "always"
         last = tokens["first"] + tokens["number"] - 1

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data import forms
 from open_instruct.data.reading import Row
+from open_instruct.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,16 @@ def questions(rows: Iterable[Row], key: str = "messages") -> Iterator[Question]:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
-    """Token ids of a conversation that the assistant is to continue, as in training."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    """Token ids of a conversation that the assistant is to continue, as in training.
+
+    Raises:
+        InputError: the chat template can't hold it, for example a system message, or two turns of one role.
+    """
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise InputError(
+            f"the chat template refuses a conversation of {roles} ({error}): change the rows, or --chat_template_name"
+        ) from None
     return tokenizer(str(text), add_special_tokens=False)["input_ids"]

@@ -120,3 +120,20 @@ def check_output(path: Path, sources: list[Path], overwrite: bool) -> None:
         raise InputError(f"output {path} is a folder: name a file")
     if path.exists() and not overwrite:
         raise InputError(f"output {path} exists: pass --overwrite to replace it, or name another file")
+
+
+def check_result_folder(name: str | None, result: str) -> None:
+    """Make a folder for results before anything is computed; None: nothing is written.
+
+    Raises:
+        InputError: it can't be made, or holds a result already.
+    """
+    if name is None:
+        return
+    folder = Path(name)
+    if (folder / result).exists():
+        raise InputError(f"--output_dir {name} holds an {Path(result).stem}: name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output_dir {name} can't be made ({error.strerror}): name another folder") from None

@@ -24,6 +24,7 @@ class ModelFacts:
 
     hidden_size: int
     embedding_std: float  # of all entries of the token embeddings of ordinary tokens
+    embedding_norm: float  # median length of one
 
 
 @dataclass(frozen=True)
@@ -101,17 +102,17 @@ class EmbeddingPrompt(Method):
 def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelFacts:
     """Measure the base. The embedding's own scaling (Gemma) is included, as a soft prompt stands behind it.
 
-    The spread is nan where the model has no values (on the meta device).
+    Spread and length are nan where the model has no values (on the meta device).
     """
     embedding = model.get_input_embeddings()
     hidden_size = model.config.get_text_config().hidden_size
     if embedding.weight.device.type == "meta":
-        return ModelFacts(hidden_size, math.nan)
+        return ModelFacts(hidden_size, math.nan, math.nan)
     ids = torch.tensor(ordinary_tokens(tokenizer), device=embedding.weight.device)
     chosen = ids[torch.linspace(0, len(ids) - 1, min(len(ids), 10_000)).long()]
     with torch.no_grad():
-        std = embedding(chosen).float().std().item()
-    return ModelFacts(hidden_size, std)
+        vectors = embedding(chosen).float()
+    return ModelFacts(hidden_size, vectors.std().item(), vectors.norm(dim=1).median().item())
 
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

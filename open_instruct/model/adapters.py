@@ -7,6 +7,7 @@ at a time.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +27,7 @@ from open_instruct.model import loading
 
 BASE = "base"  # the name under which the plain model is asked for
 SOFT_PROMPTS = {"PROMPT_TUNING": "prompt tuning", "P_TUNING": "P-tuning", "PREFIX_TUNING": "prefix tuning"}
+KNOWN = ("LORA", "IA3", *SOFT_PROMPTS)
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -55,9 +58,10 @@ class AdapterFolder:
     def record(self) -> dict[str, Any]:
         """run.json of the run that trained it; empty where another tool did."""
         try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+        return found if isinstance(found, dict) and isinstance(found.get("flags"), dict) else {}
 
     def trained_on(self, flag: str) -> Any:
         """Value of a flag in the run that trained it, or None."""
@@ -75,6 +79,10 @@ def parse_adapters(words: Sequence[str] | None) -> list[AdapterFolder]:
         name, separator, place = word.partition("=")
         if not separator or Path(word).is_dir():
             name, place = Path(word).name or "adapter", word
+        if not separator or Path(word).is_dir():
+            name = re.sub(r"[^\w.-]", "_", name)
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise InputError(f"--adapter {word} is named {name!r}: a name is made of letters, digits, points, dashes and underscores")
         if name == BASE:
             raise InputError(
                 f"--adapter {word} is named {BASE!r}, which stands for the plain model: give another name, --adapter NAME={place}"
@@ -179,6 +187,8 @@ class Adapters:
         self.models: dict[str, Any] = {BASE: base}
         self.keys: dict[str, str] = {}  # inside PEFT, which allows no dots, and mistakes some names for parts of its own
         for folder in folders:
+            if folder.method not in KNOWN:
+                raise InputError(f"adapter {folder.name} is {folder.title}, which can't be used here: known are {', '.join(KNOWN)}")
             self.keys[folder.name] = f"adapter_{len(self.keys)}"
             check_shapes(folder, base)
             try:
@@ -198,6 +208,12 @@ class Adapters:
                 mine = any(key in getattr(module, part) for part in module.adapter_layer_names)
                 if mine:
                     module.set_adapter(key)
+                module.enable_adapters(mine)
+                module.requires_grad_(False)
+            elif isinstance(module, AuxiliaryTrainingWrapper):  # whole layers that an adapter replaces
+                mine = self.keys.get(name, "") in module._adapters
+                if mine:
+                    module.set_adapter([self.keys[name]])
                 module.enable_adapters(mine)
                 module.requires_grad_(False)
         return self.models[name]
@@ -241,20 +257,29 @@ def chat_template(path: Path) -> str | None:
     return loading.load_tokenizer(str(path)).chat_template
 
 
-def load_tokenizer(base: str, folders: Sequence[AdapterFolder]) -> PreTrainedTokenizerBase:
+def load_tokenizer(base: str, folders: Sequence[AdapterFolder], trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The first adapter's own tokenizer, with the chat template that it was trained with, or the base's."""
-    for folder in folders:
-        if (folder.path / "tokenizer_config.json").is_file():
-            return loading.load_tokenizer(str(folder.path))
-    return loading.load_tokenizer(base)
+    places = [str(folder.path) for folder in folders if (folder.path / "tokenizer_config.json").is_file()]
+    tokenizer = loading.load_tokenizer(places[0] if places else base, trust_remote_code=trust_remote_code)
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    return tokenizer
 
 
-def load_base(name: str, dtype: str, quantise: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The base model for use, on the GPU if there is one, in evaluation mode. `dtype`: one of `--dtype`."""
-    config = loading.load_config(name, trust_remote_code=trust_remote_code)
-    attention = loading.choose_attention(None)
+def load_base(
+    name: str, dtype: str, folders: Sequence[AdapterFolder] = (), trust_remote_code: bool = False, allow_pickle: bool = False
+) -> Any:
+    """The base model as its adapters knew it, on the GPU if there is one, in evaluation mode. `dtype`: one of `--dtype`."""
+    revisions = {folder.trained_on("model_revision") for folder in folders}
+    if len(revisions) > 1:
+        raise InputError(
+            f"the adapters were trained on different revisions of the base ({', '.join(map(str, revisions))}): use them one at a time"
+        )
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revisions.pop() if revisions else None}
+    quantise = quantisation(folders)
+    config = loading.load_config(name, **options)
     kind = (getattr(config.get_text_config(), "dtype", None) or torch.float32) if dtype == "stored" else loading.choose_dtype(dtype)
-    model = loading.load_model(name, config, kind, attention, quantise=quantise, trust_remote_code=trust_remote_code)
+    model = loading.load_model(name, config, kind, loading.choose_attention(None), quantise, allow_pickle, **options)
     if not quantise:
         model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model.config.use_cache = True

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -17,6 +18,9 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from open_instruct.data import chat
+from open_instruct.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def generate(
         by_length[len(prompt)] += [(index, copy) for copy in range(copies)]
     found: dict[int, list[str]] = defaultdict(lambda: [""] * copies)
     device = next(model.parameters()).device
-    ends = end_tokens(model, tokenizer)
+    ends, end_text = turn_ends(model, tokenizer)
     was_training = model.training
     model.eval()
     for length, rows in by_length.items():
@@ -115,20 +119,45 @@ def generate(
                     pad_token_id=tokenizer.pad_token_id,
                     logits_processor=processors,
                     streamer=streamer,
+                    **({"stop_strings": end_text, "tokenizer": tokenizer} if end_text else {}),
                 )
                 for (index, copy), row in zip(chosen, out[:, length:], strict=True):
-                    found[index][copy] = tokenizer.decode(row, skip_special_tokens=True).strip()
+                    text = tokenizer.decode(row, skip_special_tokens=True)
+                    found[index][copy] = (text.partition(end_text)[0] if end_text else text).strip()
             for index, copy in chosen:
                 if copy == copies - 1:
                     yield index, found[index]
     model.train(was_training)
 
 
-def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Tokens that end an answer: the tokenizer's, and those that the model names."""
+def turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int] | None, str | None]:
+    """What ends an answer: the tokenizer's and the model's end tokens, and the end of turn that the chat template taught.
+
+    Returns:
+        Tokens; and a text, where the template ends a turn with one that is no single token.
+    """
     named = model.generation_config.eos_token_id
     found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
-    return sorted(found) or None
+    end_text = None
+    if isinstance(tokenizer.chat_template, str):
+        text = taught_end(tokenizer)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        if len(ids) == 1:
+            found.add(ids[0])
+        elif text:
+            end_text = text
+    return sorted(found) or None, end_text
+
+
+def taught_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template puts behind an answer inside of what training labels; "" where that is nothing, or can't be found."""
+    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        (text,), (spans,) = chat.render(tokenizer, [probe])
+    except (TemplateError, InputError):
+        return ""
+    said = text[slice(*spans[-1])] if spans else ""
+    return said.partition("answer")[2].strip()
 
 
 def seed_of(seed: int, prompt: Sequence[int], copy: int) -> int:

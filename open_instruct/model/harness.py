@@ -68,10 +68,10 @@ def read_figures(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
             if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
-            margin = 1.96 * error if isinstance(error, (int, float)) else 0.0
+            margin = 1.96 * error if isinstance(error, (int, float)) else None
             found[f"{task} {metric}" + ("" if kind == "none" else f" ({kind})")] = {
                 "value": value,
-                "interval": [value - margin, value + margin],
+                "interval": None if margin is None else [value - margin, value + margin],
             }
     return found
 
@@ -100,7 +100,7 @@ def make_model(served: Served, name: str, batch_size: int) -> Any:
             scores = token_scores(served.adapters.use(name), rows, batch_size)
             found = []
             for (_, _, continuation), (losses, likeliest) in zip(requests, scores, strict=True):
-                first = len(losses) - len(continuation)
+                first = max(len(losses) - len(continuation), 0)
                 found.append((-losses[first:].double().sum().item(), bool(likeliest[first:].all())))
             return found
 
@@ -123,6 +123,10 @@ def make_model(served: Served, name: str, batch_size: int) -> Any:
             for number, request in enumerate(requests):
                 groups.setdefault(sampling_of(request.args[1]), []).append(number)
             for sampling, numbers in groups.items():
+                if sampling.max_new_tokens >= self.room:
+                    raise InputError(
+                        f"a task wants {sampling.max_new_tokens} new tokens, and there is room for {self.room}: choose another task"
+                    )
                 prompts = [self.tok_encode(requests[i].args[0])[-max(self.room - sampling.max_new_tokens, 1) :] for i in numbers]
                 for place, answers in served.stream(prompts, name, sampling, batch_size):
                     stops = requests[numbers[place]].args[1].get("until") or []

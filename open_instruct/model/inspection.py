@@ -64,6 +64,7 @@ def neighbours(
     cosine = F.normalize(prompt, dim=1) @ F.normalize(vocabulary, dim=1).T
     distance = torch.cdist(prompt, vocabulary)
     found = []
+    count = min(count, len(ids))
 
     def named(top: Any) -> list[list[Any]]:
         return [[tokenizer.decode([ids[i]]), round(value, 4)] for value, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]

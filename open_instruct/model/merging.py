@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from open_instruct.errors import InputError
 from open_instruct.model import loading, vocabulary
 from open_instruct.model.adapters import AdapterFolder, Adapters
-from open_instruct.model.generation import greedy_answers
+from open_instruct.model.generation import greedy_answers, turn_ends
 
 PROBES = ("The sum of seven and five is", "Write one sentence about the sea.", "x")
 NEW_TOKENS = 16  # of the greedy text that is compared
@@ -72,6 +72,10 @@ def merge(
         templates: chat template of each adapter.
     """
     folders = list(adapters.folders.values())
+    settings = adapters.base.generation_config
+    if any(getattr(settings, name, None) not in (None, 1.0, 0, 50) for name in ("temperature", "top_p", "top_k")):
+        settings.do_sample = True  # what they mean; transformers saves no other
+    add_end(adapters.base, tokenizer)
     if not folders[0].num_virtual_tokens:
         model = adapters.use(folders[0].name)
         assert isinstance(model, PeftModel)
@@ -83,13 +87,35 @@ def merge(
     vocabulary.grow(adapters.base, prompts)
     sets = [new for new, _ in prompts]
     vocabulary.put_first(tokenizer, sets, templates)
+    check_template(tokenizer, sets, templates)
     return adapters.base, sets
+
+
+def add_end(base: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the checkpoint stop where training taught the adapter to."""
+    base.generation_config.eos_token_id = turn_ends(base, tokenizer)[0]
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, sets: Sequence[vocabulary.NewTokens], templates: dict[str, str | None]) -> None:
+    """A chat must be what the adapter was trained with, after its tokens.
+
+    Raises:
+        InputError: it is not.
+    """
+    chat = [{"role": "user", "content": "question"}]
+    for new in sets:
+        if templates[new.adapter]:
+            own = tokenizer.apply_chat_template(chat, chat_template=templates[new.adapter], tokenize=False, add_generation_prompt=True)
+            if tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, adapter=new.adapter) != new.text + str(own):
+                raise InputError(
+                    f"the chat template of adapter {new.adapter} can't be extended by its tokens: merge it alone, or serve it with PEFT"
+                )
 
 
 @torch.no_grad()
 def verify(
     model: Any, tokenizer: PreTrainedTokenizerBase, plain: PreTrainedTokenizerBase, sets: Sequence[vocabulary.NewTokens], wanted: Expected
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Compare a merged checkpoint, as reloaded, with base + adapter.
 
     Args:
@@ -100,12 +126,13 @@ def verify(
         wanted: of base + adapter.
 
     Returns:
-        Largest difference of a logit, relative to the largest logit; and the probability that new tokens take at most.
+        Largest difference of a logit, relative to the largest logit; the probability that new tokens take at most; how many greedy
+        texts are equal (all in float32; near ties may differ where 16 bits round).
 
     Raises:
         InputError: they differ.
     """
-    worst, leaked = 0.0, 0.0
+    worst, leaked, equal, count = 0.0, 0.0, 0, 0
     tolerance = TOLERANCE[model.dtype]
     tokens_of = {new.adapter: list(new.ids) for new in sets}
     for number, name in enumerate(wanted.logits):
@@ -125,10 +152,11 @@ def verify(
                 "its architecture does more with token ids than look up one embedding; serve the adapter with PEFT instead"
             )
         texts = greedy_answers(model, plain, [first + ids for ids in probes], NEW_TOKENS)
+        equal, count = equal + sum(a == b for a, b in zip(texts, wanted.texts[name], strict=True)), count + len(texts)
         if texts != wanted.texts[name] and model.dtype == torch.float32:
             pair = next(both for both in zip(texts, wanted.texts[name], strict=True) if both[0] != both[1])
             raise InputError(f"the merged model says {pair[0]!r} where base + {name} says {pair[1]!r}: serve the adapter with PEFT instead")
-    return {"largest_difference": worst, "leaked_probability": leaked}
+    return {"largest_difference": worst, "leaked_probability": leaked, "equal_texts": equal, "texts": count}
 
 
 def check_room(base: Any, folders: Sequence[AdapterFolder]) -> None:

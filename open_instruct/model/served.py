@@ -73,6 +73,7 @@ def load(
     any_base: bool = False,
     trust_remote_code: bool = False,
     chat_template_name: str | None = None,
+    allow_pickle: bool = False,
 ) -> Served:
     """Load a base model and adapters on it. Adapters that were trained on a quantised base get it quantised.
 
@@ -83,6 +84,7 @@ def load(
         any_base: accept a base under another name than the adapters'.
         trust_remote_code: run Python code that comes with the model.
         chat_template_name: see finetune_peft.py; unset: the tokenizer's own, or tulu where it has none.
+        allow_pickle: load a base whose weights exist only as pickle files.
 
     Raises:
         InputError: an adapter is missing, damaged, pickled, or belongs to another base.
@@ -90,7 +92,7 @@ def load(
     silence_transformers()
     folders = adapters.parse_adapters([adapter] if isinstance(adapter, str) else adapter)
     name = adapters.base_name(model_name_or_path, folders, any_base)
-    tokenizer = adapters.load_tokenizer(name, folders)
+    tokenizer = adapters.load_tokenizer(name, folders, trust_remote_code)
     templates = {folder.name: adapters.chat_template(folder.path) for folder in folders}
     if not chat_template_name and len(set(templates.values()) - {None}) > 1:
         raise InputError(
@@ -101,5 +103,10 @@ def load(
         if not chat_template_name:
             print(f"warning: the tokenizer of {name} has no chat template: taking tulu's (--chat_template_name)", file=sys.stderr)
         chat.set_chat_template(tokenizer, chat_template_name or "tulu")
-    base = adapters.load_base(name, dtype, adapters.quantisation(folders), trust_remote_code)
+    biased = next((folder.name for folder in folders if getattr(folder.config, "bias", "none") != "none"), None)
+    if biased:
+        raise InputError(
+            f"adapter {biased} trains the base's biases, so no other could share the base: merge it with merge_peft.py, and use that"
+        )
+    base = adapters.load_base(name, dtype, folders, trust_remote_code, allow_pickle)
     return Served(Adapters(base, folders), tokenizer)

@@ -22,6 +22,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [f"| {figure} | " + " | ".join(cell(result["figures"][name][figure]) for name in names) + " |" for figure in figures]
     if result.get("truncated"):
         lines += ["", f"{result['truncated']} rows were cut to the model's context."]
+    if result.get("unanswered"):
+        lines += ["", f"{result['unanswered']} questions fill the model's context and have no answer."]
     for name, differences in result.get("differences_from_base", {}).items():
         lines += ["", f"{name} less base, on the same rows:", "", "| figure | difference | interval without 0 |", "|---|---|---|"]
         for figure, value in differences.items():
@@ -34,7 +36,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def cell(figure: dict[str, Any], sign: bool = False) -> str:
-    """A value and its interval."""
+    """A value and its interval, if one is known."""
+    if figure["interval"] is None:
+        return f"{figure['value']:.4g}"
     low, high = figure["interval"]
     plus = "+" if sign else ""
     return f"{figure['value']:{plus}.4g} [{low:{plus}.4g}, {high:{plus}.4g}]"
@@ -54,8 +58,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for place, figure in zip(axes[0], figures, strict=True):
         values = [result["figures"][name][figure]["value"] for name in names]
         bounds = [result["figures"][name][figure]["interval"] for name in names]
-        below = [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]
-        above = [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)]
+        below = [max(0.0, value - bound[0]) if bound else 0.0 for value, bound in zip(values, bounds, strict=True)]
+        above = [max(0.0, bound[1] - value) if bound else 0.0 for value, bound in zip(values, bounds, strict=True)]
         colours = ["tab:gray", *(f"C{number}" for number in range(len(names) - 1))]
         place.bar(range(len(names)), values, yerr=[below, above], capsize=3, color=colours)
         place.set_xticks(range(len(names)), names, rotation=45, ha="right")

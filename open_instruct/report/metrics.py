@@ -41,12 +41,21 @@ def final_answer(text: str, regex: str | None) -> str:
     found = list(re.finditer(regex, text))
     if not found:
         return ""
-    return found[-1].group(1) if found[-1].re.groups else found[-1].group(0)
+    return (found[-1].group(1) if found[-1].re.groups else found[-1].group(0)) or ""
 
 
 def exact_matches(answers: Sequence[str], references: Sequence[str], regex: str | None, how: str) -> np.ndarray:
-    """1 where an answer is the reference, else 0. An answer in which the expression does not match is wrong."""
+    """1 where an answer is the reference, else 0. An answer in which the expression does not match is wrong.
+
+    Raises:
+        InputError: the expression does not match a reference.
+    """
     pairs = [(final_answer(a, regex), final_answer(r, regex)) for a, r in zip(answers, references, strict=True)]
+    without = next((reference for reference, (_, r) in zip(references, pairs, strict=True) if regex is not None and not r), None)
+    if without is not None:
+        raise InputError(
+            f"--answer_regex {regex!r} does not match the answer {without[:80]!r} of the file: give one that matches all answers"
+        )
     return np.array([float((a != "" or regex is None) and normalise(a, how) == normalise(r, how)) for a, r in pairs])
 
 

@@ -41,6 +41,7 @@ class Progress:
     base_eval_loss: float | None = None
     initial_eval_loss: float | None = None
     final_eval_loss: float | None = None
+    findings: list[dict[str, Any]] = field(default_factory=list)  # of the loss doctor
     identity: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share; see `check_identity`
 
     def advance(self, num_examples: int, tokens: int, label_tokens: int, seconds: float) -> None:
@@ -64,6 +65,7 @@ class Progress:
             "base_eval_loss": self.base_eval_loss,
             "initial_eval_loss": self.initial_eval_loss,
             "final_eval_loss": self.final_eval_loss,
+            "findings": self.findings,
             "steps": self.step,
             "examples": self.examples,
             "tokens": self.tokens,

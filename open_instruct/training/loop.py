@@ -51,6 +51,7 @@ def fit(
     settings: FitSettings,
     progress: Progress,
     metrics: Metrics,
+    observe: Callable[[float, float], None],
     evaluate: Callable[[], None],
     save: Callable[[], None],
 ) -> None:
@@ -66,6 +67,7 @@ def fit(
         settings: plain values.
         progress: updated in place.
         metrics: takes a row each logged step.
+        observe: takes loss and gradient norm of each step that was applied.
         evaluate: measures and records the held-out loss.
         save: writes a checkpoint.
 
@@ -105,6 +107,8 @@ def fit(
             progress.advance(len(indices), tokens, label_tokens, seconds)
             window_seconds, window_tokens = window_seconds + seconds, window_tokens + tokens
             metrics.progress.update(1)
+            if not skipped:
+                observe(loss, grad_norm)
             logged = progress.step % settings.logging_steps == 0 or progress.step == plan.num_steps
             if logged and not skipped:
                 metrics.step_row(progress, plan.epoch(progress.step), loss, learning_rate, grad_norm, window_tokens / window_seconds)

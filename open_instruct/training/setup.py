@@ -21,12 +21,13 @@ from open_instruct.data import chat
 from open_instruct.data.collate import Batching, Packing
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
-from open_instruct.methods import METHODS, MethodSettings, Recipe, continuing, model_facts
+from open_instruct.methods import METHODS, MethodSettings, ModelFacts, Recipe, continuing, model_facts
 from open_instruct.model import adapters, loading, memory
 from open_instruct.model.chunked_loss import rows_at_once
 from open_instruct.quiet import silence_transformers
 from open_instruct.training import capabilities, engines, packing
 from open_instruct.training.checkpoint import complete_checkpoints, find_checkpoint
+from open_instruct.training.doctor import Patient
 from open_instruct.training.examples import Data, max_sequence_length, num_virtual_tokens
 from open_instruct.training.faults import warn
 from open_instruct.training.loop import FitSettings
@@ -44,11 +45,19 @@ def adopt_adapter(a: FinetuneArguments, origins: dict[str, str]) -> None:
     folder = adapters.read_folder("the adapter", a.adapter_name_or_path)
 
     def take(name: str, value: Any) -> None:
+        if origins.get(name) in ("flag", "config") and getattr(a, name) != value:
+            raise InputError(f"--{name} {getattr(a, name)} is not the {value} of {folder.path}: drop the flag")
         setattr(a, name, value)
         origins[name] = "adapter"
 
     if a.method == "full":
-        take(f"use_{continuing.method_of(folder)}", True)
+        qlora = bool(folder.trained_on("use_qlora"))
+        take("use_qlora" if qlora else f"use_{continuing.method_of(folder)}", True)
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if folder.trained_on(name) and name not in origins:
+                take(name, True)
+    if folder.trained_on("model_revision") and not a.model_revision:
+        take("model_revision", folder.trained_on("model_revision"))
     if folder.num_virtual_tokens and not a.num_virtual_tokens:
         take("num_virtual_tokens", folder.num_virtual_tokens)
     if a.method == "prefix_tuning" and folder.config.prefix_projection and (folder.path / continuing.TRAINED).is_file():
@@ -147,6 +156,8 @@ def check_output_dir(a: FinetuneArguments) -> Path | None:
         raise InputError(f"--output_dir {folder} is a file: name a folder")
     if a.model_name_or_path and folder.resolve() == Path(a.model_name_or_path).resolve():
         raise InputError(f"--output_dir {folder} is the base model's own folder, which a run would overwrite: name another folder")
+    if a.adapter_name_or_path and folder.resolve() == Path(a.adapter_name_or_path).resolve():
+        raise InputError(f"--output_dir {folder} is the adapter's own folder, which a run would overwrite: name another folder")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -220,6 +231,8 @@ def load_base(a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrai
             trust_remote_code=a.trust_remote_code,
         )
     loading.check_vocabulary(model, tokenizer)
+    if Path(a.model_name_or_path).is_dir():
+        model.name_or_path = str(Path(a.model_name_or_path).resolve())  # what an adapter records: found from any folder
     return model if quantise or shared else model.to(accelerator.device)
 
 
@@ -254,17 +267,18 @@ def empty_copy(a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTra
 
 def wrap_method(
     a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase, origins: dict[str, str], accelerator: Accelerator
-) -> tuple[Any, Recipe]:
+) -> tuple[Any, Recipe, ModelFacts]:
     """Fill in the recipe and put the adapter on. The same seed gives the same start on every process."""
     method = METHODS[a.method]
     if a.prompt_tuning_init_text and a.method == "prefix_tuning" and a.prefix_init is None:
         a.prefix_init, origins["prefix_init"] = "text", "flag prompt_tuning_init_text"
     if a.prompt_tuning_init_text and a.method == "prompt_tuning" and a.prompt_tuning_init is None:
         a.prompt_tuning_init, origins["prompt_tuning_init"] = "text", "flag prompt_tuning_init_text"
-    recipe = method.recipe(engines.told(model_facts(model, tokenizer), accelerator), method_settings(a))
+    facts = engines.told(model_facts(model, tokenizer), accelerator)
+    recipe = method.recipe(facts, method_settings(a))
     fill_from_recipe(a, recipe, origins)
     torch.manual_seed(a.seed)
-    return wrapped(a, model, tokenizer), recipe
+    return wrapped(a, model, tokenizer), recipe, facts
 
 
 def choose_forward(
@@ -406,6 +420,22 @@ def prepare(a: FinetuneArguments, accelerator: Accelerator, forward: Forward, nu
         engines.share_out(forward.model, packing.decoder_layers(packing.base_of(forward.model.model)), accelerator)
     optimizer, schedule = make_optimizer(a, forward.model, num_steps)
     return *engines.prepare(accelerator, forward.model, optimizer), schedule
+
+
+def patient(a: FinetuneArguments, data: Data, plan: Plan, facts: ModelFacts, start: torch.Tensor | None) -> Patient:
+    """What the loss doctor is told beforehand. `start`: the soft prompt [P, D], where there is one of embeddings."""
+    assert a.learning_rate is not None and a.clip_grad_norm is not None and a.warmup_ratio is not None
+    return Patient(
+        method=a.method,
+        learning_rate=a.learning_rate,
+        num_steps=plan.num_steps,
+        warmup_steps=math.ceil(a.warmup_ratio * plan.num_steps),
+        clip_grad_norm=a.clip_grad_norm,
+        labelled_share=float(data.train.label_counts.sum() / data.train.lengths.sum()),
+        embedding_std=facts.embedding_std,
+        vocabulary_norm=facts.embedding_norm,
+        prompt_norm=math.nan if start is None else start.norm(dim=1).median().item(),
+    )
 
 
 def run_identity(a: FinetuneArguments, data: Data, config: PretrainedConfig, plan: Plan) -> dict[str, Any]:

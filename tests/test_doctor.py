@@ -1,0 +1,109 @@
+"""Each finding of the loss doctor is provoked once; healthy runs trigger none."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+
+from open_instruct.training.doctor import Doctor, Patient
+from tests.conftest import METHODS, method_flags
+
+HEALTHY = Patient("lora", 1e-3, 200, 6, 1.0, 0.4, 0.02, 1.0, 1.0)
+RUN = ["--max_train_steps", "60", "--per_device_train_batch_size", "8", "--dataset_skip_cache"]
+
+
+def names(run) -> set[str]:
+    """What the doctor said in a run: the same in its summary and on the terminal."""
+    found = {finding["name"] for finding in run.summary["findings"]}
+    assert run.out.count("doctor: ") == len(run.summary["findings"])
+    return found
+
+
+def falling(doctor: Doctor, steps: int, start: float = 2.0, noise: float = 0.3) -> list:
+    """A run whose losses fall and whose gradients are calm."""
+    rng = random.Random(0)
+    return [f for i in range(steps) for f in doctor.step(start * (1 - i / 400) + noise * rng.random(), 0.5 + rng.random())]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_healthy_run_triggers_nothing(method, train):
+    run = train("run", *method_flags(method), *RUN)
+    assert run.code == 0 and names(run) == set(), run.out
+
+
+def test_the_failure_that_users_had_is_named(train):
+    """2e-5 with a random start: both causes, before the first step and at it."""
+    run = train("run", "--use_prompt_tuning", *RUN, "--learning_rate", "2e-5", "--prompt_tuning_init", "random")
+    assert names(run) == {"rate too low", "start off the embeddings"}
+    assert "doctor: at learning rate 2e-05, 60 steps move a number of the soft prompt by at most 0.0006" in run.out
+    assert "3.9 times as long as the vocabulary's" in run.out and "--prompt_tuning_init sample_vocab" in run.out
+    assert run.summary["final_eval_loss"] > run.summary["base_eval_loss"]
+
+
+@pytest.mark.parametrize("flags, found", [
+    (["--use_lora", "--learning_rate", "0.5"], {"rate too high"}),
+    (["--use_lora", "--learning_rate", "1e-7"], {"rate too low"}),
+    (["--use_prefix_tuning", "--learning_rate", "2e-5"], {"rate too low"}),
+    (["--use_prompt_tuning", "--learning_rate", "30"], {"drift"}),
+])  # fmt: skip
+def test_a_rate_that_does_not_fit_is_named(flags, found, train):
+    run = train("run", *RUN, *flags)
+    assert names(run) == found, run.out
+
+
+def test_answers_that_are_cut_away_are_named(train, tmp_path):
+    rows = []
+    for number in range(60):
+        rows.append({"prompt": "red green blue stone " * 60 + str(number), "completion": "red"})
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = train("run", "--use_lora", *RUN, "--max_train_steps", "2", data=path)
+    assert names(run) == {"labels"} and "of the training tokens are labelled" in run.out
+
+
+def test_examples_learned_by_heart_are_a_gap():
+    doctor = Doctor(HEALTHY)
+    doctor.first(2.0, 2.0)
+    for step, loss, trained in ((40, 1.5, 1.2), (80, 1.4, 0.6), (120, 1.7, 0.2)):
+        for _ in range(40):
+            assert doctor.step(trained, 0.5) == []
+        last = [f.name for f in doctor.evaluation(step, loss)]
+    assert last == ["gap"]
+
+
+def test_a_rising_training_loss_is_a_rate_or_an_order():
+    rising = Doctor(HEALTHY)
+    rising.first(2.0, 2.0)
+    falling(rising, 60)
+    found = [f.name for i in range(40) for f in rising.step(2.5 + i / 10, 5.0 + i)]
+    assert found == ["rate too high"]
+    ordered = Doctor(HEALTHY)
+    ordered.first(2.0, 2.0)
+    for step, loss, trained in ((40, 1.8, 1.2), (80, 1.6, 1.1), (120, 1.4, 1.7)):
+        for _ in range(40):
+            assert ordered.step(trained, 0.5) == []
+        last = [f.name for f in ordered.evaluation(step, loss)]
+    assert last == ["order"]
+
+
+def test_clipping_at_every_step_is_named_once():
+    doctor = Doctor(HEALTHY)
+    assert [f.name for _ in range(120) for f in doctor.step(1.0, 40.0)] == ["clipped"]
+    assert Doctor(replace(HEALTHY, clip_grad_norm=0.0)).step(1.0, 1e6) == []
+
+
+def test_a_run_that_does_not_get_below_its_base_is_named():
+    doctor = Doctor(HEALTHY)
+    doctor.first(1.0, 1.6)
+    falling(doctor, 100)
+    assert [f.name for f in doctor.evaluation(80, 1.2)] == []  # not yet half of the steps
+    assert [f.name for f in doctor.evaluation(110, 1.05)] == ["above the base"]
+    assert doctor.evaluation(150, 1.04) == []  # once
+
+
+def test_a_calm_run_is_left_alone():
+    doctor = Doctor(HEALTHY)
+    assert doctor.before() == [] == doctor.first(2.0, 2.1)
+    assert falling(doctor, 200) == []
+    assert [f for step in (40, 80, 120, 160, 200) for f in doctor.evaluation(step, 2.1 - step / 200, 1.5)] == []
