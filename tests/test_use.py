@@ -424,3 +424,95 @@ def test_names_that_are_not_there(trained):
         served.answers(["a"], "x")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = open_instruct.nothing
+
+
+def test_layers_that_an_adapter_replaces_are_switched_too(tmp_path):
+    """Another tool's LoRA with a trained head: the base beside it stays the base."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["norm"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY_MODEL), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    model.save_pretrained(tmp_path / "normed")
+    served = open_instruct.load(str(tmp_path / "normed"), chat_template_name="tulu")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        bare = AutoModelForCausalLM.from_pretrained(TINY_MODEL)(ids).logits
+        torch.testing.assert_close(served.adapters.use("normed")(ids).logits, model(ids).logits)
+        torch.testing.assert_close(served.adapters.use("base")(ids).logits, bare)
+        assert not torch.allclose(model(ids).logits, bare, atol=0.1)
+
+
+def test_an_answer_ends_where_training_ended_turns(trained, tmp_path):
+    """A template whose end of turn is not the tokenizer's end token: as one token, and as text of several."""
+    served = open_instruct.load(str(trained / "prompt_tuning"))
+    model, tokenizer = served.adapters.use("base"), served.tokenizer
+    ids = tokenizer("red green blue stone", add_special_tokens=False)["input_ids"]
+    said = served.tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :])
+    word = said.split()[1]
+    for end in (f" {word}", f"{word}"):
+        template = "{% for m in messages %}{% generation %}{{ m['content'] }}END{% endgeneration %}{% endfor %}"
+        tokenizer.chat_template = template.replace("END", end)
+        ((_, (answer,)),) = generate(model, tokenizer, [ids], Sampling(12))
+        assert word not in answer
+
+
+def test_the_adapter_that_is_gone_on_from_is_never_overwritten(trained, tmp_path, capsys):
+    words = ["--train_file", str(trained / "train.jsonl"), "--adapter_name_or_path", str(trained / "lora"), "--overwrite_output_dir"]
+    assert finetune([*words, "--output_dir", str(trained / "lora")]) == 2
+    assert "is the adapter's own folder" in capsys.readouterr().err and (trained / "lora" / "adapter_model.safetensors").exists()
+    assert finetune([*words, "--output_dir", str(tmp_path / "on"), "--lora_rank", "3"]) == 2
+    assert "--lora_rank 3 is not the 64 of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool, words, says", [
+    ("evaluate", ["--file", "{questions}", "--answer_regex", "#### (.*)"], "does not match the answer"),
+    ("evaluate", ["--file", "{blank}"], "holds no row"),
+    ("evaluate", ["--file", "{questions}", "--output_dir", "{questions}"], "can't be made"),
+    ("evaluate", ["--file", "{questions}", "--seed", "-1"], "at least 0"),
+    ("evaluate", ["--file", "{questions}", "--answer_regex", "("], "is no regular expression"),
+    ("evaluate", ["--file", "{questions}", "--chat_template_name", "{strict}"], "refuses a conversation"),
+    ("generate", ["--repetition_penalty", "0", "--top_p", "2"], "must be above 0; 1 is none"),
+    ("generate", ["--combine", "vote"], "belong to --input_file"),
+    ("inspect", ["--output_dir", "{questions}"], "can't be made"),
+])  # fmt: skip
+def test_wrong_input_of_the_tools_is_one_line(tool, words, says, trained, questions_file, tmp_path, capsys):
+    (tmp_path / "blank.jsonl").write_text("\n")
+    strict = "{% if messages[0]['content']|length > 8 %}{{ raise_exception('too long') }}{% endif %}"  # our own probe says less
+    (tmp_path / "strict.jinja").write_text(strict + "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    places = {"questions": questions_file, "blank": tmp_path / "blank.jsonl", "strict": tmp_path / "strict.jinja"}
+    main = {"evaluate": evaluate_main, "generate": generate_main, "inspect": inspect_main}[tool]
+    try:
+        code = main(["--adapter", str(trained / "prompt_tuning"), *(word.format(**places) for word in words)])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and says in error and "Traceback" not in error, error
+
+
+def test_an_output_that_other_settings_made_is_not_gone_on_with(trained, questions_file, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    words = ["--adapter", str(trained / "lora"), "--input_file", str(questions_file), "--output_file", str(out), "--max_new_tokens", "4"]
+    assert generate_main(words) == 0
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:1]))
+    assert generate_main([*words, "--resume", "--chat_template_name", "zephyr"]) == 2
+    assert "chat_template_name was None and is now 'zephyr'" in capsys.readouterr().err
+    other = tmp_path / "other.jsonl"
+    assert generate_main([*words[:1], str(tmp_path / "missing"), *words[2:4], "--output_file", str(other)]) == 2
+    assert generate_main([*words[:4], "--output_file", str(other), "--max_new_tokens", "4"]) == 0  # a failed start blocks nothing
+
+
+def test_references_and_answers_are_compared_by_what_matches():
+    from open_instruct.report.metrics import exact_matches, final_answer, normalise
+
+    assert final_answer("a #### 1,200 b #### 7", r"#### (\S+)") == "7" and final_answer("yes or no", r"(yes)|no") == ""
+    assert exact_matches(["#### 1,200.00", "#### 12", "none"], ["x #### 1200", "#### 13", "#### 5"], "#### (.*)", "number").tolist() == [
+        1,
+        0,
+        0,
+    ]
+    assert normalise("The  cat, a dog!", "text") == "cat dog" and normalise(" A b ", "none") == "A b"

@@ -116,8 +116,15 @@ def spans_by_prefix(tokenizer: PreTrainedTokenizerBase, messages: Messages, text
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages], max_length: int) -> tuple[list[list[int]], list[Spans]]:
-    """Token ids of each conversation, cut at max_length, and the token spans [start, end) that count in the loss."""
-    texts, character_spans = render(tokenizer, batch)
+    """Token ids of each conversation, cut at max_length, and the token spans [start, end) that count in the loss.
+
+    Raises:
+        InputError: the chat template can't hold a conversation, for example a system message, or two turns of one role.
+    """
+    try:
+        texts, character_spans = render(tokenizer, batch)
+    except TemplateError as error:
+        raise InputError(f"the chat template refuses a conversation ({error}): change the rows, or --chat_template_name") from None
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
     ids = [row[:max_length] for row in encoded["input_ids"]]
     spans = [token_spans(offsets[:max_length], wanted) for offsets, wanted in zip(encoded["offset_mapping"], character_spans, strict=True)]

@@ -134,7 +134,7 @@ def turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
     """What ends an answer: the tokenizer's and the model's end tokens, and the end of turn that the chat template taught.
 
     Returns:
-        Tokens; and a text, where the template ends a turn with one that is no single token.
+        Tokens; and a text, where the template ends a turn with one that is no special token.
     """
     named = model.generation_config.eos_token_id
     found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
@@ -142,7 +142,7 @@ def turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
     if isinstance(tokenizer.chat_template, str):
         text = taught_end(tokenizer)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-        if len(ids) == 1:
+        if len(ids) == 1 and ids[0] in tokenizer.all_special_ids:
             found.add(ids[0])
         elif text:
             end_text = text
