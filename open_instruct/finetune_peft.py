@@ -25,7 +25,7 @@ from open_instruct.methods import METHODS
 from open_instruct.model import loading, memory
 from open_instruct.report import answers
 from open_instruct.report.summary import hyperparameter_lines, summary_lines
-from open_instruct.training import capabilities, checkpoint, engines, export, packing, setup
+from open_instruct.training import capabilities, checkpoint, engines, export, model_setup, packing, setup
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.doctor import Doctor, Finding
 from open_instruct.training.evaluation import held_out_loss
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit code 0: done; 2: wrong input, said in one line; 75: preempted, resumable; 130: interrupted."""
     try:
         arguments, origins = parse(sys.argv[1:] if argv is None else argv)
-        setup.adopt_adapter(arguments, origins)
+        model_setup.adopt_adapter(arguments, origins)
         check_arguments(arguments)
         warn_without_effect(origins)
         run(arguments, origins)
@@ -87,7 +87,7 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
         return
 
     # Model
-    base = setup.load_base(a, config, tokenizer, accelerator)
+    base = model_setup.load_base(a, config, tokenizer, accelerator)
     context = loading.context_length(config)
     room = context and context - num_virtual_tokens(a)  # the same for both models, so that their answers compare
     whole = not engines.shares_weights(engine)
@@ -96,7 +96,7 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
 
     # Method
     accelerator.print(capabilities.line(METHODS[a.method]))
-    model, recipe, facts = setup.wrap_method(a, base, tokenizer, origins, accelerator)
+    model, recipe, facts = model_setup.wrap_method(a, base, tokenizer, origins, accelerator)
     accelerator.print(hyperparameter_lines(METHODS[a.method].title, setup.hyperparameters(a), origins, recipe.sources))
     forward = setup.choose_forward(a, origins, data, config, model, accelerator, tokenizer.pad_token_id)
     plan = setup.make_plan(a, len(data.train), accelerator.num_processes)
@@ -126,7 +126,7 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
     tensors = {} if whole else engines.whole(checkpoint.trained_parameters(model), accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        model = model if whole else setup.empty_copy(a, config, tokenizer, tensors)
+        model = model if whole else model_setup.empty_copy(a, config, tokenizer, tensors)
         samples, exact = answers.compare(questions, base_answers, answers.answer(model, tokenizer, questions, room))
         network = a.method == "p_tuning" or a.prefix_projection
         size = save_somewhere(lambda folder: export.save_model(model, tokenizer, folder, network), Path(a.output_dir))

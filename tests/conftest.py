@@ -23,6 +23,7 @@ from open_instruct.finetune_peft import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = ROOT / "assets" / "tiny-model"
+ADAPTERS = ["lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning"]
 METHODS = ["full", "lora", "prefix_tuning", "prompt_tuning", "p_tuning", "ia3"]
 
 
@@ -97,3 +98,30 @@ def run_script(*words: str, cwd: Path, **environment: str) -> subprocess.Complet
 def without_measurements(rows: list[dict]) -> list[dict]:
     """Rows of metrics.jsonl without what depends on the machine's mood."""
     return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "peak_memory_mb")} for row in rows]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A short run of every method, on words in reverse."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_conversations(folder / "train.jsonl", "reverse", 300)
+    for method in ADAPTERS:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        words = [
+            "--model_name_or_path", str(TINY_MODEL), "--train_file", str(data), f"--use_{method}", "--output_dir", str(folder / method),
+            "--max_train_steps", "40", "--validation_fraction", "0.1", "--num_sample_answers", "0", "--checkpointing_steps", "20",
+            "--dataset_skip_cache",
+        ]  # fmt: skip
+        assert main(words) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def questions_file(trained) -> Path:
+    """30 questions that nothing was trained on."""
+    return write_conversations(trained / "heldout.jsonl", "reverse", 30, seed=99)
+
+
+def asked(path: Path, count: int = 8) -> list[str]:
+    """The questions of a file."""
+    return [json.loads(line)["messages"][0]["content"] for line in path.read_text().splitlines()[:count]]

@@ -140,14 +140,14 @@ make_run(sys.argv[1])
 from accelerate import Accelerator, DistributedType, PartialState
 from transformers import AutoConfig, AutoTokenizer
 from open_instruct.arguments import FinetuneArguments
-from open_instruct.training import engines, packing, setup
+from open_instruct.training import engines, model_setup, packing
 
 if sys.argv[1] == "fsdp2":
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 accelerator = Accelerator()
 engines.start(accelerator)
 a = FinetuneArguments(model_name_or_path=sys.argv[2], use_lora=True)
-model = setup.load_base(a, AutoConfig.from_pretrained(sys.argv[2]), AutoTokenizer.from_pretrained(sys.argv[2]), accelerator)
+model = model_setup.load_base(a, AutoConfig.from_pretrained(sys.argv[2]), AutoTokenizer.from_pretrained(sys.argv[2]), accelerator)
 assert {p.device.type for p in model.parameters()} == {"cpu" if accelerator.is_main_process else "meta"}
 before = {name: value.clone() for name, value in model.state_dict().items()} if accelerator.is_main_process else {}
 number = sum(p.numel() for p in model.parameters())
