@@ -119,7 +119,8 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
         checkpoint.resume_optimizer(resume_from, optimizer, schedule, part)
     record = export.run_record(a, origins, data.fingerprints(), accelerator.num_processes, engine, recipe.sources, resume_from)
     export.open_output_dir(a, accelerator, record, start, keep=resume_from is not None)
-    doctor = Doctor(setup.patient(a, data, plan, facts, start), said={finding["name"] for finding in progress.findings})
+    doctor = Doctor(setup.patient(a, data, plan, facts, start))
+    doctor.remember(progress.base_eval_loss, progress.initial_eval_loss, [finding["name"] for finding in progress.findings])
     train(a, accelerator, forward, training_model, optimizer, schedule, data, plan, progress, doctor)
 
     # Save

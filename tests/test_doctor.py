@@ -102,6 +102,16 @@ def test_a_run_that_does_not_get_below_its_base_is_named():
     assert doctor.evaluation(150, 1.04) == []  # once
 
 
+def test_a_resumed_run_is_told_what_was_measured_and_heard_before():
+    doctor = Doctor(HEALTHY)
+    doctor.remember(1.0, 1.6, ["clipped"])
+    assert [f.name for _ in range(60) for f in doctor.step(1.0, 40.0)] == []
+    assert [f.name for f in doctor.evaluation(60, 2.5)] == ["rate too high"]
+    never_measured = Doctor(HEALTHY)
+    never_measured.remember(None, None, [])
+    assert [f for step in (100, 150) for f in never_measured.evaluation(step, 3.0)] == []
+
+
 def test_a_calm_run_is_left_alone():
     doctor = Doctor(HEALTHY)
     assert doctor.before() == [] == doctor.first(2.0, 2.1)

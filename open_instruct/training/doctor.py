@@ -51,6 +51,12 @@ class Doctor:
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     said: set[str] = field(default_factory=set)
 
+    def remember(self, base: float | None, initial: float | None, said: list[str]) -> None:
+        """What a run that is resumed has measured and heard before."""
+        self.base = math.nan if base is None else base
+        self.initial = math.nan if initial is None else initial
+        self.said |= set(said)
+
     @property
     def window(self) -> int:
         """Steps over which training losses are averaged."""
