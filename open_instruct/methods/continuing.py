@@ -39,14 +39,22 @@ def method_of(folder: AdapterFolder) -> str:
     raise InputError(f"--adapter_name_or_path {folder.path} is {folder.title}, which can't be trained here: use {', '.join(STARTS)}")
 
 
+def check_method(folder: AdapterFolder, method: str) -> None:
+    """An adapter goes on with the method that made it.
+
+    Raises:
+        InputError: another one was chosen.
+    """
+    if folder.method not in STARTS.get(method, ()):
+        raise InputError(f"--adapter_name_or_path {folder.path} is {folder.title}, and the method is {method}: drop the method's flag")
+
+
 def check(folder: AdapterFolder, method: str, settings: MethodSettings) -> None:
     """Refuse what can't go on.
 
     Raises:
-        InputError: another method, another number of virtual tokens, or a network that was not kept.
+        InputError: another number of virtual tokens, or a network that was not kept.
     """
-    if folder.method not in STARTS.get(method, ()):
-        raise InputError(f"--adapter_name_or_path {folder.path} is {folder.title}, and the method is {method}: drop the method's flag")
     if folder.num_virtual_tokens and settings.num_virtual_tokens not in (None, folder.num_virtual_tokens):
         raise InputError(
             f"--num_virtual_tokens {settings.num_virtual_tokens} is not the {folder.num_virtual_tokens} of {folder.path}: drop the flag"

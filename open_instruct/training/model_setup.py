@@ -42,6 +42,7 @@ def adopt_adapter(a: FinetuneArguments, origins: dict[str, str]) -> None:
                 take(name, True)
     if folder.trained_on("model_revision") and not a.model_revision:
         take("model_revision", folder.trained_on("model_revision"))
+    continuing.check_method(folder, a.method)
     if folder.num_virtual_tokens and not a.num_virtual_tokens:
         take("num_virtual_tokens", folder.num_virtual_tokens)
     if a.method == "prefix_tuning" and folder.config.prefix_projection and (folder.path / continuing.TRAINED).is_file():
