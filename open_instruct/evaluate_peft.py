@@ -15,7 +15,6 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
 from open_instruct.data import chat, questions, reading
 from open_instruct.data.questions import Question
-from open_instruct.data.writing import check_result_folder, write_json
+from open_instruct.data.writing import check_result_folder, write_result
 from open_instruct.errors import InputError, exit_code
 from open_instruct.model.adapters import BASE
 from open_instruct.model.generation import Sampling
@@ -87,11 +86,7 @@ def run(a: argparse.Namespace) -> None:
         result = measure(served, asked, a.metrics, a.answer_regex, a.normaliser, a.max_new_tokens, a.batch_size, a.seed)
     text = comparison.markdown(result)
     print(text)
-    if a.output_dir:
-        folder = Path(a.output_dir)
-        (folder / "evaluation.md").write_text(text + "\n", encoding="utf-8")
-        comparison.plot(result, folder / "evaluation.png")
-        write_json(folder / "evaluation.json", result)
+    write_result(a.output_dir, "evaluation", text, comparison.plot, result)
 
 
 def evaluate(

@@ -96,7 +96,7 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
 
     # Method
     accelerator.print(capabilities.line(METHODS[a.method]))
-    model, recipe, facts = model_setup.wrap_method(a, base, tokenizer, origins, accelerator)
+    model, recipe, facts = model_setup.wrap_method(a, base, tokenizer, origins)
     accelerator.print(hyperparameter_lines(METHODS[a.method].title, setup.hyperparameters(a), origins, recipe.sources))
     forward = setup.choose_forward(a, origins, data, config, model, accelerator, tokenizer.pad_token_id)
     plan = setup.make_plan(a, len(data.train), accelerator.num_processes)
@@ -104,7 +104,7 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
         sharing = engines.sharing(engine, accelerator.num_processes)
         accelerator.print(setup.dry_run_text(a, data, plan, model, config, forward.training, sharing))
         return
-    progress = Progress(identity=engines.told(setup.run_identity(a, data, config, plan), accelerator))
+    progress = Progress(identity=engines.told(setup.run_identity(a, data, config, plan)))
     part = engines.part_name(accelerator)
     if resume_from:
         progress = checkpoint.resume(resume_from, model, progress.identity, part)

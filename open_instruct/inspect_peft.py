@@ -11,13 +11,12 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
 from open_instruct.data import questions, reading
-from open_instruct.data.writing import check_result_folder, write_json
+from open_instruct.data.writing import check_result_folder, write_result
 from open_instruct.errors import InputError, exit_code
 from open_instruct.model import inspection
 from open_instruct.model.served import Served, load
@@ -45,11 +44,7 @@ def run(a: argparse.Namespace) -> None:
     result = inspect(a.adapter[0], a.model_name_or_path, a.file, a.rows, a.neighbours, dtype=a.dtype, **options)
     text = insight.markdown(result)
     print(text)
-    if a.output_dir:
-        folder = Path(a.output_dir)
-        (folder / "inspection.md").write_text(text + "\n", encoding="utf-8")
-        insight.plot(result, folder / "inspection.png")
-        write_json(folder / "inspection.json", result)
+    write_result(a.output_dir, "inspection", text, insight.plot, result)
 
 
 def inspect(

@@ -134,7 +134,7 @@ def test_bad_input_is_said_once_by_two_processes(tmp_path):
 
 
 SHARES = """
-import sys, torch
+import gc, sys, torch
 from tests.engines import make_run
 make_run(sys.argv[1])
 from accelerate import Accelerator, DistributedType, PartialState
@@ -151,7 +151,21 @@ model = model_setup.load_base(a, AutoConfig.from_pretrained(sys.argv[2]), AutoTo
 assert {p.device.type for p in model.parameters()} == {"cpu" if accelerator.is_main_process else "meta"}
 before = {name: value.clone() for name, value in model.state_dict().items()} if accelerator.is_main_process else {}
 number = sum(p.numel() for p in model.parameters())
+place, live = engines.place, []
+
+def watched(unit, accelerator):
+    place(unit, accelerator)
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu"]
+    live.append(sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()) / 4)
+
+engines.place = watched
 engines.share_out(model, packing.decoder_layers(model), accelerator)
+root = model.get_input_embeddings().weight.numel() if sys.argv[1] == "fsdp2" else model.get_input_embeddings().weight.ds_numel
+layer = (number - root) / len(packing.decoder_layers(model))
+if not accelerator.is_main_process:  # its share so far, and the part at work: never the weights of all layers
+    for done, numbers in enumerate(live):
+        assert numbers <= done * layer / 2 + max(layer, root) + 10_000, (done, numbers, layer, root)
 assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 mine = sum((p.ds_tensor if hasattr(p, "ds_id") else p.to_local()).numel() for p in model.parameters())
 assert abs(mine - number / 2) < 1000, (mine, number)

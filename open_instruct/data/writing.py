@@ -137,3 +137,13 @@ def check_result_folder(name: str | None, result: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output_dir {name} can't be made ({error.strerror}): name another folder") from None
+
+
+def write_result(name: str | None, kind: str, text: str, plot: Callable[[dict[str, Any], Path], None], result: dict[str, Any]) -> None:
+    """Text, picture and numbers of a result, into a folder that `check_result_folder` made; the numbers last, as they mark it as whole."""
+    if name is None:
+        return
+    folder = Path(name)
+    (folder / f"{kind}.md").write_text(text + "\n", encoding="utf-8")
+    plot(result, folder / f"{kind}.png")
+    write_json(folder / f"{kind}.json", result)

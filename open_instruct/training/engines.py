@@ -71,7 +71,7 @@ def start(accelerator: Accelerator) -> None:
         raise InputError("FSDP runs in its second version only: set fsdp_version: 2 in the accelerate configuration")
 
 
-def told(value: Any, accelerator: Accelerator) -> Any:
+def told(value: Any) -> Any:
     """The main process's value, on every process."""
     box = [value]
     broadcast_object_list(box, from_process=0)
@@ -88,9 +88,8 @@ def share_out(model: nn.Module, units: list[nn.Module], accelerator: Accelerator
     """
     zero = engine_of(accelerator) == capabilities.ZERO_3
     mesh = None if zero else init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    known: dict[nn.Parameter, nn.Parameter] = {}
     for unit in (*units, model):
-        place(unit, accelerator, known)
+        place(unit, accelerator)
         if zero:
             import deepspeed
 
@@ -106,14 +105,14 @@ def share_out(model: nn.Module, units: list[nn.Module], accelerator: Accelerator
                 dist.broadcast(buffer, src=0)
 
 
-def place(unit: nn.Module, accelerator: Accelerator, known: dict[nn.Parameter, nn.Parameter]) -> None:
+def place(unit: nn.Module, accelerator: Accelerator) -> None:
     """Put the parameters that are not shared out yet on this process's device, with the main process's values.
 
     Args:
         unit: a part of a model.
         accelerator: for the device.
-        known: new for old parameters, so that tied ones stay tied.
     """
+    known: dict[nn.Parameter, nn.Parameter] = {}  # new for old ones: tied ones stay tied. Kept longer, it would hold whole weights
     for module in unit.modules():
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if isinstance(old, DTensor) or hasattr(old, "ds_id"):

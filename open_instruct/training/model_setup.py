@@ -125,7 +125,7 @@ def fill_from_recipe(a: FinetuneArguments, recipe: Recipe, origins: dict[str, st
 
 
 def wrap_method(
-    a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase, origins: dict[str, str], accelerator: Accelerator
+    a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase, origins: dict[str, str]
 ) -> tuple[Any, Recipe, ModelFacts]:
     """Fill in the recipe and put the adapter on. The same seed gives the same start on every process."""
     method = METHODS[a.method]
@@ -133,7 +133,7 @@ def wrap_method(
         a.prefix_init, origins["prefix_init"] = "text", "flag prompt_tuning_init_text"
     if a.prompt_tuning_init_text and a.method == "prompt_tuning" and a.prompt_tuning_init is None:
         a.prompt_tuning_init, origins["prompt_tuning_init"] = "text", "flag prompt_tuning_init_text"
-    facts = engines.told(model_facts(model, tokenizer), accelerator)
+    facts = engines.told(model_facts(model, tokenizer))
     recipe = method.recipe(facts, method_settings(a))
     fill_from_recipe(a, recipe, origins)
     torch.manual_seed(a.seed)

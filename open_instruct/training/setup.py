@@ -174,7 +174,7 @@ def choose_forward(
     engine = engines.engine_of(accelerator)
 
     def tell(found: tuple[str, str | None]) -> tuple[str, str | None]:
-        reason, head = engines.told(found, accelerator) if engines.shares_weights(engine) else found
+        reason, head = engines.told(found) if engines.shares_weights(engine) else found
         return reason, None if engine == capabilities.ZERO_3 else head  # which gathers the head in each piece, of which processes differ
 
     with torch.autocast(packing.base_of(model).device.type.replace("meta", "cpu"), dtype, enabled=dtype == torch.bfloat16):
