@@ -207,4 +207,10 @@ def train(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A thread of gloo that meets the dying interpreter aborts it now and then, and the launcher would end the others.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

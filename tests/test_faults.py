@@ -72,8 +72,11 @@ def same_result(folder: Path, other: Path, exact: bool = True) -> None:
         return
     for a, b in zip(without_measurements(first), without_measurements(second), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+    expected = load_file(other / "adapter_model.safetensors")
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
-        torch.testing.assert_close(tensor, load_file(other / "adapter_model.safetensors")[name], rtol=1e-4, atol=1e-6)
+        # Adam divides by gradients that may be near zero, so one number can be off by rounding where the whole is not. A missing
+        # step would make 4e-3 here.
+        assert (tensor - expected[name]).norm() < 1e-5 * expected[name].norm()
 
 
 @pytest.mark.slow
