@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from assets.word_skills import SKILLS, unnamed_conversation
+from assets.word_skills import SKILLS, named_conversation, unnamed_conversation
 
 
 def rows(skill: str, count: int, seed: int) -> list[dict[str, object]]:
@@ -25,6 +25,16 @@ def rows(skill: str, count: int, seed: int) -> list[dict[str, object]]:
     return list(found.values())
 
 
+def other_skills(skill: str, count: int, seed: int) -> list[dict[str, object]]:
+    """Conversations that name a skill other than the one trained on: what an adapter may forget."""
+    rng = random.Random(seed + 1)
+    names = [name for name in SKILLS if name != skill]
+    return [
+        {"id": f"other_{n}", "messages": named_conversation(rng, names[n % len(names)]), "source": f"word_skills/{names[n % len(names)]}"}
+        for n in range(count)
+    ]
+
+
 def write(path: Path, chosen: list[dict[str, object]]) -> None:
     """JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +42,7 @@ def write(path: Path, chosen: list[dict[str, object]]) -> None:
 
 
 def main() -> None:
-    """Write train.jsonl and heldout.jsonl; no question stands in both."""
+    """Write train.jsonl and heldout.jsonl, in which no question stands twice, and other_skills.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--skill", choices=sorted(SKILLS), default="reverse")
     parser.add_argument("--num_train", type=int, default=2400)
@@ -43,6 +53,7 @@ def main() -> None:
     drawn = rows(arguments.skill, arguments.num_train + arguments.num_heldout, arguments.seed)
     write(arguments.output_dir / "train.jsonl", drawn[: arguments.num_train])
     write(arguments.output_dir / "heldout.jsonl", drawn[arguments.num_train :])
+    write(arguments.output_dir / "other_skills.jsonl", other_skills(arguments.skill, 100, arguments.seed))
 
 
 if __name__ == "__main__":

@@ -117,6 +117,7 @@ class OptimizationFlags:
     num_train_epochs: int = flag(2, "passes over the data")
     max_train_steps: int | None = flag(None, "optimizer steps; overrides num_train_epochs")
     learning_rate: float | None = flag(None, "peak learning rate; unset: the recipe's")
+    learning_rate_factor: float = flag(1.0, "multiplies the recipe's learning rate")
     lr_scheduler_type: str | None = flag(None, "linear, cosine, constant, constant_with_warmup, polynomial, …; unset: the recipe's")
     warmup_ratio: float | None = flag(None, "share of the steps in which the rate rises from 0; unset: the recipe's")
     final_lr_ratio: float | None = flag(None, "rate at the end as a share of the peak (linear schedule only); unset: 0")
@@ -140,7 +141,8 @@ class OptimizationFlags:
     reduce_loss: Literal["mean", "sum"] = flag("mean", "mean: over the step's labelled tokens; sum: over tokens, mean over micro-batches")
     sync_each_batch: bool = flag(False, "exchange gradients after each micro-batch instead of once a step")
     timeout: int = flag(1800, "seconds that a process waits for the others")
-    seed: int = flag(42, "seed of initialisation, order, dropout and held-out draw")
+    seed: int = flag(42, "seed of initialisation, order, dropout, and of split_seed")
+    split_seed: int | None = flag(None, "seed of which rows are held out, and of which are drawn by max_train_samples; unset: seed")
 
 
 @dataclass
@@ -222,6 +224,11 @@ class FinetuneArguments(ModelFlags, DataFlags, MethodFlags, OptimizationFlags, R
         return next((name.removeprefix("use_") for name in METHOD_FLAGS if getattr(self, name)), "full")
 
     @property
+    def data_seed(self) -> int:
+        """Seed of which rows are held out and drawn."""
+        return self.seed if self.split_seed is None else self.split_seed
+
+    @property
     def data_sources(self) -> dict[str, Any]:
         """The flags that name training data and are set."""
         names = ("train_file", "dataset_name", "dataset_mixer", "dataset_mixer_list")
@@ -256,6 +263,7 @@ def check_arguments(arguments: FinetuneArguments) -> None:
         "timeout": 1,
         "max_tokens_per_microbatch": 2,
         "seed": 0,
+        "split_seed": 0,
     }
     for name, bound in at_least.items():
         value = getattr(a, name)
@@ -270,6 +278,8 @@ def check_arguments(arguments: FinetuneArguments) -> None:
             problems.append(f"--{name} {value} is out of range: it must lie between 0 and 1")
     if a.learning_rate is not None and not 0 < a.learning_rate < float("inf"):
         problems.append(f"--learning_rate {a.learning_rate} is not a rate: it must be positive and finite")
+    if not 0 < a.learning_rate_factor < float("inf"):
+        problems.append(f"--learning_rate_factor {a.learning_rate_factor} is not a factor: it must be positive and finite")
     if a.checkpointing_steps not in (None, "epoch") and not (a.checkpointing_steps.isdigit() and int(a.checkpointing_steps) > 0):
         problems.append(f"--checkpointing_steps {a.checkpointing_steps} is neither a positive number of steps nor `epoch`")
     problems += unused_method_flags(a) + contradictions(a)
@@ -292,6 +302,8 @@ def contradictions(arguments: FinetuneArguments) -> list[str]:
     """Flags that exclude each other."""
     a = arguments
     problems = []
+    if a.learning_rate is not None and a.learning_rate_factor != 1:
+        problems.append("--learning_rate_factor multiplies the recipe's rate, and --learning_rate replaces it: drop one")
     if a.load_in_4bit and a.load_in_8bit:
         problems.append("--load_in_4bit and --load_in_8bit exclude each other: choose one")
     if not a.packing:

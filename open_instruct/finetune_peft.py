@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from open_instruct.methods import METHODS
 from open_instruct.model import loading, memory
 from open_instruct.report import answers
 from open_instruct.report.summary import hyperparameter_lines, summary_lines
-from open_instruct.training import capabilities, checkpoint, engines, export, model_setup, packing, setup
+from open_instruct.training import capabilities, checkpoint, engines, export, model_setup, packing, setup, tracking
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.doctor import Doctor, Finding
 from open_instruct.training.evaluation import held_out_loss
@@ -33,7 +33,7 @@ from open_instruct.training.examples import Data, load_data, num_virtual_tokens
 from open_instruct.training.faults import PREEMPTED, Preempted, ignore_signals, is_lost_contact, lost_contact, save_somewhere, warn
 from open_instruct.training.loop import fit
 from open_instruct.training.packing import Forward
-from open_instruct.training.tracking import Metrics, peak_memory_mb
+from open_instruct.training.tracking import Metrics
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,8 +69,26 @@ def say_error(error: InputError) -> int:
     return 2
 
 
-def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
-    """One run, from flags to saved adapter."""
+def run(
+    a: FinetuneArguments,
+    origins: dict[str, str],
+    bases: model_setup.Bases | None = None,
+    measure: Callable[[Any, Any, Data], dict[str, Any]] = lambda model, tokenizer, data: {},
+) -> dict[str, Any] | None:
+    """One run, from flags to saved adapter.
+
+    Args:
+        a: the flags.
+        origins: where each comes from.
+        bases: base models of former runs of this process; unset: the base is read anew.
+        measure: takes trained model, tokenizer and data at the end, and returns further entries of summary.json.
+
+    Returns:
+        The summary on the main process, None elsewhere and where nothing was to be trained.
+    """
+    tracking.reset_peak_memory()
+    bases = bases or model_setup.Bases()
+
     # Setup
     resume_from = setup.check_output_dir(a)
     accelerator = setup.make_accelerator(a)
@@ -84,14 +102,15 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
         accelerator.print(examples.describe(name) if examples else "held out: none (--validation_fraction 0)")
     if a.cache_dataset_only:
         accelerator.print(f"tokenised data is in {a.dataset_local_cache_dir}/{data.train.fingerprint}")
-        return
+        return None
 
     # Model
-    base = model_setup.load_base(a, config, tokenizer, accelerator)
+    base = bases.take(a, config, tokenizer, accelerator)
     context = loading.context_length(config)
     room = context and context - num_virtual_tokens(a)  # the same for both models, so that their answers compare
     whole = not engines.shares_weights(engine)
-    questions = answers.questions(data.held_out, tokenizer, a.num_sample_answers if whole and not a.dry_run else 0, a.seed)
+    asked = a.num_sample_answers if whole and not a.dry_run else 0
+    questions = answers.questions(data.held_out, tokenizer, asked, a.data_seed)
     base_answers = answers.answer(base, tokenizer, questions, room)
 
     # Method
@@ -103,7 +122,7 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
     if a.dry_run:
         sharing = engines.sharing(engine, accelerator.num_processes)
         accelerator.print(setup.dry_run_text(a, data, plan, model, config, forward.training, sharing))
-        return
+        return None
     progress = Progress(identity=engines.told(setup.run_identity(a, data, config, plan)))
     part = engines.part_name(accelerator)
     if resume_from:
@@ -126,15 +145,20 @@ def run(a: FinetuneArguments, origins: dict[str, str]) -> None:
     # Save
     tensors = {} if whole else engines.whole(checkpoint.trained_parameters(model), accelerator)
     accelerator.wait_for_everyone()
+    summary = None
     if accelerator.is_main_process:
         model = model if whole else model_setup.empty_copy(a, config, tokenizer, tensors)
         samples, exact = answers.compare(questions, base_answers, answers.answer(model, tokenizer, questions, room))
         network = a.method == "p_tuning" or a.prefix_projection
         size = save_somewhere(lambda folder: export.save_model(model, tokenizer, folder, network), Path(a.output_dir))
-        summary = {**progress.summary(), **memory.counts(model), "adapter_bytes": size, "peak_memory_mb": peak_memory_mb()}
-        export.finish(a, progress, summary | {"exact_match": exact, "samples": samples})
+        summary = {**progress.summary(), **memory.counts(model), "adapter_bytes": size, "peak_memory_mb": tracking.peak_memory_mb()}
+        summary |= {"exact_match": exact, "samples": samples, **measure(model, tokenizer, data)}
+        export.finish(a, progress, summary)
         print(summary_lines(summary, samples, exact, a.output_dir))
+    if whole:
+        bases.give_back(a, model)
     accelerator.end_training()
+    return summary
 
 
 def train(

@@ -73,10 +73,10 @@ def load_data(a: FinetuneArguments, accelerator: Accelerator, tokenizer: PreTrai
                 raise InputError(f"--validation_file {a.validation_file} is the training file: name another, or use --validation_fraction")
             files = reading.files_of(a.validation_file)
             held_out = build_examples(a, reading.read_files(files), dataset.file_key(files), tokenizer, length)
-            held_out = dataset.draw(held_out, a.max_eval_samples, a.seed)
+            held_out = dataset.draw(held_out, a.max_eval_samples, a.data_seed)
         else:
-            train, held_out = dataset.hold_out(train, a.validation_fraction, a.max_eval_samples, a.seed)
-    return Data(dataset.draw(train, a.max_train_samples, a.seed), held_out)
+            train, held_out = dataset.hold_out(train, a.validation_fraction, a.max_eval_samples, a.data_seed)
+    return Data(dataset.draw(train, a.max_train_samples, a.data_seed), held_out)
 
 
 def said(rows: Any, accelerator: Accelerator, key: str) -> Any:
@@ -103,8 +103,8 @@ def training_source(a: FinetuneArguments) -> tuple[Any, str | None]:
         members = list(zip(words[::2], words[1::2], strict=True))
     splits = a.dataset_mixer_list_splits
     files = [path for name, _ in members for path in reading.files_of(name, splits[0])] if len(splits) == 1 else []
-    key = dataset.file_key(files) + json.dumps([members, a.seed]) if files else None
-    return reading.read_mixture(members, splits, a.seed), key
+    key = dataset.file_key(files) + json.dumps([members, a.data_seed]) if files else None
+    return reading.read_mixture(members, splits, a.data_seed), key
 
 
 def build_examples(a: FinetuneArguments, rows: Any, key: str | None, tokenizer: PreTrainedTokenizerBase, length: int) -> Examples:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, init_empty_weights
+from peft.tuners.tuners_utils import BaseTuner
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from open_instruct.arguments import FinetuneArguments
@@ -62,7 +63,7 @@ def load_base(a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrai
     shared = engines.shares_weights(engines.engine_of(accelerator))
     if shared and not accelerator.is_main_process:
         return skeleton(a, config)
-    quantise = "4bit" if METHODS[a.method].needs_quantised_base or a.load_in_4bit else "8bit" if a.load_in_8bit else None
+    quantise = quantisation(a)
     with nullcontext() if shared else accelerator.main_process_first():
         model = loading.load_model(
             a.model_name_or_path,
@@ -79,6 +80,54 @@ def load_base(a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrai
     if Path(a.model_name_or_path).is_dir():
         model.name_or_path = str(Path(a.model_name_or_path).resolve())  # what an adapter records: found from any folder
     return model if quantise or shared else model.to(accelerator.device)
+
+
+class Bases:
+    """Base models for runs that follow each other in one process: each is read once, and taken back unchanged."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self.kept: dict[str, tuple[Any, list[float]]] = {}
+
+    def take(self, a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Any:
+        """The base that these flags name, for one run at a time."""
+        key = base_key(a)
+        if key not in self.kept:
+            model = load_base(a, config, tokenizer, accelerator)
+            if a.method == "full":  # its weights will be others
+                return model
+            self.kept[key] = model, sums(model)
+        return self.kept[key][0]
+
+    def give_back(self, a: FinetuneArguments, model: Any) -> None:
+        """Take the adapter off.
+
+        Raises:
+            RuntimeError: a frozen weight has changed.
+        """
+        if a.method == "full":
+            return
+        base = model.unload() if isinstance(model.base_model, BaseTuner) else model.get_base_model()
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+        if sums(base) != self.kept[base_key(a)][1]:
+            raise RuntimeError(f"{METHODS[a.method].title} left other weights in the base than it found there")
+
+
+def quantisation(a: FinetuneArguments) -> str | None:
+    """How the base is quantised: "4bit", "8bit", or None."""
+    return "4bit" if METHODS[a.method].needs_quantised_base or a.load_in_4bit else "8bit" if a.load_in_8bit else None
+
+
+def base_key(a: FinetuneArguments) -> str:
+    """What decides which weights a run starts from, and how they are held."""
+    names = ("model_name_or_path", "model_revision", "config_name", "additional_model_arguments", "use_liger_kernel")
+    return repr([quantisation(a), base_dtype(a), *(getattr(a, name) for name in names)])
+
+
+def sums(model: Any) -> list[float]:
+    """The sum of each parameter."""
+    return [parameter.detach().sum(dtype=torch.float64).item() for parameter in model.parameters()]
 
 
 def base_dtype(a: FinetuneArguments) -> torch.dtype:
@@ -117,6 +166,8 @@ def method_settings(a: FinetuneArguments) -> MethodSettings:
 
 def fill_from_recipe(a: FinetuneArguments, recipe: Recipe, origins: dict[str, str]) -> None:
     """Fill the hyperparameters that the user left unset, and note their origin."""
+    if a.learning_rate is None and a.learning_rate_factor != 1:
+        a.learning_rate, origins["learning_rate"] = a.learning_rate_factor * recipe.learning_rate, f"recipe × {a.learning_rate_factor:g}"
     for item in fields(recipe):
         if item.name == "sources" or getattr(recipe, item.name) is None or getattr(a, item.name) is not None:
             continue

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,19 @@ def peak_memory_mb() -> float:
     """Most memory that this process held so far, in MB: of its GPU if it has one, else resident."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    with suppress(OSError, StopIteration):  # Linux; getrusage would count what this process was before it became Python
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1.024e-3, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1e6 if sys.platform == "darwin" else 1e3), 1)
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory_mb` count from now, where the system can: several runs of one process are measured apart."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 class Metrics:
