@@ -118,6 +118,7 @@ class OptimizationFlags:
     max_train_steps: int | None = flag(None, "optimizer steps; overrides num_train_epochs")
     learning_rate: float | None = flag(None, "peak learning rate; unset: the recipe's")
     learning_rate_factor: float = flag(1.0, "multiplies the recipe's learning rate")
+    auto_lr: bool = flag(False, "choose the learning rate by short trainings on the first micro-batches, before the run (not in full)")
     lr_scheduler_type: str | None = flag(None, "linear, cosine, constant, constant_with_warmup, polynomial, …; unset: the recipe's")
     warmup_ratio: float | None = flag(None, "share of the steps in which the rate rises from 0; unset: the recipe's")
     final_lr_ratio: float | None = flag(None, "rate at the end as a share of the peak (linear schedule only); unset: 0")
@@ -302,6 +303,10 @@ def contradictions(arguments: FinetuneArguments) -> list[str]:
     """Flags that exclude each other."""
     a = arguments
     problems = []
+    if a.auto_lr and a.learning_rate is not None:
+        problems.append("--auto_lr chooses a rate and --learning_rate sets one: drop one")
+    if a.auto_lr and a.method == "full":
+        problems.append("--auto_lr would need a second copy of all weights in full fine-tuning: choose an adapter method, or drop it")
     if a.learning_rate is not None and a.learning_rate_factor != 1:
         problems.append("--learning_rate_factor multiplies the recipe's rate, and --learning_rate replaces it: drop one")
     if a.load_in_4bit and a.load_in_8bit:

@@ -116,9 +116,10 @@ def run(
     # Method
     accelerator.print(capabilities.line(METHODS[a.method]))
     model, recipe, facts = model_setup.wrap_method(a, base, tokenizer, origins)
-    accelerator.print(hyperparameter_lines(METHODS[a.method].title, setup.hyperparameters(a), origins, recipe.sources))
     forward = setup.choose_forward(a, origins, data, config, model, accelerator, tokenizer.pad_token_id)
     plan = setup.make_plan(a, len(data.train), accelerator.num_processes)
+    rates = setup.find_rate(a, origins, accelerator, forward, data, plan, resume_from)
+    accelerator.print(hyperparameter_lines(METHODS[a.method].title, setup.hyperparameters(a), origins, recipe.sources))
     if a.dry_run:
         sharing = engines.sharing(engine, accelerator.num_processes)
         accelerator.print(setup.dry_run_text(a, data, plan, model, config, forward.training, sharing))
@@ -137,7 +138,7 @@ def run(
     if resume_from:
         checkpoint.resume_optimizer(resume_from, optimizer, schedule, part)
     record = export.run_record(a, origins, data.fingerprints(), accelerator.num_processes, engine, recipe.sources, resume_from)
-    export.open_output_dir(a, accelerator, record, start, keep=resume_from is not None)
+    export.open_output_dir(a, accelerator, record, start, rates, keep=resume_from is not None)
     doctor = Doctor(setup.patient(a, data, plan, facts, start))
     doctor.remember(progress.base_eval_loss, progress.initial_eval_loss, [finding["name"] for finding in progress.findings])
     train(a, accelerator, forward, training_model, optimizer, schedule, data, plan, progress, doctor)

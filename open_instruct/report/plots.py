@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,31 @@ def plot_losses(rows: list[dict[str, Any]], base_loss: float | None, title: str,
     axes.set_ylabel("loss (nats per labelled token)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_rates(rates: list[float], losses: list[float], before: float, chosen: float, path: Path) -> None:
+    """What a learning-rate range test found, as a PNG.
+
+    Args:
+        rates: tried.
+        losses: after a short training at each, in nats per labelled token; not finite where one broke down.
+        before: the loss without training.
+        chosen: rate.
+        path: PNG to write.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    found = [(rate, loss) for rate, loss in zip(rates, losses, strict=True) if math.isfinite(loss)]
+    if found:
+        axes.plot(*zip(*found, strict=True), "o-", color="tab:blue", label="after a short training")
+    axes.axhline(before, color="black", linestyle="--", linewidth=1, label=f"before ({before:.3f})")
+    axes.axvline(chosen, color="tab:orange", label=f"chosen: {chosen:.3g}")
+    axes.set_xscale("log")
+    axes.set(xlabel="learning rate", ylabel="loss (nats per labelled token)", title="learning-rate range test")
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -23,11 +23,13 @@ from open_instruct.arguments import FinetuneArguments
 from open_instruct.data.writing import flush, write_json
 from open_instruct.methods.continuing import TRAINED
 from open_instruct.model.inspection import START
-from open_instruct.report.plots import plot_losses
+from open_instruct.report.plots import plot_losses, plot_rates
+from open_instruct.training.auto_rate import RangeTest
 from open_instruct.training.checkpoint import Progress, trained_parameters
 from open_instruct.training.tracking import read_rows
 
-RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "checkpoints", START, TRAINED)
+RATES, RATES_PLOT = "auto_lr.json", "auto_lr.png"
+RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "checkpoints", START, TRAINED, RATES, RATES_PLOT)
 MODEL_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors*")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "deepspeed", "flash_attn")
 
@@ -105,8 +107,13 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path,
     return size
 
 
-def open_output_dir(a: FinetuneArguments, accelerator: Any, record: dict[str, Any], start: torch.Tensor | None, keep: bool) -> None:
-    """Create the folder with its run.json and a soft prompt's start, and open the trackers. `keep`: a resumed run's files stay."""
+def open_output_dir(
+    a: FinetuneArguments, accelerator: Any, record: dict[str, Any], start: torch.Tensor | None, rates: RangeTest | None, keep: bool
+) -> None:
+    """Create the folder with its run.json, a soft prompt's start and what --auto_lr found, and open the trackers.
+
+    `keep`: a resumed run's files stay.
+    """
     folder = Path(a.output_dir)
     accelerator.wait_for_everyone()  # every process has checked the folder by now
     if accelerator.is_main_process:
@@ -115,6 +122,9 @@ def open_output_dir(a: FinetuneArguments, accelerator: Any, record: dict[str, An
             clear(folder)
             if start is not None:
                 save_file({"embeddings": start.contiguous()}, folder / START)
+            if rates is not None:
+                write_json(folder / RATES, asdict(rates))
+                plot_rates(rates.rates, rates.losses, rates.before, rates.chosen, folder / RATES_PLOT)
         write_json(folder / "run.json", record)
     start_trackers(accelerator, a)
     accelerator.wait_for_everyone()

@@ -25,6 +25,7 @@ from open_instruct.model import adapters, loading, memory
 from open_instruct.model.chunked_loss import rows_at_once
 from open_instruct.quiet import silence_transformers
 from open_instruct.training import capabilities, engines, packing
+from open_instruct.training.auto_rate import RangeTest, range_test
 from open_instruct.training.checkpoint import complete_checkpoints, find_checkpoint
 from open_instruct.training.doctor import Patient
 from open_instruct.training.examples import Data, max_sequence_length, num_virtual_tokens
@@ -82,6 +83,8 @@ def check_capabilities(a: FinetuneArguments, engine: str | None) -> None:
         problems.append(
             f"quantised weights can't be shared out by {engine}: use DDP or ZeRO-2, or drop --load_in_{4 if a.load_in_4bit else 8}bit"
         )
+    if engines.shares_weights(engine) and a.auto_lr:
+        problems.append(f"--auto_lr needs a whole model, which no process holds under {engine}: use DDP or ZeRO-2, or run it alone first")
     if engine == capabilities.FSDP and a.use_8bit_optimizer:
         problems.append("--use_8bit_optimizer does not know the shared parameters of FSDP: drop it, or use another engine")
     if problems:
@@ -181,6 +184,33 @@ def choose_forward(
         forward = packing.choose_forward(model, METHODS[a.method], settings, accelerator.device, dtype, tell)
     accelerator.print(f"forward pass: {forward.description}")
     return forward
+
+
+def find_rate(
+    a: FinetuneArguments,
+    origins: dict[str, str],
+    accelerator: Accelerator,
+    forward: Forward,
+    data: Data,
+    plan: Plan,
+    resume_from: Path | None,
+) -> RangeTest | None:
+    """Choose the learning rate as --auto_lr asks, on the main process; a resumed run keeps the one that was chosen."""
+    if not a.auto_lr or a.dry_run:
+        return None
+    recipe_rate, test = a.learning_rate, None
+    assert recipe_rate is not None and a.clip_grad_norm is not None
+    if resume_from:
+        a.learning_rate = json.loads((Path(a.output_dir) / "run.json").read_text(encoding="utf-8"))["flags"]["learning_rate"]["value"]
+    else:
+        packing.start(forward, a.gradient_checkpointing, False)
+        if accelerator.is_main_process:
+            test = range_test(accelerator, forward.model, data.train, plan, forward.training, recipe_rate, a.clip_grad_norm, a.seed)
+        test = engines.told(test)
+        a.learning_rate = test.chosen
+        accelerator.print(f"auto_lr: {test.chosen:.3g}, the recipe's is {recipe_rate:.3g}; {test.why}")
+    origins["learning_rate"] = "auto_lr"
+    return test
 
 
 def hyperparameters(a: FinetuneArguments) -> dict[str, Any]:

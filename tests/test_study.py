@@ -1,0 +1,280 @@
+"""Studies: equal budgets, searches that repeat, trials that equal a run of their own, kills, shards, figures that are true."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from open_instruct import study_peft
+from open_instruct.finetune_peft import main as finetune
+from open_instruct.report import study_figures
+from open_instruct.study import config, search
+from tests.conftest import ROOT, TINY_MODEL, write_conversations
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Training and held-out words in reverse, and other skills."""
+    folder = tmp_path_factory.mktemp("study-data")
+    write_conversations(folder / "train.jsonl", "reverse", 120)
+    write_conversations(folder / "heldout.jsonl", "reverse", 30, seed=9)
+    write_conversations(folder / "other.jsonl", "sort", 10, seed=8)
+    return folder
+
+
+def write_study(folder: Path, data: Path, **changes) -> Path:
+    """A small study as YAML; `changes` replace its parts."""
+    content = {
+        "name": "small",
+        "output_dir": str(folder / "study"),
+        "flags": {
+            "model_name_or_path": str(TINY_MODEL),
+            "train_file": str(data / "train.jsonl"),
+            "validation_file": str(data / "heldout.jsonl"),
+            "dataset_local_cache_dir": str(data / "cache"),
+            "max_train_steps": 6,
+            "per_device_train_batch_size": 8,
+            "eval_steps": 3,
+        },
+        "methods": {"full": None, "lora": None, "ia3": None, "prompt_tuning": {"num_virtual_tokens": 5}, "prefix_tuning": None},
+        "search": {"kind": "grid", "space": {"learning_rate_factor": [1]}},
+        "seeds": [1],
+        "report": {"questions": 6, "max_new_tokens": 12, "other_text": str(data / "other.jsonl")},
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content | changes, sort_keys=False))
+    return path
+
+
+def trials_of(folder: Path) -> list[dict[str, str]]:
+    """The rows of trials.csv."""
+    with (folder / "trials.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    """A study of five methods in one process."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert study_peft.main(["--config", str(write_study(folder, data))]) == 0
+    return folder / "study"
+
+
+def test_the_report_is_whole_and_needs_no_network(finished):
+    page = (finished / "report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and page.count("<img") == 5 == page.count("data:image/png;base64,")
+    assert not re.search(r"(src|href)=\"?(http|//|\w+\.)", page) and "<script" not in page
+    markdown = (finished / "report.md").read_text()
+    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", markdown):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    for method in ("full", "lora", "ia3", "prompt_tuning", "prefix_tuning"):
+        assert markdown.count(method) > 3
+
+
+def test_figures_are_those_of_the_trials(finished):
+    """Recomputed from what the trials left, by hand."""
+    report = json.loads((finished / "report.json").read_text())
+    base = json.loads(next(finished.glob("base-*.json")).read_text())["study"]
+    assert set(base["test"]).isdisjoint(base["choosing"]) and len(base["test"]) + len(base["choosing"]) == 30
+    tokens = sum(base["rows"][i][1] for i in base["test"])
+    assert report["test_tokens"] == tokens
+    assert report["base"]["loss"] == pytest.approx(sum(base["rows"][i][0] for i in base["test"]) / tokens)
+    for method in report["methods"]:
+        (row,) = [row for row in trials_of(finished) if row["method"] == method["name"]]
+        summary = json.loads((Path(row["folder"]) / "summary.json").read_text())
+        rows = summary["study"]["rows"]
+        whole = sum(loss for loss, _ in rows) / sum(count for _, count in rows)
+        assert whole == pytest.approx(summary["final_eval_loss"], rel=1e-4)  # PEFT's padded forward pass and the packed one
+        assert method["test"]["value"] == pytest.approx(sum(rows[i][0] for i in base["test"]) / tokens)
+        assert method["forgetting"] == pytest.approx(study_figures.other_loss(summary) - report["base"]["other"])
+    values = [method["test"]["value"] for method in report["methods"]]
+    assert values == sorted(values) and f"{values[0]:.4f}" in report["sentences"][1]
+
+
+@pytest.mark.parametrize("method", ["full", "prompt_tuning", "prefix_tuning"])
+def test_the_command_repeats_a_trial_exactly(method, finished, tmp_path):
+    """A trial that ran after others, on a base that they shared, equals a run of its own: nothing of them was left in the base."""
+    (row,) = [row for row in trials_of(finished) if row["method"] == method]
+    words = shlex.split(row["command"])
+    assert words[:2] == ["python", "open_instruct/finetune_peft.py"]
+    words[words.index("--output_dir") + 1] = str(tmp_path / "run")
+    assert finetune(words[2:]) == 0
+    own = json.loads((tmp_path / "run" / "summary.json").read_text())
+    theirs = json.loads((Path(row["folder"]) / "summary.json").read_text())
+    for name in ("base_eval_loss", "initial_eval_loss", "final_eval_loss"):
+        assert own[name] == theirs[name]
+
+
+def test_a_finished_study_runs_nothing_again_and_takes_more_seeds(data, tmp_path, capsys):
+    methods = {"prompt_tuning": None, "ia3": None}
+    assert study_peft.main(["--config", str(write_study(tmp_path, data, methods=methods))]) == 0
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("study/trials/*/summary.json")}
+    capsys.readouterr()
+    assert study_peft.main(["--config", str(write_study(tmp_path, data, methods=methods, seeds=[1, 2]))]) == 0
+    assert "4 trials, 2 of them done before" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    assert len(trials_of(tmp_path / "study")) == 4
+
+
+def test_a_kill_costs_one_trial(data, tmp_path):
+    """Killed as soon as two trials are done, and again later: what is finished stays as it is, and the end is the same."""
+    path = write_study(tmp_path, data, methods={"prompt_tuning": None, "lora": None}, seeds=[1, 2, 3])
+    words = [sys.executable, str(ROOT / "open_instruct" / "study_peft.py"), "--config", str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    kept: dict[Path, int] = {}
+    for enough in (2, 4):
+        process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert process.stdout
+        for _ in process.stdout:
+            if len(list(tmp_path.glob("study/trials/*/summary.json"))) >= enough:
+                process.kill()
+        process.wait()
+        done = {one: one.stat().st_mtime_ns for one in tmp_path.glob("study/trials/*/summary.json")}
+        assert enough <= len(done) < 6, "the study was over before it was killed"
+        assert all(done[one] == when for one, when in kept.items())
+        kept = done
+    assert study_peft.main(["--config", str(path)]) == 0
+    assert all(one.stat().st_mtime_ns == when for one, when in kept.items())
+    whole = write_study(tmp_path, data, methods={"prompt_tuning": None, "lora": None}, seeds=[1, 2, 3], output_dir=str(tmp_path / "whole"))
+    assert study_peft.main(["--config", str(whole)]) == 0
+    ends = [[(row["method"], row["seed"], row["test_loss"]) for row in trials_of(tmp_path / name)] for name in ("study", "whole")]
+    assert ends[0] == ends[1] and len(ends[0]) == 6
+
+
+def test_shards_and_workers_make_the_same_study(data, tmp_path):
+    methods = {"prompt_tuning": None, "ia3": None}
+    path = write_study(tmp_path, data, methods=methods, seeds=[1, 2])
+    for number in range(2):
+        assert study_peft.main(["--config", str(path), "--shard", f"{number}/2"]) == 0
+        assert len(list(tmp_path.glob("study/trials/*/summary.json"))) == 2 * (number + 1)
+    assert study_peft.main(["--config", str(path), "--report_only"]) == 0
+    other = write_study(tmp_path, data, methods=methods, seeds=[1, 2], output_dir=str(tmp_path / "two"))
+    words = [sys.executable, str(ROOT / "open_instruct" / "study_peft.py"), "--config", str(other), "--workers", "2"]
+    subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    losses = [{row["folder"].split("/")[-1]: float(row["test_loss"]) for row in trials_of(tmp_path / name)} for name in ("study", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
+
+
+@pytest.mark.parametrize("kind", ["random", "halving"])
+def test_searches_end_with_every_seed_at_full_length(kind, data, tmp_path):
+    space = {"learning_rate_factor": {"low": 0.1, "high": 10.0}}
+    settings = {"kind": kind, "points": 4, "eta": 2, "space": space}
+    path = write_study(tmp_path, data, methods={"prompt_tuning": None, "ia3": None}, seeds=[1, 2], search=settings)
+    assert study_peft.main(["--config", str(path)]) == 0
+    rows = trials_of(tmp_path / "study")
+    for method in ("prompt_tuning", "ia3"):
+        its = [row for row in rows if row["method"] == method]
+        assert len(its) == (5 if kind == "random" else 4 + 2 + 2)
+        steps = sorted(int(row["steps"]) for row in its)
+        assert steps == ([6] * 5 if kind == "random" else [1] * 4 + [3] * 2 + [6] * 2)
+        whole = [row for row in its if row["steps"] == "6"]
+        best = min(whole if kind == "halving" else its[:4], key=lambda row: float(row["choosing_loss"]))
+        assert {row["seed"] for row in whole if row["point"] == best["point"]} == {"1", "2"}
+    report = json.loads((tmp_path / "study" / "report.json").read_text())
+    assert all(method["seeds"] == [1, 2] for method in report["methods"])
+
+
+def test_points_are_spread_over_the_logarithm_and_depend_on_nothing_else(data, tmp_path):
+    space = {"learning_rate": {"low": 1e-4, "high": 1.0}, "num_virtual_tokens": {"low": 1, "high": 100}}
+    settings = {"kind": "random", "points": 200, "space": {}}
+    one = config.read(write_study(tmp_path, data, methods={"prompt_tuning": {"space": space}}, search=settings))
+    two = config.read(
+        write_study(tmp_path, data, methods={"lora": {"space": {"lora_rank": [4, 8]}}, "prompt_tuning": {"space": space}}, search=settings)
+    )
+    found = search.points(one, one.entries[0])
+    assert found == search.points(two, two.entries[1])
+    rates = [point["learning_rate"] for point in found]
+    assert 0.4 < np.mean([rate < 1e-2 for rate in rates]) < 0.6 and min(rates) >= 1e-4 and max(rates) <= 1
+    assert {type(point["num_virtual_tokens"]) for point in found} == {int}
+
+
+BAD = {
+    "unequal tuning budgets (prompt_tuning 2, ia3 1 points)": {
+        "methods": {"prompt_tuning": {"space": {"num_virtual_tokens": [1, 2]}}, "ia3": None}
+    },
+    "methods.ia3.max_train_steps must be the same for all methods": {"methods": {"ia3": {"max_train_steps": 9}}},
+    "methods.promt_tuning 'promt_tuning' is not known": {"methods": {"promt_tuning": None}},
+    "unknown serach, did you mean search?": {"serach": {}},
+    "seeds [1, 1]": {"seeds": [1, 1]},
+    "a grid needs a list": {"search": {"kind": "grid", "space": {"learning_rate": {"low": 1e-3, "high": 1.0}}}},
+    "(1.0e-3, not 1e-3)": {"search": {"kind": "random", "space": {"learning_rate": {"low": "1e-3", "high": 1.0}}}},
+    "ia3 (learning_rate_factor 1, seed 1): --num_virtual_tokens has no meaning for ia3": {"methods": {"ia3": {"num_virtual_tokens": 3}}},
+    "report.other_text nowhere.txt: no such file": {"report": {"other_text": "nowhere.txt"}},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_wrong_study_is_one_line(message, data, tmp_path, capsys):
+    assert study_peft.main(["--config", str(write_study(tmp_path, data, **BAD[message]))]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "study").exists()
+
+
+def test_a_misspelt_flag_is_named(data, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        study_peft.main(["--config", str(write_study(tmp_path, data, methods={"ia3": {"clip_grad_nrm": 1}}))])
+    assert stop.value.code == 2 and "did you mean --clip_grad_norm" in capsys.readouterr().err
+
+
+def test_changed_data_is_not_mixed_into_old_results(data, tmp_path, capsys):
+    train = write_conversations(tmp_path / "train.jsonl", "reverse", 60)
+    base = yaml.safe_load(write_study(tmp_path, data).read_text())["flags"]
+    changes = {"flags": base | {"train_file": str(train)}, "methods": {"ia3": None}}
+    assert study_peft.main(["--config", str(write_study(tmp_path, data, **changes))]) == 0
+    write_conversations(train, "sort", 60)
+    capsys.readouterr()
+    assert study_peft.main(["--config", str(write_study(tmp_path, data, **changes, seeds=[1, 2]))]) == 2
+    assert "changed between trials" in capsys.readouterr().err
+
+
+def test_a_trial_that_breaks_down_is_a_result(data, tmp_path):
+    """A rate that overflows: the trial is reported as failed, the study goes on."""
+    methods = {"broken": {"method": "full", "learning_rate": 1e30, "clip_grad_norm": -1}, "ia3": None}
+    search_all = {"kind": "grid", "space": {"weight_decay": [0.0]}}
+    assert study_peft.main(["--config", str(write_study(tmp_path, data, methods=methods, search=search_all))]) == 0
+    report = json.loads((tmp_path / "study" / "report.json").read_text())
+    assert [method["works"] for method in report["methods"]] == [True, False]
+    assert any("No point of broken finished" in sentence for sentence in report["sentences"])
+
+
+def figures(losses: dict[str, np.ndarray]) -> dict[tuple[str, str], bool]:
+    """Which pairs differ by more than chance."""
+    resampling = study_figures.Resampling(np.full(losses["a"].shape[1], 10))
+    return {(pair["better"], pair["worse"]): pair["clear"] for pair in study_figures.pairs(losses, resampling)}
+
+
+def test_intervals_tell_a_difference_from_chance():
+    """Rows vary by far more than methods do; pairing finds the difference that is there, and none where there is none."""
+    rng = np.random.default_rng(0)
+    rows = rng.gamma(2, 5, 200)
+    noise = lambda: rng.normal(0, 0.5, (3, 200))  # noqa: E731
+    found = figures({"a": rows + noise(), "b": rows + 0.4 + noise()})
+    assert found == {("a", "b"): True}
+    found = figures({"a": rows + noise(), "b": rows + noise()})
+    assert list(found.values()) == [False]
+
+
+def test_intervals_hold_what_they_promise():
+    """Of 200 pairs of equal methods about 5 % are called different; unpaired rows would call more or fewer."""
+    rng = np.random.default_rng(1)
+    wrong = 0
+    for _ in range(200):
+        rows = rng.gamma(2, 5, 60)
+        wrong += any(figures({"a": (rows + rng.normal(0, 1, 60))[None], "b": (rows + rng.normal(0, 1, 60))[None]}).values())
+    assert wrong <= 15  # one side of a two-sided 5 %: about 5 to 10
+
+
+def test_a_front_holds_what_nothing_beats():
+    points = {"cheap": (1, 5.0), "good": (9, 1.0), "beaten": (9, 2.0), "middle": (4, 3.0)}
+    methods = [{"name": name, "works": True, "trained": cost, "test": {"value": value}} for name, (cost, value) in points.items()]
+    assert study_figures.front(methods, "trained") == ["cheap", "middle", "good"]
