@@ -46,7 +46,7 @@ def write_study(folder: Path, data: Path, **changes) -> Path:
             "per_device_train_batch_size": 8,
             "eval_steps": 3,
         },
-        "methods": {"full": None, "lora": None, "ia3": None, "prompt_tuning": {"num_virtual_tokens": 5}, "prefix_tuning": None},
+        "methods": {"lora": None, "full": None, "ia3": None, "prompt_tuning": {"num_virtual_tokens": 5}, "prefix_tuning": None},
         "search": {"kind": "grid", "space": {"learning_rate_factor": [1]}},
         "seeds": [1],
         "report": {"questions": 6, "max_new_tokens": 12, "other_text": str(data / "other.jsonl")},
@@ -101,7 +101,7 @@ def test_figures_are_those_of_the_trials(finished):
     assert values == sorted(values) and f"{values[0]:.4f}" in report["sentences"][1]
 
 
-@pytest.mark.parametrize("method", ["full", "prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("method", ["full", "ia3", "prompt_tuning", "prefix_tuning"])
 def test_the_command_repeats_a_trial_exactly(method, finished, tmp_path):
     """A trial that ran after others, on a base that they shared, equals a run of its own: nothing of them was left in the base."""
     (row,) = [row for row in trials_of(finished) if row["method"] == method]

@@ -195,8 +195,6 @@ def base_figures(task: Task, a: FinetuneArguments, bases: model_setup.Bases) -> 
         with torch.no_grad():
             base = bases.take(a, config, tokenizer, accelerator)
             write_json(path, {"quantised": model_setup.quantisation(a), **measure(task, base, tokenizer, data)})
-        if a.method == "full":
-            bases.give_back(a, base)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 

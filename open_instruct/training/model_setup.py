@@ -91,11 +91,11 @@ class Bases:
 
     def take(self, a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Any:
         """The base that these flags name, for one run at a time."""
+        if a.method == "full":  # its weights will be others
+            return load_base(a, config, tokenizer, accelerator)
         key = base_key(a)
         if key not in self.kept:
             model = load_base(a, config, tokenizer, accelerator)
-            if a.method == "full":  # its weights will be others
-                return model
             self.kept[key] = model, sums(model)
         return self.kept[key][0]
 
