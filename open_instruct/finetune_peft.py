@@ -29,7 +29,7 @@ from open_instruct.training import capabilities, checkpoint, engines, export, mo
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.doctor import Doctor, Finding
 from open_instruct.training.evaluation import held_out_loss
-from open_instruct.training.examples import Data, load_data, num_virtual_tokens
+from open_instruct.training.examples import Data, fill_virtual_tokens, load_data, num_virtual_tokens
 from open_instruct.training.faults import PREEMPTED, Preempted, ignore_signals, is_lost_contact, lost_contact, save_somewhere, warn
 from open_instruct.training.loop import fit
 from open_instruct.training.packing import Forward
@@ -97,6 +97,8 @@ def run(
 
     # Data
     tokenizer, config = setup.load_tokenizer_and_config(a)
+    if fill_virtual_tokens(a, config):
+        origins["num_virtual_tokens"] = "recipe"
     data = load_data(a, accelerator, tokenizer, config)
     for name, examples in {"training": data.train, "held out": data.held_out}.items():
         accelerator.print(examples.describe(name) if examples else "held out: none (--validation_fraction 0)")

@@ -27,7 +27,7 @@ from open_instruct.report.study_figures import Done, loss
 from open_instruct.study import config, search, trials, workers
 from open_instruct.study.config import Study
 from open_instruct.study.search import Trial
-from open_instruct.training.examples import DEFAULT_MAX_SEQ_LENGTH, num_virtual_tokens
+from open_instruct.training.examples import DEFAULT_MAX_SEQ_LENGTH, fill_virtual_tokens, num_virtual_tokens
 from open_instruct.training.tracking import read_rows
 
 
@@ -98,7 +98,10 @@ def check(study: Study) -> Study:
         raise InputError(f"study {study.path}: without held-out rows nothing can be compared: set validation_file or validation_fraction")
     if not a.max_seq_length:
         assert a.model_name_or_path
-        context = loading.context_length(loading.load_config(a.model_name_or_path, trust_remote_code=a.trust_remote_code))
+        model_config = loading.load_config(a.model_name_or_path, trust_remote_code=a.trust_remote_code)
+        context = loading.context_length(model_config)
+        for one in asked:
+            fill_virtual_tokens(one, model_config)
         room = context and context - max(num_virtual_tokens(one) for one in asked)
         if room is not None and room < 2:
             raise InputError(f"study {study.path}: the model's context of {context} positions has no room beside the virtual tokens")

@@ -34,7 +34,8 @@ def test_a_healthy_run_triggers_nothing(method, train):
 
 def test_the_failure_that_users_had_is_named(train):
     """2e-5 with a random start: both causes, before the first step and at it."""
-    run = train("run", "--use_prompt_tuning", *RUN, "--learning_rate", "2e-5", "--prompt_tuning_init", "random")
+    settings = ["--learning_rate", "2e-5", "--prompt_tuning_init", "random", "--num_virtual_tokens", "20"]
+    run = train("run", "--use_prompt_tuning", *RUN, *settings)
     assert names(run) == {"rate too low", "start off the embeddings"}
     assert "doctor: at learning rate 2e-05, 60 steps move a number of the soft prompt by at most 0.0006" in run.out
     assert "3.9 times as long as the vocabulary's" in run.out and "--prompt_tuning_init sample_vocab" in run.out

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from open_instruct.methods import METHODS, MethodSettings, model_facts
-from open_instruct.methods.base import ordinary_tokens, text_tokens, width_scaled
+from open_instruct.methods.base import DEFAULT_TEXT, between, ordinary_tokens, text_tokens
 from open_instruct.model.loading import load_model
 from tests.conftest import METHODS as NAMES
 from tests.conftest import TINY_MODEL
@@ -28,7 +28,7 @@ def test_a_recipe_is_complete_and_says_its_source(name, base, tokenizer):
     facts = model_facts(base, tokenizer)
     recipe = METHODS[name].recipe(facts, MethodSettings())
     assert 0 < recipe.learning_rate < 1 and 0 <= recipe.warmup_ratio < 1 and recipe.sources
-    assert (recipe.num_virtual_tokens is not None) == METHODS[name].is_soft_prompt
+    assert (METHODS[name].most_virtual_tokens > 0) == METHODS[name].is_soft_prompt
 
 
 def test_the_rate_of_prompt_tuning_follows_the_embeddings(base, tokenizer):
@@ -99,8 +99,24 @@ def test_a_zero_prefix_is_zero(base, tokenizer, projection):
 
 
 def test_rates_grow_for_narrow_models_only():
-    assert width_scaled(2e-5, 4096) == width_scaled(2e-5, 2048) == 2e-5
-    assert width_scaled(2e-5, 256) == pytest.approx(1.6e-4)
+    assert between(5e-4, 2e-5, 4096) == between(5e-4, 2e-5, 2048) == pytest.approx(2e-5)
+    assert between(5e-4, 2e-5, 128) == 5e-4 and between(8e-4, 2e-4, 512) == pytest.approx(4e-4)
+    assert between(8e-4, 2e-4, 8) == between(8e-4, 2e-4, 64) > 8e-4
+
+
+def test_a_recommended_prompt_leaves_room_for_the_input():
+    recommended = METHODS["prompt_tuning"].recommended_virtual_tokens
+    assert recommended(None, None) == recommended(None, 4096) == recommended(8192, None) == recommended(8192, 2048) == 100
+    assert recommended(256, None) == 32 and recommended(4, None) == 1
+    assert recommended(256, 156) == 100 and recommended(256, 200) == 56 and recommended(256, 256) == 1
+
+
+def test_keys_are_measured_as_they_are(base, tokenizer):
+    ids = torch.tensor([tokenizer(DEFAULT_TEXT, add_special_tokens=False)["input_ids"]])
+    layers = base(ids, use_cache=True).past_key_values.layers
+    expected = sorted(layer.keys.std().item() for layer in layers)
+    found = model_facts(base, tokenizer, keys=True).key_std
+    assert expected[0] <= found <= expected[-1] and found == pytest.approx((expected[1] + expected[2]) / 2)
 
 
 @pytest.mark.parametrize("shape", [(4, 20), (1, 1)])

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class ModelFacts:
     hidden_size: int
     embedding_std: float  # of all entries of the token embeddings of ordinary tokens
     embedding_norm: float  # median length of one
+    key_std: float = math.nan  # of the entries of a text's keys, median over layers; measured for methods that `wants_keys`
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,6 @@ class Recipe:
     lr_scheduler_type: str
     clip_grad_norm: float
     sources: str
-    num_virtual_tokens: int | None = None
     prompt_tuning_init: str | None = None
     prefix_init: str | None = None
 
@@ -63,8 +64,20 @@ class Method(ABC):
     name: str
     title: str
     is_soft_prompt = False
-    default_virtual_tokens = 0
+    most_virtual_tokens = 0  # of the recipe
+    wants_keys = False
     needs_quantised_base = False
+
+    def recommended_virtual_tokens(self, context: int | None, max_seq_length: int | None) -> int:
+        """Length of the soft prompt: longer ones learn faster, so as long as is useful where there is room.
+
+        Args:
+            context: positions of the model; None: unlimited.
+            max_seq_length: tokens that the user wants for a conversation; None: an eighth of the context goes to the prompt at most.
+        """
+        if context is None:
+            return self.most_virtual_tokens
+        return max(1, min(self.most_virtual_tokens, context - max_seq_length if max_seq_length else context // 8))
 
     @abstractmethod
     def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
@@ -99,10 +112,10 @@ class EmbeddingPrompt(Method):
             return model.get_prompt(batch_size=1)[0].detach().float().cpu()
 
 
-def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelFacts:
+def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keys: bool = False) -> ModelFacts:
     """Measure the base. The embedding's own scaling (Gemma) is included, as a soft prompt stands behind it.
 
-    Spread and length are nan where the model has no values (on the meta device).
+    Spread and length are nan where the model has no values (on the meta device). `keys`: also the spread of keys.
     """
     embedding = model.get_input_embeddings()
     hidden_size = model.config.get_text_config().hidden_size
@@ -112,7 +125,16 @@ def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> M
     chosen = ids[torch.linspace(0, len(ids) - 1, min(len(ids), 10_000)).long()]
     with torch.no_grad():
         vectors = embedding(chosen).float()
-    return ModelFacts(hidden_size, vectors.std().item(), vectors.norm(dim=1).median().item())
+    spread = key_std(model, tokenizer) if keys else math.nan
+    return ModelFacts(hidden_size, vectors.std().item(), vectors.norm(dim=1).median().item(), spread)
+
+
+@torch.no_grad()
+def key_std(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Standard deviation of the entries of the keys that the base computes for a text, median over layers."""
+    ids = tokenizer(DEFAULT_TEXT, add_special_tokens=False)["input_ids"]
+    cache = model.eval()(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
+    return median(layer.keys.float().std().item() for layer in cache.layers)
 
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -129,6 +151,10 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> li
     return [ids[i % len(ids)] for i in range(count)]
 
 
-def width_scaled(rate: float, hidden_size: int, reference_width: int = 2048) -> float:
-    """`rate` at the reference width and above it, more for narrower models (Adam's rate goes with 1/width; Yang et al. 2022)."""
-    return rate * max(1.0, reference_width / hidden_size)
+def between(narrow: float, wide: float, hidden_size: int) -> float:
+    """What was measured here on models 128 wide, and what is published for those 2048 wide or wider; a power of the width in between.
+
+    Adam's best rate falls with the width (Yang et al. 2022). Below 64 it rises no further.
+    """
+    share = (math.log(min(max(hidden_size, 64), 2048)) - math.log(128)) / math.log(2048 / 128)
+    return narrow * (wide / narrow) ** share

@@ -6,7 +6,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.methods.base import Method, MethodSettings, ModelFacts, Recipe, width_scaled
+from open_instruct.methods.base import Method, MethodSettings, ModelFacts, Recipe, between
 
 
 class Lora(Method):
@@ -17,12 +17,12 @@ class Lora(Method):
     def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
         """PEFT's method comparison and QLoRA's table agree on 1e-4 to 2e-4 for billions of parameters."""
         return Recipe(
-            learning_rate=min(5e-3, width_scaled(2e-4, facts.hidden_size)),
+            learning_rate=between(2e-3, 2e-4, facts.hidden_size),
             warmup_ratio=0.03,
             weight_decay=0.0,
             lr_scheduler_type="linear",
             clip_grad_norm=1.0,
-            sources="Dettmers et al. 2023, PEFT method comparison; rate over width after Yang et al. 2022",
+            sources="measured here (hidden size 64 to 128), Dettmers et al. 2023 and PEFT method comparison (2048 and more)",
         )
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:

@@ -7,25 +7,24 @@ from peft import PromptEncoderConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.methods.base import EmbeddingPrompt, MethodSettings, ModelFacts, Recipe, model_facts, width_scaled
+from open_instruct.methods.base import EmbeddingPrompt, MethodSettings, ModelFacts, Recipe, between, model_facts
 
 
 class PTuning(EmbeddingPrompt):
     """Prompt tuning, reparameterised by a three-layer perceptron. Only its output is needed after training."""
 
     name, title = "p_tuning", "P-tuning"
-    default_virtual_tokens = 20
+    most_virtual_tokens = 50
 
     def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
         """The rate is the network's, not the prompt's, so it goes with the width, not with the embeddings' spread."""
         return Recipe(
-            learning_rate=min(5e-3, width_scaled(2e-4, facts.hidden_size)),
+            learning_rate=between(8e-3, 3e-4, facts.hidden_size),
             warmup_ratio=0.06,
             weight_decay=0.0,
             lr_scheduler_type="linear",
             clip_grad_norm=1.0,
-            sources="PEFT method comparison and NeMo (1e-4 at hidden size 3072); rate over width after Yang et al. 2022, measured here",
-            num_virtual_tokens=self.default_virtual_tokens,
+            sources="measured here (hidden size 64 to 128), PEFT method comparison and NeMo (1e-4 at hidden size 3072)",
         )
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:

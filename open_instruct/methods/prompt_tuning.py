@@ -14,19 +14,18 @@ class PromptTuning(EmbeddingPrompt):
     """A soft prompt of embeddings."""
 
     name, title = "prompt_tuning", "prompt tuning"
-    default_virtual_tokens = 20
+    most_virtual_tokens = 100
 
     def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
         """A rate in proportion to the embeddings' spread: a step must be large on their scale, whatever that is."""
         return Recipe(
-            learning_rate=0.3 * facts.embedding_std,
+            learning_rate=0.5 * facts.embedding_std,
             warmup_ratio=0.06,
             weight_decay=0.0,
             lr_scheduler_type="linear",
             clip_grad_norm=1.0,
-            sources="Lester et al. 2021, PEFT method comparison; rate = 0.3 × embedding standard deviation, measured here",
-            num_virtual_tokens=self.default_virtual_tokens,
-            prompt_tuning_init="sample_vocab",
+            sources="Lester et al. 2021, PEFT method comparison; rate = 0.5 × embedding standard deviation, measured here",
+            prompt_tuning_init="text",
         )
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:

@@ -28,7 +28,7 @@ from open_instruct.study.config import Study
 from open_instruct.study.search import Trial
 from open_instruct.training import model_setup, setup
 from open_instruct.training.checkpoint import complete_checkpoints
-from open_instruct.training.examples import Data, load_data
+from open_instruct.training.examples import Data, fill_virtual_tokens, load_data
 
 FAILED = "failed.json"
 SCORED_AT_ONCE = 16  # rows
@@ -191,6 +191,7 @@ def base_figures(task: Task, a: FinetuneArguments, bases: model_setup.Bases) -> 
     if not path.exists():
         accelerator = setup.make_accelerator(a)
         tokenizer, config = setup.load_tokenizer_and_config(a)
+        fill_virtual_tokens(a, config)
         data = load_data(a, accelerator, tokenizer, config)
         with torch.no_grad():
             base = bases.take(a, config, tokenizer, accelerator)

@@ -22,9 +22,17 @@ DEFAULT_MAX_SEQ_LENGTH = 4096
 
 
 def num_virtual_tokens(a: FinetuneArguments) -> int:
-    """Virtual tokens of the run: the flag's, or the recipe's."""
+    """Virtual tokens of the run, after `fill_virtual_tokens`."""
+    return a.num_virtual_tokens or 0
+
+
+def fill_virtual_tokens(a: FinetuneArguments, config: PretrainedConfig) -> bool:
+    """Take the recipe's number where no flag gives one: it decides how long examples may be. Returns whether it did."""
     method = METHODS[a.method]
-    return (a.num_virtual_tokens or method.default_virtual_tokens) if method.is_soft_prompt else 0
+    if a.num_virtual_tokens or not method.is_soft_prompt:
+        return False
+    a.num_virtual_tokens = method.recommended_virtual_tokens(loading.context_length(config), a.max_seq_length)
+    return True
 
 
 def max_sequence_length(a: FinetuneArguments, config: PretrainedConfig) -> int:

@@ -184,7 +184,7 @@ def wrap_method(
         a.prefix_init, origins["prefix_init"] = "text", "flag prompt_tuning_init_text"
     if a.prompt_tuning_init_text and a.method == "prompt_tuning" and a.prompt_tuning_init is None:
         a.prompt_tuning_init, origins["prompt_tuning_init"] = "text", "flag prompt_tuning_init_text"
-    facts = engines.told(model_facts(model, tokenizer))
+    facts = engines.told(model_facts(model, tokenizer, method.wants_keys))
     recipe = method.recipe(facts, method_settings(a))
     fill_from_recipe(a, recipe, origins)
     torch.manual_seed(a.seed)
