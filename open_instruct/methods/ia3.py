@@ -20,7 +20,7 @@ class Ia3(Method):
     def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
         """The factors start at 1, and a step has to be large on that scale."""
         return Recipe(
-            learning_rate=between(8e-2, 1e-2, facts.hidden_size),
+            learning_rate=between(6e-2, 1e-2, facts.hidden_size),
             warmup_ratio=0.06,
             weight_decay=0.0,
             lr_scheduler_type="linear",

@@ -19,7 +19,7 @@ class PTuning(EmbeddingPrompt):
     def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
         """The rate is the network's, not the prompt's, so it goes with the width, not with the embeddings' spread."""
         return Recipe(
-            learning_rate=between(8e-3, 3e-4, facts.hidden_size),
+            learning_rate=between(1e-2, 3e-4, facts.hidden_size),
             warmup_ratio=0.06,
             weight_decay=0.0,
             lr_scheduler_type="linear",

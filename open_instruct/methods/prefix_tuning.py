@@ -26,7 +26,7 @@ class PrefixTuning(Method):
         """A rate in proportion to the spread of the base's own keys; a network in between wants less."""
         spread = facts.key_std if math.isfinite(facts.key_std) else 1.5
         return Recipe(
-            learning_rate=between(8e-3, 3e-4, facts.hidden_size)
+            learning_rate=between(1e-2, 3e-4, facts.hidden_size)
             if settings.prefix_projection
             else spread * between(0.07, 0.012, facts.hidden_size),
             warmup_ratio=0.1,
