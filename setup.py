@@ -20,6 +20,7 @@ EXTRAS = {
     "eval": ["rouge-score>=0.1.2", "sacrebleu>=2.4"],
     "harness": ["lm-eval>=0.4.9"],
     "flash": ["flash-attn>=2.7"],
+    "ray": ["ray>=2.40"],
     "quant": ["bitsandbytes>=0.46"],
     "dev": [
         "pytest>=8",
@@ -35,6 +36,7 @@ EXTRAS = {
         "rouge-score>=0.1.2",
         "sacrebleu>=2.4",
         "lm-eval>=0.4.9",
+        "ray>=2.40",
     ],
 }
 

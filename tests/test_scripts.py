@@ -12,6 +12,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+from open_instruct import study_peft
 from open_instruct.arguments import check_arguments
 from open_instruct.command_line import parse
 from tests.conftest import ROOT, TINY_MODEL
@@ -86,6 +87,14 @@ def test_the_batch_job_gives_each_task_its_rank_and_resumes():
     show = [*words[2:5], "task", "bash", "-c", "echo $RANK $LOCAL_RANK $WORLD_SIZE"]
     variables = {**os.environ, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2"}
     assert subprocess.run(show, env=variables, capture_output=True, text=True).stdout.split() == ["3", "1", "4"]
+
+
+def test_an_array_of_jobs_shares_a_study():
+    job = ROOT / "scripts" / "slurm" / "study.sbatch"
+    words = composed(job, "s.yaml", SLURM_ARRAY_TASK_ID="5", SLURM_ARRAY_TASK_MIN="4", SLURM_ARRAY_TASK_COUNT="8")
+    entry = next(i for i, word in enumerate(words) if word.endswith("study_peft.py"))
+    asked = study_peft.build_parser().parse_args(words[entry + 1 :])
+    assert str(asked.config) == "s.yaml" and study_peft.parse_shard(asked.shard) == (1, 8)
 
 
 def test_environment_variables_override_and_accumulation_is_derived():

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,42 @@ def test_shards_and_workers_make_the_same_study(data, tmp_path):
     subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
     losses = [{row["folder"].split("/")[-1]: float(row["test_loss"]) for row in trials_of(tmp_path / name)} for name in ("study", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_stopped_study_says_so_and_goes_on_within_its_trial(workers, data, tmp_path):
+    """SIGTERM, as a cluster sends it: the trial's checkpoint is written, and no worker is left behind."""
+    flags = yaml.safe_load(write_study(tmp_path, data).read_text())["flags"] | {"max_train_steps": 400}
+    path = write_study(tmp_path, data, methods={"prompt_tuning": None}, flags=flags, seeds=[1, 2])
+    words = [sys.executable, str(ROOT / "open_instruct" / "study_peft.py"), "--config", str(path), "--workers", workers]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 90
+    while not any(len(metrics.read_text().splitlines()) > 5 for metrics in tmp_path.glob("study/trials/*/metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error, error
+    end = time.monotonic() + 20
+    while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).stdout:
+        assert time.monotonic() < end, "a worker outlived the study"
+        time.sleep(0.2)
+    assert list(tmp_path.glob("study/trials/*/checkpoints/step_*")) and not list(tmp_path.glob("study/trials/*/summary.json"))
+    assert study_peft.main(["--config", str(path)]) == 0
+    logs = [log.read_text() for log in tmp_path.glob("study/trials/*/log.txt")]
+    assert any("resuming after step" in log for log in logs) and len(trials_of(tmp_path / "study")) == 2
+
+
+def test_ray_runs_a_study(data, tmp_path):
+    """On a cluster of this machine alone."""
+    pytest.importorskip("ray")
+    path = write_study(tmp_path, data, methods={"prompt_tuning": None, "ia3": None})
+    words = [sys.executable, str(ROOT / "open_instruct" / "study_peft.py"), "--config", str(path), "--engine", "ray", "--workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=180)
+    assert found.returncode == 0, found.stderr
+    assert "2 trials, 0 of them done before" in found.stdout and len(trials_of(tmp_path / "study")) == 2
 
 
 @pytest.mark.parametrize("kind", ["random", "halving"])

@@ -29,6 +29,7 @@ from open_instruct.study.search import Trial
 from open_instruct.training import model_setup, setup
 from open_instruct.training.checkpoint import complete_checkpoints
 from open_instruct.training.examples import Data, fill_virtual_tokens, load_data
+from open_instruct.training.faults import Preempted
 
 FAILED = "failed.json"
 SCORED_AT_ONCE = 16  # rows
@@ -113,6 +114,8 @@ def run_trial(task: Task, bases: model_setup.Bases) -> dict[str, Any]:
         except InputError as error:  # diverged, or out of memory: a finding of the study, not its end
             bases.kept.clear()
             write_json(task.folder / FAILED, {"failed": str(error)})
+        except Preempted:  # its checkpoint is written, and the next start goes on from there
+            raise KeyboardInterrupt from None
     if a.method == "full" and not task.keep_full_weights:
         for path in task.folder.glob("model*.safetensors*"):
             path.unlink()

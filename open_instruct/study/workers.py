@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from multiprocessing.queues import Queue
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,15 +61,29 @@ def with_processes(workers: int) -> Iterator[Runner]:
             for future in as_completed(futures):
                 yield futures[future], future.result()
 
-        yield run
+        try:
+            yield run
+        except BaseException:  # the study is stopped: its workers are told, and save where their trials keep checkpoints
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in active_children():
+                child.terminate()
+            raise
 
 
 def _settle(numbers: Queue[int], devices: int, threads: int) -> None:
     """A worker's first act, before anything touches a GPU."""
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     number = numbers.get()
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number % devices)
     torch.set_num_threads(threads)
+
+
+def _follow(parent: int) -> None:
+    """End with the study's process, even if that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _in_worker(task: Task) -> dict[str, Any]:
@@ -75,16 +92,20 @@ def _in_worker(task: Task) -> dict[str, Any]:
 
 @contextmanager
 def with_ray(workers: int) -> Iterator[Runner]:
-    """Ray's actors on the cluster that RAY_ADDRESS names, or on this machine; each has a GPU where the cluster has any."""
+    """Ray's actors on the cluster that RAY_ADDRESS names, or on this machine; each has a GPU where the cluster has any.
+
+    All nodes must see this folder, the data and the model under the same paths, as on a shared file system.
+    """
     try:
         import ray
         from ray.util import ActorPool
     except ImportError:
         raise InputError("--engine ray needs Ray: pip install '.[ray]'") from None
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    code = str(Path(__file__).resolve().parents[2])
+    ray.init(log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": code}})
     on_gpu = ray.cluster_resources().get("GPU", 0) > 0
     actor = ray.remote(num_gpus=int(on_gpu), num_cpus=1)(Actor)
-    pool = ActorPool([actor.remote() for _ in range(workers)])
+    pool = ActorPool([actor.remote(os.getcwd()) for _ in range(workers)])
 
     def run(tasks: list[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
         yield from pool.map_unordered(lambda one, task: one.run.remote(task), tasks)
@@ -97,6 +118,10 @@ def with_ray(workers: int) -> Iterator[Runner]:
 
 class Actor:
     """A process of Ray's that keeps its base models."""
+
+    def __init__(self, folder: str) -> None:
+        """`folder`: where the study was started; its paths count from there."""
+        os.chdir(folder)
 
     def run(self, task: Task) -> tuple[Task, dict[str, Any]]:
         """A trial."""
