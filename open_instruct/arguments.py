@@ -157,6 +157,7 @@ class RunFlags:
     logging_steps: int = flag(1, "steps between rows of metrics.jsonl")
     eval_steps: int | None = flag(None, "steps between held-out evaluations; unset: a fifth of the run; 0: only at the start and the end")
     per_device_eval_batch_size: int | None = flag(None, "examples in a padded held-out micro-batch; unset: as in training")
+    keep_best: bool = flag(True, "save the parameters of the evaluation with the lowest held-out loss; False: the last ones")
     num_sample_answers: int = flag(3, "held-out questions answered by base and tuned model at the end (three shown, exact match over all)")
     checkpointing_steps: str | None = flag(None, "steps between checkpoints, or `epoch`; unset: none")
     keep_last_n_checkpoints: int = flag(3, "checkpoints kept, -1: all")

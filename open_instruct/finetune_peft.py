@@ -26,6 +26,7 @@ from open_instruct.model import loading, memory
 from open_instruct.report import answers
 from open_instruct.report.summary import hyperparameter_lines, summary_lines
 from open_instruct.training import capabilities, checkpoint, engines, export, model_setup, packing, setup, tracking
+from open_instruct.training.best import Best
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.doctor import Doctor, Finding
 from open_instruct.training.evaluation import held_out_loss
@@ -127,9 +128,11 @@ def run(
         accelerator.print(setup.dry_run_text(a, data, plan, model, config, forward.training, sharing))
         return None
     progress = Progress(identity=engines.told(setup.run_identity(a, data, config, plan)))
+    best = Best(a.keep_best)
     part = engines.part_name(accelerator)
     if resume_from:
         progress = checkpoint.resume(resume_from, model, progress.identity, part)
+        best.tensors = checkpoint.resume_best(resume_from, progress) if accelerator.is_main_process else {}
         accelerator.print(f"resuming after step {progress.step} from {resume_from}")
     elif a.resume_from_checkpoint:
         accelerator.print(f"no complete checkpoint in {a.output_dir}/checkpoints yet: starting at step 0")
@@ -143,10 +146,16 @@ def run(
     export.open_output_dir(a, accelerator, record, start, rates, keep=resume_from is not None)
     doctor = Doctor(setup.patient(a, data, plan, facts, start))
     doctor.remember(progress.base_eval_loss, progress.initial_eval_loss, [finding["name"] for finding in progress.findings])
-    train(a, accelerator, forward, training_model, optimizer, schedule, data, plan, progress, doctor)
+    train(a, accelerator, forward, training_model, optimizer, schedule, data, plan, progress, best, doctor)
 
     # Save
-    tensors = {} if whole else engines.whole(checkpoint.trained_parameters(model), accelerator)
+    if progress.best_is_earlier:
+        accelerator.print(setup.best_text(progress))
+    tensors = {}
+    if not whole:
+        tensors = best.tensors if progress.best_is_earlier else engines.whole(checkpoint.trained_parameters(model), accelerator)
+    elif progress.best_is_earlier and accelerator.is_main_process:
+        best.put_back(model)
     accelerator.wait_for_everyone()
     summary = None
     if accelerator.is_main_process:
@@ -174,6 +183,7 @@ def train(
     data: Data,
     plan: Plan,
     progress: Progress,
+    best: Best,
     doctor: Doctor,
 ) -> None:
     """Measure the base and the start, run the steps. Updates `progress`."""
@@ -190,6 +200,7 @@ def train(
         if data.held_out:
             loss, tokens = held_out_loss(accelerator, training_model, data.held_out, forward.evaluation)
             progress.record_eval(loss)
+            best.consider(progress, loss, forward.model.model, accelerator)
             metrics.write({"step": progress.step, "eval_loss": loss, "eval_tokens": tokens})
             metrics.say(f"step {progress.step}/{plan.num_steps} | held-out loss {loss:.4f} (base model {progress.base_eval_loss:.4f})")
             if progress.step:
@@ -208,7 +219,8 @@ def train(
     def save() -> None:
         progress.wall_seconds = seconds_before + time.perf_counter() - started
         folder, keep = output_dir / "checkpoints", a.keep_last_n_checkpoints
-        problem = checkpoint.save_checkpoint(folder, forward.model.model, optimizer, schedule, progress, keep, accelerator)
+        inner = forward.model.model
+        problem = checkpoint.save_checkpoint(folder, inner, optimizer, schedule, progress, best.tensors, keep, accelerator)
         if problem and accelerator.is_main_process:  # training goes on: the last good checkpoint is still there
             warn(f"checkpoint of step {progress.step} could not be written ({problem})")
 

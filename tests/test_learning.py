@@ -1,6 +1,8 @@
 """With nothing set, every method learns; with the settings that users brought, the loss rises. On a task that no recipe was tuned for."""
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.conftest import METHODS, method_flags, write_conversations
 
@@ -33,3 +35,43 @@ def test_a_soft_prompt_calls_a_skill_that_the_base_has(train, tmp_path):
     run = train("run", "--use_prompt_tuning", "--max_train_steps", "100", "--num_sample_answers", "40", data=data)
     assert run.summary["exact_match"]["base"] < 0.4
     assert run.summary["exact_match"]["tuned"] > 0.8
+
+
+BY_HEART = ["--use_lora", "--learning_rate", "0.02", "--max_train_steps", "60", "--eval_steps", "5", "--max_train_samples", "8"]
+
+
+def held_out(run) -> dict[int, float]:
+    """Held-out losses by step."""
+    return {row["step"]: row["eval_loss"] for row in run.metrics if "eval_loss" in row}
+
+
+def test_a_run_that_goes_on_to_learn_by_heart_saves_its_best(train, task, tmp_path):
+    run = train("run", *BY_HEART, "--checkpointing_steps", "40", data=task)
+    losses = held_out(run)
+    step = run.summary["saved_step"]
+    assert 0 < step < 60 and losses[60] > 1.02 * losses[step] == 1.02 * min(losses.values()), losses
+    assert (run.summary["final_eval_loss"], run.summary["last_eval_loss"]) == (losses[step], losses[60])
+    assert f"the held-out loss was lowest after step {step}" in run.out
+    last = train("last", *BY_HEART, "--keep_best", "False", data=task)
+    assert last.summary["final_eval_loss"] == losses[60] and last.summary["saved_step"] == 60
+    saved, ended = ((folder / "adapter_model.safetensors").read_bytes() for folder in (run.folder, last.folder))
+    stopped = train(
+        "stopped", *BY_HEART, "--keep_best", "False", "--checkpointing_steps", str(step), "--keep_last_n_checkpoints", "-1", data=task
+    )
+    kept = load_file(sorted(stopped.folder.glob(f"checkpoints/step_{step}"))[0] / "trained.safetensors")
+    found = load_file(run.folder / "adapter_model.safetensors")
+    assert saved != ended and all(torch.equal(found[name.replace(".default", "")], value) for name, value in kept.items())
+
+
+def test_the_best_survives_a_resume(train, task):
+    """Resumed after its best evaluation, a run still saves that one."""
+    flags = [*BY_HEART, "--checkpointing_steps", "40"]
+    whole = train("whole", *flags, data=task)
+    assert whole.summary["saved_step"] < 40
+    content = (whole.folder / "adapter_model.safetensors").read_bytes()
+    for name in ("summary.json", "adapter_model.safetensors"):
+        (whole.folder / name).unlink()
+    resumed = train("whole", *flags, "--resume_from_checkpoint", data=task)
+    assert resumed.code == 0 and "resuming after step 40" in resumed.out, resumed.err
+    assert (whole.folder / "adapter_model.safetensors").read_bytes() == content
+    assert resumed.summary["final_eval_loss"] == whole.summary["final_eval_loss"]

@@ -24,7 +24,16 @@ SAME_FOR_ALL = {
     "chat_template_name", "add_bos", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
     "max_train_steps", "reduce_loss", "split_seed",
 }  # fmt: skip
-OURS = ("seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "adapter_name_or_path", "dry_run", *METHOD_FLAGS)
+OURS = (
+    "seed",
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "adapter_name_or_path",
+    "dry_run",
+    "keep_best",
+    *METHOD_FLAGS,
+)
 
 
 @dataclass(frozen=True)

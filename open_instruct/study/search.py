@@ -50,6 +50,7 @@ def trial(study: Study, entry: Entry, point: dict[str, Any], seed: int, num_step
     """The flags of a point: the study's, then the competitor's, then the point's."""
     flags = {**study.flags, **({} if entry.method == "full" else {f"use_{entry.method}": True}), **entry.flags, **point}
     flags |= {"split_seed": study.flags.get("split_seed", study.seeds[0]), "seed": seed, "num_sample_answers": 0}
+    flags["keep_best"] = False  # it would choose by the test rows too
     if num_steps:
         flags["max_train_steps"] = num_steps
     return Trial(entry.name, tuple(point.items()), seed, tuple(flags.items()), num_steps in (None, study.flags.get("max_train_steps")))

@@ -25,6 +25,7 @@ from open_instruct.errors import InputError
 from open_instruct.training import engines
 
 MARK = "COMPLETED"
+BEST = "best.safetensors"  # parameters of the lowest held-out loss so far
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # a full disk, as Python, torch and safetensors report it
 
 
@@ -41,6 +42,8 @@ class Progress:
     base_eval_loss: float | None = None
     initial_eval_loss: float | None = None
     final_eval_loss: float | None = None
+    best_eval_loss: float | None = None  # after a step; not kept with --keep_best False
+    best_step: int | None = None
     findings: list[dict[str, Any]] = field(default_factory=list)  # of the loss doctor
     identity: dict[str, Any] = field(default_factory=dict)  # what a resumed run must share; see `check_identity`
 
@@ -59,12 +62,19 @@ class Progress:
             self.base_eval_loss = loss if self.base_eval_loss is None else self.base_eval_loss
         self.final_eval_loss = loss
 
+    @property
+    def best_is_earlier(self) -> bool:
+        """Whether the parameters to save are not the last ones."""
+        return self.best_step is not None and self.best_step < self.step
+
     def summary(self) -> dict[str, Any]:
-        """The part of summary.json that a resumed run adds up."""
+        """The part of summary.json that a resumed run adds up. The final loss is that of the parameters that are saved."""
         return {
             "base_eval_loss": self.base_eval_loss,
             "initial_eval_loss": self.initial_eval_loss,
-            "final_eval_loss": self.final_eval_loss,
+            "final_eval_loss": self.best_eval_loss if self.best_is_earlier else self.final_eval_loss,
+            "last_eval_loss": self.final_eval_loss,
+            "saved_step": self.best_step if self.best_is_earlier else self.step,
             "findings": self.findings,
             "steps": self.step,
             "examples": self.examples,
@@ -80,7 +90,14 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: Any, schedule: Any, progress: Progress, keep: int, accelerator: Any
+    folder: Path,
+    model: nn.Module,
+    optimizer: Any,
+    schedule: Any,
+    progress: Progress,
+    best: dict[str, torch.Tensor],
+    keep: int,
+    accelerator: Any,
 ) -> str | None:
     """Write `folder`/step_N under a temporary name, flush it to disk, rename it, mark it; then drop the oldest beyond `keep`.
 
@@ -100,6 +117,8 @@ def save_checkpoint(
             shutil.rmtree(working, ignore_errors=True)
             working.mkdir(parents=True)
             save_file(tensors, working / "trained.safetensors")
+            if best:
+                save_file(best, working / BEST)
             state = {"progress": asdict(progress), "schedule": schedule.state_dict()}
             (working / "state.json").write_text(json.dumps(state, indent=2, default=str))
             if optimizer_state is not None:
@@ -240,6 +259,17 @@ def resume(path: Path, model: nn.Module, identity: dict[str, Any], part: str | N
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return progress
+
+
+def resume_best(path: Path, progress: Progress) -> dict[str, torch.Tensor]:
+    """The parameters with the lowest held-out loss before a checkpoint that `resume` has accepted; none where none were kept."""
+    if progress.best_step is None:
+        return {}
+    try:
+        found: dict[str, torch.Tensor] = load_file(path / BEST)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"checkpoint {path} is damaged ({error}): resume from an earlier one") from None
+    return found
 
 
 def resume_optimizer(path: Path, optimizer: Any, schedule: Any, part: str | None) -> None:

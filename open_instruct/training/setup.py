@@ -26,7 +26,7 @@ from open_instruct.model.chunked_loss import rows_at_once
 from open_instruct.quiet import silence_transformers
 from open_instruct.training import capabilities, engines, packing
 from open_instruct.training.auto_rate import RangeTest, range_test
-from open_instruct.training.checkpoint import complete_checkpoints, find_checkpoint
+from open_instruct.training.checkpoint import Progress, complete_checkpoints, find_checkpoint
 from open_instruct.training.doctor import Patient
 from open_instruct.training.examples import Data, max_sequence_length, num_virtual_tokens
 from open_instruct.training.faults import warn
@@ -322,6 +322,14 @@ def prepare(a: FinetuneArguments, accelerator: Accelerator, forward: Forward, nu
     return *engines.prepare(accelerator, forward.model, optimizer), schedule
 
 
+def best_text(progress: Progress) -> str:
+    """Why the saved parameters are not the last ones."""
+    return (
+        f"the held-out loss was lowest after step {progress.best_step} ({progress.best_eval_loss:.4f}; at the end it is "
+        f"{progress.final_eval_loss:.4f}): the parameters of that step are saved (--keep_best False saves the last)"
+    )
+
+
 def patient(a: FinetuneArguments, data: Data, plan: Plan, facts: ModelFacts, start: torch.Tensor | None) -> Patient:
     """What the loss doctor is told beforehand. `start`: the soft prompt [P, D], where there is one of embeddings."""
     assert a.learning_rate is not None and a.clip_grad_norm is not None and a.warmup_ratio is not None
@@ -350,6 +358,7 @@ def run_identity(a: FinetuneArguments, data: Data, config: PretrainedConfig, pla
         "clip_grad_norm",
         "seed",
         "reduce_loss",
+        "keep_best",
     )
     shape = {name: value for name, value in asdict(method_settings(a)).items() if value is not None}
     return {
