@@ -13,8 +13,8 @@ from typing import Any, Literal
 from open_instruct.errors import InputError
 
 METHOD_FLAGS = ("use_lora", "use_qlora", "use_prefix_tuning", "use_prompt_tuning", "use_p_tuning", "use_ia3")
-PEFT_INITS = Literal["text", "sample_vocab", "random"]
-PREFIX_INITS = Literal["text", "zero", "random"]
+PEFT_INITS = Literal["screened", "text", "sample_vocab", "random"]
+PREFIX_INITS = Literal["screened", "text", "zero", "random"]
 ATTENTION_BACKENDS = Literal["blocked", "sdpa", "varlen", "flash_attn"]
 
 
@@ -97,10 +97,16 @@ class MethodFlags:
     )
     num_virtual_tokens: int | None = flag(None, "length of the soft prompt, in tokens; unset or 0: the recipe's")
     prompt_tuning_init: PEFT_INITS | None = flag(
-        None, "start of a soft prompt: a text's embeddings, random tokens', or noise; unset: the recipe's"
+        None,
+        "start of a soft prompt: a text's embeddings, random tokens', noise; screened: of the text and 15 draws of random tokens the one "
+        "with the lowest loss; unset: the recipe's",
     )
     prompt_tuning_init_text: str | None = flag(None, "text that prompt or prefix tuning starts from with init `text`")
-    prefix_init: PREFIX_INITS | None = flag(None, "start of a prefix: a text's keys and values, zeros, or noise; unset: the recipe's")
+    prefix_init: PREFIX_INITS | None = flag(
+        None,
+        "start of a prefix: a text's keys and values, zeros, noise; screened: of the text's and 15 draws of random tokens' the ones "
+        "with the lowest loss; unset: the recipe's",
+    )
     prefix_projection: bool = flag(False, "compute the prefix by a trained two-layer network (Li and Liang 2021)")
     encoder_hidden_size: int | None = flag(None, "width of the network of P-tuning or prefix_projection; unset: the model's hidden size")
     lora_rank: int = flag(64, "rank of the LoRA update")
@@ -335,9 +341,9 @@ def unused_method_flags(arguments: FinetuneArguments) -> list[str]:
         for name, methods in belongs.items()
         if getattr(arguments, name) and arguments.method not in methods
     ]
-    if arguments.prefix_projection and arguments.prefix_init == "text":
-        problems.append("--prefix_init text can't start a projected prefix: use --prefix_init zero, or drop --prefix_projection")
+    if arguments.prefix_projection and arguments.prefix_init in ("text", "screened"):
+        problems.append(f"--prefix_init {arguments.prefix_init} can't start a projected prefix: use zero, or drop --prefix_projection")
     init = arguments.prefix_init if arguments.method == "prefix_tuning" else arguments.prompt_tuning_init
-    if arguments.prompt_tuning_init_text and init not in (None, "text"):
+    if arguments.prompt_tuning_init_text and init not in (None, "text", "screened"):
         problems.append(f"--prompt_tuning_init_text is given but the initialisation is {init}: use init text, or drop the text")
     return problems

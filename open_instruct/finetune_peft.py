@@ -25,7 +25,7 @@ from open_instruct.methods import METHODS
 from open_instruct.model import loading, memory
 from open_instruct.report import answers
 from open_instruct.report.summary import hyperparameter_lines, summary_lines
-from open_instruct.training import capabilities, checkpoint, engines, export, model_setup, packing, setup, tracking
+from open_instruct.training import capabilities, checkpoint, engines, export, model_setup, packing, screening, setup, tracking
 from open_instruct.training.best import Best
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.doctor import Doctor, Finding
@@ -119,8 +119,10 @@ def run(
     # Method
     accelerator.print(capabilities.line(METHODS[a.method]))
     model, recipe, facts = model_setup.wrap_method(a, base, tokenizer, origins)
+    starts = screening.starts(a, model, tokenizer, engine, resume_from is not None)
     forward = setup.choose_forward(a, origins, data, config, model, accelerator, tokenizer.pad_token_id)
     plan = setup.make_plan(a, len(data.train), accelerator.num_processes)
+    screening.choose_start(a, accelerator, forward, data, plan, starts)
     rates = setup.find_rate(a, origins, accelerator, forward, data, plan, resume_from)
     accelerator.print(hyperparameter_lines(METHODS[a.method].title, setup.hyperparameters(a), origins, recipe.sources))
     if a.dry_run:

@@ -46,7 +46,7 @@ def test_the_failure_that_users_had_is_named(train):
     (["--use_lora", "--learning_rate", "0.5"], {"rate too high"}),
     (["--use_lora", "--learning_rate", "1e-7"], {"rate too low"}),
     (["--use_prefix_tuning", "--learning_rate", "2e-5"], {"rate too low"}),
-    (["--use_prompt_tuning", "--learning_rate", "30"], {"drift"}),
+    (["--use_prompt_tuning", "--learning_rate", "30"], {"drift", "rate too high"}),
 ])  # fmt: skip
 def test_a_rate_that_does_not_fit_is_named(flags, found, train):
     run = train("run", *RUN, *flags)

@@ -91,6 +91,15 @@ class Method(ABC):
         """What the wrapped model puts before every example, differentiable; None where the method has no such thing."""
         return None
 
+    def starts(self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings, number: int) -> list[torch.Tensor]:
+        """Values of the soft prompt's own parameter to choose a start from, the first as `wrap` left it; none where that has no choice."""
+        return []
+
+    def begin_at(self, model: Any, start: torch.Tensor) -> None:
+        """Take one of `starts`."""
+        with torch.no_grad():
+            model.prompt_encoder["default"].embedding.weight.copy_(start)
+
     def start(self, model: Any) -> torch.Tensor | None:
         """The soft prompt [P, D] as it is now, on the CPU, where the method has one of embeddings."""
         return None
@@ -141,6 +150,12 @@ def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that stand for text, in order: no special and no unused ones, whose embeddings may never have been trained."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return sorted(set(tokenizer.get_vocab().values()) - special)
+
+
+def random_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
+    """`count` ids that stand for text, drawn by torch's global generator."""
+    known = ordinary_tokens(tokenizer)
+    return [known[i] for i in torch.randint(0, len(known), (count,)).tolist()]
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:

@@ -11,7 +11,7 @@ from peft.tuners.cartridge.utils import prompt_embeddings_from_past_key_values
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.methods.base import DEFAULT_TEXT, Method, MethodSettings, ModelFacts, Recipe, between, text_tokens
+from open_instruct.methods.base import DEFAULT_TEXT, Method, MethodSettings, ModelFacts, Recipe, between, random_tokens, text_tokens
 from open_instruct.model.shared_prefix import SoftPrompt
 
 
@@ -35,17 +35,16 @@ class PrefixTuning(Method):
             clip_grad_norm=1.0,
             sources="rate over keys' standard deviation measured here (hidden size 64 to 128); for 2048 and more LLM-Adapters (3e-2), "
             "Eyuboglu et al. 2025 (2e-2, start from a text)",
-            prefix_init="zero" if settings.prefix_projection else "text",
+            prefix_init="zero" if settings.prefix_projection else "screened",
         )
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
         """PEFT's prefix tuning; `text` starts from the keys and values that the base computes for a text."""
         assert settings.num_virtual_tokens is not None
-        ids = None
-        if settings.prefix_init == "text" and model.device.type != "meta":
+        start = None
+        if settings.prefix_init in ("text", "screened") and model.device.type != "meta":
             ids = text_tokens(tokenizer, settings.prompt_tuning_init_text or DEFAULT_TEXT, settings.num_virtual_tokens)
-            with torch.no_grad():
-                cache = model.eval()(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
+            start = keys_and_values(model, ids)
         config = PrefixTuningConfig(
             task_type=TaskType.CAUSAL_LM,
             num_virtual_tokens=settings.num_virtual_tokens,
@@ -54,14 +53,28 @@ class PrefixTuning(Method):
             init_weights="zero" if settings.prefix_init == "zero" else None,
         )
         wrapped = get_peft_model(model, config)
-        if ids is not None:
-            pairs = [(layer.keys, layer.values) for layer in cache.layers]
-            start = prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=settings.num_virtual_tokens)
-            wrapped.prompt_encoder["default"].load_prompt_embeddings(start.float())
+        if start is not None:
+            self.begin_at(wrapped, start)
         return wrapped
+
+    def starts(self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings, number: int) -> list[torch.Tensor]:
+        """Keys and values of the text, and of random tokens, as PEFT's encoder holds them."""
+        assert settings.num_virtual_tokens is not None
+        first = model.prompt_encoder["default"].embedding.weight.detach().clone()
+        base, others = model.get_base_model(), [random_tokens(tokenizer, settings.num_virtual_tokens) for _ in range(number - 1)]
+        return [first, *(keys_and_values(base, ids) for ids in others)]
 
     def soft_prompt(self, model: Any) -> SoftPrompt:
         """Keys and values [1, K, P, E] of each layer, as PEFT puts them into its cache."""
         cache = model.get_prompt(batch_size=1)
         length = model.active_peft_config.num_virtual_tokens
         return SoftPrompt(keys_values=[(layer.keys, layer.values) for layer in cache.layers], length=length)
+
+
+@torch.no_grad()
+def keys_and_values(base: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """What a base computes for P tokens, as [P, 2 · L · K · E] in float32: the layout of PEFT's encoder."""
+    cache = base.eval()(torch.tensor([ids], device=base.device), use_cache=True).past_key_values
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    found: torch.Tensor = prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=len(ids))
+    return found.float()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.methods.base import DEFAULT_TEXT, EmbeddingPrompt, MethodSettings, ModelFacts, Recipe, ordinary_tokens, text_tokens
+from open_instruct.methods.base import DEFAULT_TEXT, EmbeddingPrompt, MethodSettings, ModelFacts, Recipe, random_tokens, text_tokens
 
 
 class PromptTuning(EmbeddingPrompt):
@@ -25,7 +27,7 @@ class PromptTuning(EmbeddingPrompt):
             lr_scheduler_type="linear",
             clip_grad_norm=1.0,
             sources="Lester et al. 2021, PEFT method comparison; rate = 0.5 × embedding standard deviation, measured here",
-            prompt_tuning_init="text",
+            prompt_tuning_init="screened",
         )
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
@@ -40,17 +42,27 @@ class PromptTuning(EmbeddingPrompt):
         config = wrapped.peft_config["default"]
         if settings.prompt_tuning_init == "random":
             return wrapped
-        if settings.prompt_tuning_init == "text":
+        if settings.prompt_tuning_init in ("text", "screened"):
             text = settings.prompt_tuning_init_text or DEFAULT_TEXT
             ids = text_tokens(tokenizer, text, count)
             config.prompt_tuning_init, config.prompt_tuning_init_text = PromptTuningInit.TEXT, text
             config.tokenizer_name_or_path = tokenizer.name_or_path
         else:
-            known = ordinary_tokens(tokenizer)
-            ids = [known[i] for i in torch.randint(0, len(known), (count,)).tolist()]
+            ids = random_tokens(tokenizer, count)
             config.prompt_tuning_init = PromptTuningInit.SAMPLE_VOCAB
         embedding = model.get_input_embeddings()
         with torch.no_grad():
             start = embedding(torch.tensor(ids, device=embedding.weight.device)).float()
             wrapped.prompt_encoder["default"].embedding.weight.copy_(start)
         return wrapped
+
+    def starts(self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings, number: int) -> list[torch.Tensor]:
+        """Embeddings [P, D] of the text, and of random tokens."""
+        assert settings.num_virtual_tokens is not None
+        embedding = model.get_base_model().get_input_embeddings()
+        found = [model.prompt_encoder["default"].embedding.weight.detach().clone()]
+        with torch.no_grad():
+            for _ in range(number - 1):
+                ids = random_tokens(tokenizer, settings.num_virtual_tokens)
+                found.append(embedding(torch.tensor(ids, device=embedding.weight.device)).float())
+        return found

@@ -16,6 +16,7 @@ import torch
 from open_instruct.data.collate import Batching, to_device
 from open_instruct.data.dataset import Examples
 from open_instruct.data.plan import Plan
+from open_instruct.training.probing import mean_loss, micro_batches
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the recipe's rate
 STEPS = 8  # of each short training
@@ -58,7 +59,7 @@ def range_test(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept = [parameter.detach().clone() for parameter in parameters]
     was_training = model.training
-    batches = [first_micro_batch(batching, examples, plan.examples(step % plan.num_steps)) for step in range(STEPS + PROBES)]
+    batches = micro_batches(batching, examples, plan, STEPS + PROBES)
     training, probes = batches[PROBES:], batches[:PROBES]
 
     def restore() -> None:
@@ -67,31 +68,18 @@ def range_test(
                 parameter.copy_(value)
                 parameter.grad = None
 
-    def probe() -> float:
-        model.eval()
-        with torch.no_grad(), accelerator.autocast():
-            sums = [torch.stack(model(**to_device(batch, accelerator.device))).double() for batch in probes]
-        total = torch.stack(sums).sum(0)
-        return (total[0] / total[1]).item()
-
-    before = probe()
+    before = mean_loss(accelerator, model, probes)
     rates, losses = [factor * recipe_rate for factor in FACTORS], []
     try:
         for rate in rates:
             restore()
             train_shortly(accelerator, model, parameters, training, rate, clip_grad_norm, seed)
-            losses.append(probe())
+            losses.append(mean_loss(accelerator, model, probes))
     finally:
         restore()
         model.train(was_training)
     chosen, why = choose(rates, losses, before, recipe_rate)
     return RangeTest(rates, losses, before, chosen, why)
-
-
-def first_micro_batch(batching: Batching, examples: Examples, indices: Any) -> dict[str, Any]:
-    """The first of those into which a step is cut, as tensors."""
-    rows = batching.cut(indices.tolist(), examples.lengths, 0, 1)[0]
-    return batching.tensors([examples[i] for i in rows])
 
 
 def train_shortly(
