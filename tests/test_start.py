@@ -1,0 +1,114 @@
+"""What is settled on a run's own first micro-batches before its first step: where a soft prompt begins, and the learning rate."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from open_instruct.data.chat import set_chat_template
+from open_instruct.data.plan import Plan
+from open_instruct.methods import METHODS, MethodSettings
+from open_instruct.model.scoring import answer_losses
+from open_instruct.training import auto_rate
+from open_instruct.training.screening import JUDGED_ON, STARTS
+from tests.conftest import TINY_MODEL, method_flags
+
+SHORT = ["--max_train_steps", "8", "--per_device_train_batch_size", "4", "--eval_steps", "0", "--num_virtual_tokens", "6"]
+
+
+def conversations(path, tokenizer) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Ids and spans of a file's rows, by the chat module alone."""
+    from open_instruct.data.chat import tokenize
+
+    rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    ids, spans = tokenize(tokenizer, rows, 10**6)
+    return list(zip(ids, spans, strict=True))
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_the_start_with_the_lowest_loss_is_taken(method, train, data_file):
+    """Found again by hand: the same draws, judged one row at a time by PEFT's own forward pass."""
+    run = train("run", *method_flags(method), *SHORT, "--validation_file", str(data_file.parent / "other.jsonl"))
+    assert run.code == 2  # no such file: nothing was done
+    run = train("run", *method_flags(method), *SHORT, "--validation_fraction", "0")
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    set_chat_template(tokenizer, "tulu", False)
+    settings = MethodSettings(num_virtual_tokens=6, prompt_tuning_init="screened", prefix_init="screened")
+    torch.manual_seed(42)
+    model = METHODS[method].wrap(AutoModelForCausalLM.from_pretrained(TINY_MODEL), tokenizer, settings).eval()
+    starts = METHODS[method].starts(model, tokenizer, settings, STARTS)
+    rows = conversations(data_file, tokenizer)
+    plan = Plan(len(rows), 4, 8, 42)
+    chosen = [rows[i] for step in range(JUDGED_ON) for i in plan.examples(step)]
+    losses = []
+    for start in starts:
+        METHODS[method].begin_at(model, start)
+        found = answer_losses(model, [ids for ids, _ in chosen], [spans for _, spans in chosen], 1)
+        losses.append(sum(loss for loss, _ in found) / sum(count for _, count in found))
+    best = min(range(STARTS), key=losses.__getitem__)
+    what = "the text's" if best == 0 else f"draw {best} of random tokens"
+    assert f"start: {what}, of 16 the lowest loss, {losses[best]:.4f} (the text's {losses[0]:.4f}, worst {max(losses):.4f})" in run.out
+    assert losses[best] < losses[0]
+    if method == "prompt_tuning":
+        assert torch.equal(load_file(run.folder / "soft_prompt_start.safetensors")["embeddings"], starts[best])
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "lora"])
+def test_a_range_test_leaves_no_trace_but_the_rate(method, train):
+    """The same rate by hand gives the same adapter bit for bit: parameters, dropout and order are as if nothing had been tried."""
+    steps = SHORT if method != "lora" else SHORT[:-2]
+    run = train("run", *method_flags(method), *steps, "--auto_lr")
+    record = json.loads((run.folder / "run.json").read_text())["flags"]["learning_rate"]
+    found = json.loads((run.folder / "auto_lr.json").read_text())
+    assert record == {"value": found["chosen"], "origin": "auto_lr"}
+    assert f"auto_lr: {found['chosen']:.3g}, the recipe's is {found['rates'][2]:.3g}; {found['why']}" in run.out
+    assert (run.folder / "auto_lr.png").read_bytes().startswith(b"\x89PNG") and len(found["rates"]) == len(found["losses"]) == 5
+    by_hand = train("hand", *method_flags(method), *steps, "--learning_rate", str(found["chosen"]))
+    assert not (by_hand.folder / "auto_lr.png").exists()
+    contents = [(folder / "adapter_model.safetensors").read_bytes() for folder in (run.folder, by_hand.folder)]
+    assert contents[0] == contents[1]
+
+
+def test_a_resumed_run_keeps_the_rate_that_was_found(train):
+    flags = ["--use_prompt_tuning", *SHORT, "--auto_lr", "--checkpointing_steps", "5"]
+    whole = train("run", *flags)
+    content = (whole.folder / "adapter_model.safetensors").read_bytes()
+    for name in ("summary.json", "adapter_model.safetensors"):
+        (whole.folder / name).unlink()
+    resumed = train("run", *flags, "--resume_from_checkpoint")
+    assert resumed.code == 0 and "auto_lr:" not in resumed.out and (whole.folder / "auto_lr.png").exists(), resumed.err
+    assert (whole.folder / "adapter_model.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--use_prompt_tuning", "--auto_lr", "--learning_rate", "0.1"], "--auto_lr chooses a rate and --learning_rate sets one"),
+    (["--auto_lr"], "--auto_lr would need a second copy of all weights"),
+    (["--use_lora", "--learning_rate", "0.1", "--learning_rate_factor", "2"], "--learning_rate_factor multiplies the recipe's rate"),
+])  # fmt: skip
+def test_contradicting_rates_are_refused(flags, message, train):
+    run = train("run", *flags)
+    assert run.code == 2 and message in run.err and run.err.count("\n") == 1
+
+
+RATES = [0.01, 0.03, 0.1, 0.3, 1.0]
+
+
+def test_the_chosen_rate_is_the_parabolas_lowest_point():
+    losses = [(math.log(rate) - math.log(0.15)) ** 2 + 1 for rate in RATES]
+    chosen, why = auto_rate.choose(RATES, losses, 9.0, 0.1)
+    assert chosen == pytest.approx(0.15, rel=1e-2) and "parabola" in why
+
+
+@pytest.mark.parametrize("losses, expected", [
+    ([5, 4, 3, 2, 1], 1.0),  # the highest rate is best
+    ([1, 2, 3, 4, 5], 0.01),
+    ([3, 2, 1, math.nan, math.nan], 0.1),  # higher ones break down
+    ([math.inf] * 5, 0.1),  # none works: the recipe's
+    ([9.5, 9.5, 9.2, 9.4, 9.9], 0.1),  # none gets below the start: the recipe's
+])  # fmt: skip
+def test_a_rate_at_the_edge_or_none(losses, expected):
+    chosen, _ = auto_rate.choose(RATES, losses, 9.0, 0.1)
+    assert chosen == expected
