@@ -1,4 +1,4 @@
-"""A learning-rate range test: short trainings from the same start, each at another rate, on the run's own first micro-batches.
+"""A learning-rate range test: short trainings from the same start, each at another rate, on the run's own first examples.
 
 Smith 2017 raises the rate during one training and looks where the loss falls fastest. A soft prompt's loss falls steeply at the start
 whatever the rate, which hides the optimum; so every rate begins anew here, sees the same examples, and is judged on others.
@@ -16,11 +16,12 @@ import torch
 from open_instruct.data.collate import Batching, to_device
 from open_instruct.data.dataset import Examples
 from open_instruct.data.plan import Plan
-from open_instruct.training.probing import mean_loss, micro_batches
+from open_instruct.training.probing import first_examples, mean_loss, micro_batches
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the recipe's rate
 STEPS = 8  # of each short training
-PROBES = 2  # micro-batches on which each is judged
+PROBES = 2  # steps' examples on which each is judged
+MOST_EXAMPLES = 16  # of a step
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,11 @@ def range_test(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept = [parameter.detach().clone() for parameter in parameters]
     was_training = model.training
-    batches = micro_batches(batching, examples, plan, STEPS + PROBES)
-    training, probes = batches[PROBES:], batches[:PROBES]
+    size = min(plan.examples_per_step, MOST_EXAMPLES)
+    indices = first_examples(plan, (STEPS + PROBES) * size)
+    probes = micro_batches(batching, examples, indices[: PROBES * size])
+    steps = [indices[start : start + size] for start in range(PROBES * size, len(indices), size)] or [indices]
+    training = [(micro_batches(batching, examples, step), int(examples.label_counts[step].sum())) for step in steps]
 
     def restore() -> None:
         with torch.no_grad():
@@ -86,20 +90,21 @@ def train_shortly(
     accelerator: Any,
     model: torch.nn.Module,
     parameters: Sequence[torch.nn.Parameter],
-    batches: Sequence[dict[str, Any]],
+    steps: Sequence[tuple[list[dict[str, Any]], int]],
     rate: float,
     clip_grad_norm: float,
     seed: int,
 ) -> None:
-    """A step on each micro-batch, the rate falling to zero as at the end of a run."""
+    """A step on each (micro-batches, number of their labelled tokens), the rate falling to zero as at the end of a run."""
     model.train()
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    for number, batch in enumerate(batches):
-        optimizer.param_groups[0]["lr"] = rate * (1 - number / len(batches))
-        with accelerator.autocast():
-            loss, count = model(**to_device(batch, accelerator.device))
-        (loss / count).backward()
+    for number, (batches, label_tokens) in enumerate(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - number / len(steps))
+        for batch in batches:
+            with accelerator.autocast():
+                loss, _ = model(**to_device(batch, accelerator.device))
+            (loss / label_tokens).backward()
         if clip_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
         optimizer.step()

@@ -1,4 +1,4 @@
-"""The loss of a model as it is on a few of a run's own micro-batches: what starts and rates are judged by before the first step."""
+"""The loss of a model as it is on a few of a run's own examples: what starts and rates are judged by before the first step."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from open_instruct.data.dataset import Examples
 from open_instruct.data.plan import Plan
 
 
-def micro_batches(batching: Batching, examples: Examples, plan: Plan, number: int) -> list[dict[str, Any]]:
-    """The first micro-batch of each of the first steps, as tensors."""
-    found = []
-    for step in range(number):
-        rows = batching.cut(plan.examples(step).tolist(), examples.lengths, 0, 1)[0]
-        found.append(batching.tensors([examples[i] for i in rows]))
-    return found
+def first_examples(plan: Plan, number: int) -> list[int]:
+    """Indices of the first examples that a run would train on: the same on 1 or 8 processes."""
+    found: list[int] = []
+    for step in range(plan.num_steps):
+        found += plan.examples(step).tolist()
+        if len(found) >= number:
+            break
+    return found[:number]
+
+
+def micro_batches(batching: Batching, examples: Examples, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Examples as tensors, in as many micro-batches as they need."""
+    return [batching.tensors([examples[i] for i in rows]) for rows in batching.cut(indices, examples.lengths, 0, 1)]
 
 
 @torch.no_grad()

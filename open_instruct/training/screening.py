@@ -19,10 +19,10 @@ from open_instruct.training import engines
 from open_instruct.training.examples import Data
 from open_instruct.training.model_setup import method_settings
 from open_instruct.training.packing import Forward
-from open_instruct.training.probing import mean_loss, micro_batches
+from open_instruct.training.probing import first_examples, mean_loss, micro_batches
 
 STARTS = 16  # the text and 15 draws
-JUDGED_ON = 2  # micro-batches
+JUDGED_ON = 16  # examples
 
 
 def starts(a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase, engine: str | None, resumed: bool) -> list[torch.Tensor]:
@@ -38,14 +38,14 @@ def starts(a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase,
 def choose_start(
     a: FinetuneArguments, accelerator: Accelerator, forward: Forward, data: Data, plan: Plan, found: list[torch.Tensor]
 ) -> None:
-    """Begin at the start with the lowest loss on the run's first micro-batches. Every process does the same."""
+    """Begin at the start with the lowest loss on the run's first examples. Every process does the same."""
     if not found:
         return
     method, model = METHODS[a.method], forward.model.model
     best = 0
     if accelerator.is_main_process:
         losses = []
-        batches = micro_batches(forward.training, data.train, plan, JUDGED_ON)
+        batches = micro_batches(forward.training, data.train, first_examples(plan, JUDGED_ON))
         for start in found:
             method.begin_at(model, start)
             losses.append(mean_loss(accelerator, forward.model, batches))
