@@ -81,14 +81,13 @@ def run(
     Args:
         a: the flags.
         origins: where each comes from.
-        bases: base models of former runs of this process; unset: the base is read anew.
+        bases: base models of former runs of this process, of one process alone; unset: the base is read anew.
         measure: takes trained model, tokenizer and data at the end, and returns further entries of summary.json.
 
     Returns:
         The summary on the main process, None elsewhere and where nothing was to be trained.
     """
     tracking.reset_peak_memory()
-    bases = bases or model_setup.Bases()
 
     # Setup
     resume_from = setup.check_output_dir(a)
@@ -108,7 +107,7 @@ def run(
         return None
 
     # Model
-    base = bases.take(a, config, tokenizer, accelerator)
+    base = (bases.take if bases else model_setup.load_base)(a, config, tokenizer, accelerator)
     context = loading.context_length(config)
     room = context and context - num_virtual_tokens(a)  # the same for both models, so that their answers compare
     whole = not engines.shares_weights(engine)
@@ -118,8 +117,8 @@ def run(
 
     # Method
     accelerator.print(capabilities.line(METHODS[a.method]))
-    model, recipe, facts = model_setup.wrap_method(a, base, tokenizer, origins)
-    starts = screening.starts(a, model, tokenizer, engine, resume_from is not None)
+    model, recipe, facts = model_setup.wrap_method(a, base, tokenizer, origins, whole)
+    starts = screening.starts(a, model, tokenizer, resumed=resume_from is not None)
     forward = setup.choose_forward(a, origins, data, config, model, accelerator, tokenizer.pad_token_id)
     plan = setup.make_plan(a, len(data.train), accelerator.num_processes)
     screening.choose_start(a, accelerator, forward, data, plan, starts)
@@ -169,7 +168,7 @@ def run(
         summary |= {"exact_match": exact, "samples": samples, **measure(model, tokenizer, data)}
         export.finish(a, progress, summary)
         print(summary_lines(summary, samples, exact, a.output_dir))
-    if whole:
+    if bases:
         bases.give_back(a, model)
     accelerator.end_training()
     return summary

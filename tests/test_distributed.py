@@ -15,7 +15,13 @@ from safetensors.torch import load_file
 from open_instruct.finetune_peft import main
 from tests.conftest import ROOT, TINY_MODEL, without_measurements
 
-VARIANTS = ["lora", "prompt_tuning", "p_tuning", "prefix_tuning"]
+SOFT = ["--num_virtual_tokens", "20"]
+VARIANTS = {  # at rates that let rounding grow little in 11 steps
+    "lora": ["--learning_rate", "3e-3", "--lora_dropout", "0"],
+    "prompt_tuning": ["--learning_rate", "0.06", "--prompt_tuning_init", "text", *SOFT],
+    "p_tuning": ["--learning_rate", "3e-3", *SOFT],
+    "prefix_tuning": ["--learning_rate", "0.03", "--prefix_init", "text", *SOFT],
+}
 ENGINES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP"}
 
 
@@ -25,7 +31,7 @@ def flags(folder: Path, data: Path, variant: str, packing: str, *more: str) -> l
         "--model_name_or_path", str(TINY_MODEL), "--train_file", str(data), f"--use_{variant}", "--packing", packing,
         "--output_dir", str(folder / f"{variant}-{packing}"), "--dataset_skip_cache", "--validation_fraction", "0.2",
         "--max_train_samples", "61", "--num_train_epochs", "1", "--eval_steps", "4", "--num_sample_answers", "0",
-        "--lora_dropout", "0", *more,
+        *VARIANTS[variant], *more,
     ]  # fmt: skip
 
 
@@ -82,6 +88,24 @@ def test_two_processes_train_as_one(engine, alone, tmp_path, data_file):
                 assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-5, abs=2e-6)
             first, second = adapter_of(alone / name), adapter_of(tmp_path / name)
             assert (first - second).norm() / first.norm() < 1e-5, name
+
+
+@pytest.mark.distributed
+def test_processes_agree_on_start_and_rate(tmp_path, data_file):
+    """Screened starts and --auto_lr, with nothing set: both are judged on the same examples on one process and on two."""
+    words = ["--prompt_tuning_init", "screened", "--auto_lr", "--max_train_steps", "1"]
+    common = [word for word in flags(tmp_path, data_file, "prompt_tuning", "True") if word not in ("--learning_rate", "0.06")]
+    result = launch("ddp", [[*common, *words, "--per_device_train_batch_size", "3"]], tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    alone = [*common, *words, "--per_device_train_batch_size", "6", "--output_dir", str(tmp_path / "alone")]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(alone) == 0
+    folders = [tmp_path / "prompt_tuning-True", tmp_path / "alone"]
+    starts = [load_file(folder / "soft_prompt_start.safetensors")["embeddings"] for folder in folders]
+    assert torch.equal(*starts)
+    found = [json.loads((folder / "auto_lr.json").read_text()) for folder in folders]
+    assert found[0]["chosen"] == pytest.approx(found[1]["chosen"], rel=2e-2)
+    assert found[0]["losses"] == pytest.approx(found[1]["losses"], rel=1e-2)
 
 
 def test_another_global_batch_would_be_noticed(alone, tmp_path, data_file):

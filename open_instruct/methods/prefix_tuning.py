@@ -28,7 +28,7 @@ class PrefixTuning(Method):
         return Recipe(
             learning_rate=between(1e-2, 3e-4, facts.hidden_size)
             if settings.prefix_projection
-            else spread * between(0.07, 0.012, facts.hidden_size),
+            else spread * between(0.06, 0.012, max(facts.hidden_size, 128)),
             warmup_ratio=0.1,
             weight_decay=0.0,
             lr_scheduler_type="linear",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,9 @@ def load_base(a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrai
     if Path(a.model_name_or_path).is_dir():
         model.name_or_path = str(Path(a.model_name_or_path).resolve())  # what an adapter records: found from any folder
     return model if quantise or shared else model.to(accelerator.device)
+
+
+INITS = ("prompt_tuning_init", "prefix_init")
 
 
 class Bases:
@@ -176,9 +179,12 @@ def fill_from_recipe(a: FinetuneArguments, recipe: Recipe, origins: dict[str, st
 
 
 def wrap_method(
-    a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase, origins: dict[str, str]
+    a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase, origins: dict[str, str], whole: bool
 ) -> tuple[Any, Recipe, ModelFacts]:
-    """Fill in the recipe and put the adapter on. The same seed gives the same start on every process."""
+    """Fill in the recipe and put the adapter on. The same seed gives the same start on every process.
+
+    `whole`: every process holds all weights; else no starts can be tried, and the recipe begins at the text.
+    """
     method = METHODS[a.method]
     if a.prompt_tuning_init_text and a.method == "prefix_tuning" and a.prefix_init is None:
         a.prefix_init, origins["prefix_init"] = "text", "flag prompt_tuning_init_text"
@@ -186,6 +192,9 @@ def wrap_method(
         a.prompt_tuning_init, origins["prompt_tuning_init"] = "text", "flag prompt_tuning_init_text"
     facts = engines.told(model_facts(model, tokenizer, method.wants_keys))
     recipe = method.recipe(facts, method_settings(a))
+    if not whole:
+        texts: dict[str, Any] = {name: "text" for name in INITS if getattr(recipe, name) == "screened"}
+        recipe = replace(recipe, **texts)
     fill_from_recipe(a, recipe, origins)
     torch.manual_seed(a.seed)
     return wrapped(a, model, tokenizer), recipe, facts

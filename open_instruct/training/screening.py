@@ -25,13 +25,11 @@ STARTS = 16  # the text and 15 draws
 JUDGED_ON = 16  # examples
 
 
-def starts(a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase, engine: str | None, resumed: bool) -> list[torch.Tensor]:
+def starts(a: FinetuneArguments, model: Any, tokenizer: PreTrainedTokenizerBase, resumed: bool) -> list[torch.Tensor]:
     """The starts to choose from, where the initialisation is `screened` and there is one to choose."""
     init = a.prefix_init if a.method == "prefix_tuning" else a.prompt_tuning_init
     if init != "screened" or a.adapter_name_or_path or a.dry_run or resumed:
         return []
-    if engines.shares_weights(engine):
-        return []  # it would be computed on one process's CPU: the text is taken
     return METHODS[a.method].starts(model, tokenizer, method_settings(a), STARTS)
 
 

@@ -83,6 +83,8 @@ def check_capabilities(a: FinetuneArguments, engine: str | None) -> None:
         problems.append(
             f"quantised weights can't be shared out by {engine}: use DDP or ZeRO-2, or drop --load_in_{4 if a.load_in_4bit else 8}bit"
         )
+    if engines.shares_weights(engine) and "screened" in (a.prompt_tuning_init, a.prefix_init):
+        problems.append(f"a screened start needs a whole model, which no process holds under {engine}: use the initialisation text")
     if engines.shares_weights(engine) and a.auto_lr:
         problems.append(f"--auto_lr needs a whole model, which no process holds under {engine}: use DDP or ZeRO-2, or run it alone first")
     if engine == capabilities.FSDP and a.use_8bit_optimizer:
