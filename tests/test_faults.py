@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from open_instruct.model.loss import PackedModel
 from open_instruct.training import faults, loop
 from open_instruct.training.checkpoint import complete_checkpoints, damage
-from tests.conftest import ROOT, TINY_MODEL, without_measurements
+from tests.conftest import ROOT, TINY_MODEL, modest_flags, without_measurements
 
 ENTRY = str(ROOT / "open_instruct" / "finetune_peft.py")
 SHORT = ["--max_train_steps", "6", "--eval_steps", "3", "--per_device_train_batch_size", "4"]
@@ -119,7 +119,7 @@ def test_a_preempted_run_saves_says_so_and_resumes(name, tmp_path, data_file):
 
 @pytest.mark.distributed
 def test_a_killed_process_ends_the_other_and_the_run_resumes_on_one(tmp_path, data_file):
-    flags = ["--use_prompt_tuning", "--max_train_steps", "60", "--timeout", "30"]
+    flags = [*modest_flags("prompt_tuning"), "--max_train_steps", "60", "--timeout", "30"]
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert start(whole, data_file, *flags, "--per_device_train_batch_size", "8").wait() == 0
     process = start(part, data_file, *flags, launcher=TWO)

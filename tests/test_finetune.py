@@ -128,7 +128,7 @@ def test_a_run_can_be_resumed_from_an_earlier_checkpoint_by_name(train):
     "changed, says",
     [
         (["--use_prefix_tuning"], "method was 'prompt_tuning' and is now 'prefix_tuning'"),
-        (["--use_prompt_tuning", "--num_virtual_tokens", "5"], "num_virtual_tokens was 20 and is now 5"),
+        (["--use_prompt_tuning", "--num_virtual_tokens", "5"], "num_virtual_tokens was 100 and is now 5"),
         (["--use_prompt_tuning", "--learning_rate", "0.5"], "and is now 0.5"),
         (["--use_prompt_tuning", "--max_seq_length", "30"], "data was"),
     ],

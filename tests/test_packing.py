@@ -21,7 +21,7 @@ from open_instruct.model.chunked_loss import chunked_cross_entropy, find_head, h
 from open_instruct.model.loss import PackedModel
 from open_instruct.training import capabilities, packing, setup
 from open_instruct.training.packing import PackingSettings, choose_forward, row_bound, try_packed
-from tests.conftest import ROOT, TINY_MODEL, method_flags, without_measurements
+from tests.conftest import ROOT, TINY_MODEL, method_flags, modest_flags, without_measurements
 from tests.test_shared_prefix import COMMON, examples, packed_model, random_model, wrap
 
 SETTINGS = PackingSettings(
@@ -113,7 +113,7 @@ def test_the_bound_of_a_row():
 
 @pytest.mark.parametrize("method", ["full", "lora", "prompt_tuning", "p_tuning", "prefix_tuning", "ia3"])
 def test_packed_and_padded_runs_are_the_same_run(method, train):
-    flags = [*method_flags(method), *SHORT, "--gradient_accumulation_steps", "2"]
+    flags = [*modest_flags(method), *SHORT, "--gradient_accumulation_steps", "2"]
     packed, padded = train("packed", *flags, "--max_tokens_per_microbatch", "150"), train("padded", *flags, "--packing", "False")
     assert packed.code == padded.code == 0, packed.err + padded.err
     assert "forward pass: packed, rows of at most 150 tokens, attention by blocked" in packed.out
@@ -125,7 +125,7 @@ def test_packed_and_padded_runs_are_the_same_run(method, train):
 @pytest.mark.parametrize("method", ["full", "lora", "prompt_tuning", "prefix_tuning"])
 def test_packed_and_padded_runs_agree_in_bfloat16(method, train):
     """Under autocast; as far as two orders of evaluation do."""
-    flags = [*method_flags(method), *SHORT, "--dtype", "bfloat16", "--max_train_steps", "2", "--lr_scheduler_type", "constant"]
+    flags = [*modest_flags(method), *SHORT, "--dtype", "bfloat16", "--max_train_steps", "2", "--lr_scheduler_type", "constant"]
     packed, padded = train("packed", *flags), train("padded", *flags, "--packing", "False")
     assert packed.code == padded.code == 0, packed.err + padded.err
     assert "forward pass: packed" in packed.out
