@@ -1,22 +1,28 @@
-"""Held-out loss of every method with no hyperparameter set, against the base model and against the settings that users brought.
+"""Held-out loss of every method with no hyperparameter set, as a share of the base model's, over steps, batches and prompt lengths.
 
-Run from the repository root, with any model and conversations:
+Run from the repository root, with any model and conversations; what is not known here goes to the trainer:
 
-    python -m benchmarks.recipes --model_name_or_path MODEL --train_file FILE --max_train_steps 150 --max_seq_length 448
+    python -m benchmarks.recipes --model_name_or_path MODEL --train_file FILE --validation_file FILE --max_seq_length 192 \\
+        --steps 50 150 --batches 4 --virtual_tokens 0 1 10 100
 
-Prints the README's table of results.
+A row for each setting; 0 virtual tokens are the recipe's number. Prints the largest share at the end: below 1, every method learned.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import io
 import sys
 import tempfile
 from pathlib import Path
 
-from open_instruct.finetune_peft import main as finetune
+from accelerate.state import AcceleratorState
+
+from open_instruct.arguments import check_arguments
+from open_instruct.command_line import parse
+from open_instruct.finetune_peft import run
+from open_instruct.training.model_setup import Bases
 
 RUNS = {
     "full": [],
@@ -26,29 +32,48 @@ RUNS = {
     "P-tuning": ["--use_p_tuning"],
     "prefix tuning": ["--use_prefix_tuning"],
     "… with projection": ["--use_prefix_tuning", "--prefix_projection"],
-    "prompt tuning, 2e-5, random start": ["--use_prompt_tuning", "--prompt_tuning_init", "random", "--learning_rate", "2e-5"],
 }
+SEED_USERS = ["--use_prompt_tuning", "--num_virtual_tokens", "20", "--prompt_tuning_init", "random", "--learning_rate", "2e-5"]
 
 
 def main() -> int:
     """Run all, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _, flags = parser.parse_known_args()
-    losses: dict[str, float] = {}
+    parser.add_argument("--steps", type=int, nargs="+", default=[150])
+    parser.add_argument("--batches", type=int, nargs="+", default=[8])
+    parser.add_argument("--virtual_tokens", type=int, nargs="+", default=[0])
+    chosen, flags = parser.parse_known_args()
+    bases, worst = Bases(), 0.0
+    names = [*RUNS, "prompt tuning, 2e-5, random start"]
+    print("| steps × batch, virtual tokens | base | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 2) + "|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, method) in enumerate(RUNS.items()):
-            output = Path(folder, str(number))
-            words = [*flags, *method, "--output_dir", str(output), "--num_sample_answers", "0", "--eval_steps", "0"]
-            with contextlib.redirect_stdout(sys.stderr):
-                code = finetune([*words, "--dataset_local_cache_dir", str(Path(folder, "cache"))])
-            if code:
-                return code
-            summary = json.loads((output / "summary.json").read_text())
-            losses = losses or {"base": summary["base_eval_loss"]}
-            losses[name] = summary["final_eval_loss"]
-    print("| | " + " | ".join(losses) + " |")
-    print("|" + "---|" * (len(losses) + 1))
-    print("| held-out loss | " + " | ".join(f"{loss:.3f}" for loss in losses.values()) + " |")
+
+        def share(words: list[str]) -> tuple[float, float]:
+            common = ["--output_dir", str(Path(folder, "run")), "--overwrite_output_dir", "--num_sample_answers", "0"]
+            arguments, origins = parse([*flags, *words, *common, "--dataset_local_cache_dir", str(Path(folder, "cache"))])
+            check_arguments(arguments)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                summary = run(arguments, origins, bases)
+            assert summary is not None
+            return summary["final_eval_loss"] / summary["base_eval_loss"], summary["base_eval_loss"]
+
+        for steps in chosen.steps:
+            for batch in chosen.batches:
+                for number in chosen.virtual_tokens:
+                    length = ["--max_train_steps", str(steps), "--per_device_train_batch_size", str(batch)]
+                    cells, base = [], 0.0
+                    for name, method in RUNS.items():
+                        soft = "tuning" in name or "projection" in name
+                        if not soft and number != chosen.virtual_tokens[0]:
+                            cells.append("")
+                            continue
+                        found, base = share([*length, *method, *(["--num_virtual_tokens", str(number)] if soft else [])])
+                        worst = max(worst, found)
+                        cells.append(f"{found:.3f}")
+                    users = f"**{share([*length, *SEED_USERS])[0]:.3f}**" if number == chosen.virtual_tokens[0] else ""
+                    print(f"| {steps} × {batch}, {number or 'recipe'} | {base:.3f} | {' | '.join(cells)} | {users} |", flush=True)
+    print(f"\nlargest share without settings: {worst:.3f}")
     return 0
 
 

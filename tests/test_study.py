@@ -315,3 +315,10 @@ def test_a_front_holds_what_nothing_beats():
     points = {"cheap": (1, 5.0), "good": (9, 1.0), "beaten": (9, 2.0), "middle": (4, 3.0)}
     methods = [{"name": name, "works": True, "trained": cost, "test": {"value": value}} for name, (cost, value) in points.items()]
     assert study_figures.front(methods, "trained") == ["cheap", "middle", "good"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_are_sound(path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert study_peft.main(["--config", str(path), "--dry_run"]) == 0
+    assert "python open_instruct/finetune_peft.py --model_name_or_path" in capsys.readouterr().out
