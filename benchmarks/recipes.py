@@ -1,8 +1,8 @@
-"""Held-out loss of every method with no hyperparameter set, as a share of the base model's, over steps, batches and prompt lengths.
+r"""Held-out loss of every method with no hyperparameter set, as a share of the base model's, over steps, batches and prompt lengths.
 
 Run from the repository root, with any model and conversations; what is not known here goes to the trainer:
 
-    python -m benchmarks.recipes --model_name_or_path MODEL --train_file FILE --validation_file FILE --max_seq_length 192 \\
+    python -m benchmarks.recipes --model_name_or_path MODEL --train_file FILE --validation_file FILE --max_seq_length 192 \
         --steps 50 150 --batches 4 --virtual_tokens 0 1 10 100
 
 A row for each setting; 0 virtual tokens are the recipe's number. Prints the largest share at the end: below 1, every method learned.

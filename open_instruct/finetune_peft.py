@@ -113,7 +113,7 @@ def run(
     whole = not engines.shares_weights(engine)
     asked = a.num_sample_answers if whole and not a.dry_run else 0
     questions = answers.questions(data.held_out, tokenizer, asked, a.data_seed)
-    base_answers = answers.answer(base, tokenizer, questions, room)
+    examination = answers.examine(base, tokenizer, questions, room)
 
     # Method
     accelerator.print(capabilities.line(METHODS[a.method]))
@@ -150,24 +150,7 @@ def run(
     train(a, accelerator, forward, training_model, optimizer, schedule, data, plan, progress, best, doctor)
 
     # Save
-    if progress.best_is_earlier:
-        accelerator.print(setup.best_text(progress))
-    tensors = {}
-    if not whole:
-        tensors = best.tensors if progress.best_is_earlier else engines.whole(checkpoint.trained_parameters(model), accelerator)
-    elif progress.best_is_earlier and accelerator.is_main_process:
-        best.put_back(model)
-    accelerator.wait_for_everyone()
-    summary = None
-    if accelerator.is_main_process:
-        model = model if whole else model_setup.empty_copy(a, config, tokenizer, tensors)
-        samples, exact = answers.compare(questions, base_answers, answers.answer(model, tokenizer, questions, room))
-        network = a.method == "p_tuning" or a.prefix_projection
-        size = save_somewhere(lambda folder: export.save_model(model, tokenizer, folder, network), Path(a.output_dir))
-        summary = {**progress.summary(), **memory.counts(model), "adapter_bytes": size, "peak_memory_mb": tracking.peak_memory_mb()}
-        summary |= {"exact_match": exact, "samples": samples, **measure(model, tokenizer, data)}
-        export.finish(a, progress, summary)
-        print(summary_lines(summary, samples, exact, a.output_dir))
+    summary = save(a, accelerator, config, tokenizer, model, data, progress, best, examination, measure)
     if bases:
         bases.give_back(a, model)
     accelerator.end_training()
@@ -244,6 +227,41 @@ def train(
         metrics.close()
         packing.release(forward)
     progress.wall_seconds = seconds_before + time.perf_counter() - started
+
+
+def save(
+    a: FinetuneArguments,
+    accelerator: Any,
+    config: Any,
+    tokenizer: Any,
+    model: Any,
+    data: Data,
+    progress: Progress,
+    best: Best,
+    examination: answers.Examination,
+    measure: Callable[[Any, Any, Data], dict[str, Any]],
+) -> dict[str, Any] | None:
+    """Keep the best parameters or the last ones, let the model answer, write what the run leaves. Returns the main process's summary."""
+    whole = not engines.shares_weights(engines.engine_of(accelerator))
+    tensors = {}
+    if progress.best_is_earlier:
+        accelerator.print(setup.best_text(progress))
+    if not whole:
+        tensors = best.tensors if progress.best_is_earlier else engines.whole(checkpoint.trained_parameters(model), accelerator)
+    elif progress.best_is_earlier and accelerator.is_main_process:
+        best.put_back(model)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return None
+    model = model if whole else model_setup.empty_copy(a, config, tokenizer, tensors)
+    samples, exact = examination.of(model, tokenizer)
+    network = a.method == "p_tuning" or a.prefix_projection
+    size = save_somewhere(lambda folder: export.save_model(model, tokenizer, folder, network), Path(a.output_dir))
+    summary = {**progress.summary(), **memory.counts(model), "adapter_bytes": size, "peak_memory_mb": tracking.peak_memory_mb()}
+    summary |= {"exact_match": exact, "samples": samples, **measure(model, tokenizer, data)}
+    export.finish(a, progress, summary)
+    print(summary_lines(summary, samples, exact, a.output_dir))
+    return summary
 
 
 if __name__ == "__main__":

@@ -47,10 +47,27 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase, asked: list[Question]
     return greedy_answers(model, tokenizer, [question.prompt for question in asked], room, max_length)
 
 
-def compare(asked: list[Question], base: list[str], tuned: list[str]) -> tuple[list[dict[str, str]], dict[str, float] | None]:
-    """Question, reference and both answers of each; and the share of answers equal to the reference."""
-    if not asked:
-        return [], None
-    samples = [{"question": q.text, "reference": q.reference, "base": b, "tuned": t} for q, b, t in zip(asked, base, tuned, strict=True)]
-    exact = {name: sum(s[name] == s["reference"] for s in samples) / len(samples) for name in ("base", "tuned")}
-    return samples, {**exact, "number": len(samples)}
+@dataclass(frozen=True)
+class Examination:
+    """Held-out questions, what the base answers, and the room of prompt and answer: the same for both models."""
+
+    asked: list[Question]
+    base: list[str]
+    room: int | None
+
+    def of(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, str]], dict[str, float] | None]:
+        """Question, reference and both answers of each; and the share of answers equal to the reference."""
+        if not self.asked:
+            return [], None
+        tuned = answer(model, tokenizer, self.asked, self.room)
+        samples = [
+            {"question": q.text, "reference": q.reference, "base": b, "tuned": t}
+            for q, b, t in zip(self.asked, self.base, tuned, strict=True)
+        ]
+        exact = {name: sum(s[name] == s["reference"] for s in samples) / len(samples) for name in ("base", "tuned")}
+        return samples, {**exact, "number": len(samples)}
+
+
+def examine(base: Any, tokenizer: PreTrainedTokenizerBase, asked: list[Question], room: int | None) -> Examination:
+    """Ask the base."""
+    return Examination(asked, answer(base, tokenizer, asked, room), room)
