@@ -128,21 +128,13 @@ def run(
         sharing = engines.sharing(engine, accelerator.num_processes)
         accelerator.print(setup.dry_run_text(a, data, plan, model, config, forward.training, sharing))
         return None
-    progress = Progress(identity=engines.told(setup.run_identity(a, data, config, plan)))
-    best = Best(a.keep_best)
-    part = engines.part_name(accelerator)
-    if resume_from:
-        progress = checkpoint.resume(resume_from, model, progress.identity, part)
-        best.tensors = checkpoint.resume_best(resume_from, progress) if accelerator.is_main_process else {}
-        accelerator.print(f"resuming after step {progress.step} from {resume_from}")
-    elif a.resume_from_checkpoint:
-        accelerator.print(f"no complete checkpoint in {a.output_dir}/checkpoints yet: starting at step 0")
+    progress, best = begin(a, accelerator, model, engines.told(setup.run_identity(a, data, config, plan)), resume_from)
 
     # Fit
     start = METHODS[a.method].start(model) if whole or accelerator.is_main_process else None
     training_model, optimizer, schedule = setup.prepare(a, accelerator, forward, plan.num_steps)
     if resume_from:
-        checkpoint.resume_optimizer(resume_from, optimizer, schedule, part)
+        checkpoint.resume_optimizer(resume_from, optimizer, schedule, engines.part_name(accelerator))
     record = export.run_record(a, origins, data.fingerprints(), accelerator.num_processes, engine, recipe.sources, resume_from)
     export.open_output_dir(a, accelerator, record, start, rates, keep=resume_from is not None)
     doctor = Doctor(setup.patient(a, data, plan, facts, start))
@@ -155,6 +147,18 @@ def run(
         bases.give_back(a, model)
     accelerator.end_training()
     return summary
+
+
+def begin(a: FinetuneArguments, accelerator: Any, model: Any, identity: dict[str, Any], resume_from: Path | None) -> tuple[Progress, Best]:
+    """Where the run starts: at step 0, or after a checkpoint, whose parameters the model takes."""
+    progress, best = Progress(identity=identity), Best(a.keep_best)
+    if resume_from:
+        progress = checkpoint.resume(resume_from, model, identity, engines.part_name(accelerator))
+        best.tensors = checkpoint.resume_best(resume_from, progress) if accelerator.is_main_process else {}
+        accelerator.print(f"resuming after step {progress.step} from {resume_from}")
+    elif a.resume_from_checkpoint:
+        accelerator.print(f"no complete checkpoint in {a.output_dir}/checkpoints yet: starting at step 0")
+    return progress, best
 
 
 def train(
