@@ -111,8 +111,18 @@ def analyse(done: Sequence[Done], bases: dict[str, dict[str, Any]]) -> dict[str,
         "other_tokens": sum(row[1] for row in first_base["study"]["other"]),
         "methods": sorted(methods, key=lambda m: m["test"]["value"] if m["works"] else math.inf),
         "pairs": pairs(losses, resampling),
-        "trained_tokens": sorted({one.summary["tokens"] for one in done if not one.failed and one.full_length}),
+        "unequal_tokens": unequal_tokens(done),
+        "on_cpu": any(one.summary["study"]["device"] == "cpu" for one in done if not one.failed),
     }
+
+
+def unequal_tokens(done: Sequence[Done]) -> dict[int, list[int]]:
+    """Seeds with which full-length trials have trained on different numbers of tokens, and those numbers: empty in a fair study."""
+    tokens: dict[int, set[int]] = defaultdict(set)
+    for one in done:
+        if one.full_length and not one.failed:
+            tokens[one.seed].add(one.summary["tokens"])
+    return {seed: sorted(found) for seed, found in tokens.items() if len(found) > 1}
 
 
 def choose(its: Sequence[Done]) -> list[Done]:

@@ -149,8 +149,12 @@ def limits(figures: dict[str, Any], methods: list[dict[str, Any]], workers: int)
             f"{m['name']} {m['trials']} trials" + (f" ({m['failed']} failed)" if m["failed"] else "") for m in figures["methods"]
         )
         found.append(f"The budgets spent so far differ: {seen}.")
-    if len(figures["trained_tokens"]) > 1:
-        found.append(f"Trials trained on different numbers of tokens: {', '.join(f'{n:,}' for n in figures['trained_tokens'])}.")
+    for seed, tokens in figures["unequal_tokens"].items():
+        found.append(f"With seed {seed}, trials trained on different numbers of tokens: {', '.join(f'{number:,}' for number in tokens)}.")
+    if figures["on_cpu"]:
+        found.append(
+            "Peak memory is the whole process's, most of it libraries and what earlier trials left: small differences mean nothing."
+        )
     broken = [m["name"] for m in figures["methods"] if not m["works"]]
     if broken:
         found.append(f"No point of {listed(broken)} finished: see trials/*/failed.json.")

@@ -129,7 +129,7 @@ def measure(task: Task, model: Any, tokenizer: Any, data: Data) -> dict[str, Any
     """Figures of a model as it is: on the rows for choosing, on those for the report, and on other text.
 
     Returns:
-        {"study": {rows: [[summed loss, labelled tokens], …] of every held-out row, choosing: indices of rows, test: indices,
+        {"study": {device, rows: [[summed loss, labelled tokens], …] of every held-out row, choosing: indices of rows, test: indices,
         exact: [0 or 1, …] of the questions, other: [[summed loss, tokens], …]}}.
     """
     was_training = model.training
@@ -154,7 +154,11 @@ def measure(task: Task, model: Any, tokenizer: Any, data: Data) -> dict[str, Any
         exact = exact_matches(answers, references, task.answer_regex, task.normalise).tolist()
     other = scored(model, other_examples(task, tokenizer, max(len(example["input_ids"]) for example in examples)))
     model.train(was_training)
-    return {"study": {"rows": rows, "choosing": choosing, "test": test, "exact": exact, "other": other}, "data": data.fingerprints()}
+    device = next(model.parameters()).device.type
+    return {
+        "study": {"device": device, "rows": rows, "choosing": choosing, "test": test, "exact": exact, "other": other},
+        "data": data.fingerprints(),
+    }
 
 
 def model_length(model: Any) -> int:
