@@ -155,10 +155,8 @@ def measure(task: Task, model: Any, tokenizer: Any, data: Data) -> dict[str, Any
     other = scored(model, other_examples(task, tokenizer, max(len(example["input_ids"]) for example in examples)))
     model.train(was_training)
     device = next(model.parameters()).device.type
-    return {
-        "study": {"device": device, "rows": rows, "choosing": choosing, "test": test, "exact": exact, "other": other},
-        "data": data.fingerprints(),
-    }
+    found = {"device": device, "rows": rows, "choosing": choosing, "test": test, "exact": exact, "other": other}
+    return {"study": found, "data": data.fingerprints()}
 
 
 def model_length(model: Any) -> int:
