@@ -42,13 +42,15 @@ class PromptTuning(EmbeddingPrompt):
         config = wrapped.peft_config["default"]
         if settings.prompt_tuning_init == "random":
             return wrapped
+        text = settings.prompt_tuning_init_text or DEFAULT_TEXT
         if settings.prompt_tuning_init in ("text", "screened"):
-            text = settings.prompt_tuning_init_text or DEFAULT_TEXT
             ids = text_tokens(tokenizer, text, count)
+        else:
+            ids = random_tokens(tokenizer, count)
+        if settings.prompt_tuning_init == "text":
             config.prompt_tuning_init, config.prompt_tuning_init_text = PromptTuningInit.TEXT, text
             config.tokenizer_name_or_path = tokenizer.name_or_path
         else:
-            ids = random_tokens(tokenizer, count)
             config.prompt_tuning_init = PromptTuningInit.SAMPLE_VOCAB
         embedding = model.get_input_embeddings()
         with torch.no_grad():

@@ -111,6 +111,7 @@ def analyse(done: Sequence[Done], bases: dict[str, dict[str, Any]]) -> dict[str,
         "other_tokens": sum(row[1] for row in first_base["study"]["other"]),
         "methods": sorted(methods, key=lambda m: m["test"]["value"] if m["works"] else math.inf),
         "pairs": pairs(losses, resampling),
+        "quantised": {name: (base["quantised"], loss(base, "test")) for name, base in bases.items() if base["quantised"]},
         "unequal_tokens": unequal_tokens(done),
         "on_cpu": any(one.summary["study"]["device"] == "cpu" for one in done if not one.failed),
     }

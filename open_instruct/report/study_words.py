@@ -151,6 +151,8 @@ def limits(figures: dict[str, Any], methods: list[dict[str, Any]], workers: int)
         found.append(f"The budgets spent so far differ: {seen}.")
     for seed, tokens in figures["unequal_tokens"].items():
         found.append(f"With seed {seed}, trials trained on different numbers of tokens: {', '.join(f'{number:,}' for number in tokens)}.")
+    for name, (bits, value) in figures["quantised"].items():
+        found.append(f"{name} starts from a base quantised to {bits}, whose test loss is {value:.4f}.")
     if figures["on_cpu"]:
         found.append(
             "Peak memory is the whole process's, most of it libraries and what earlier trials left: small differences mean nothing."
