@@ -73,6 +73,16 @@ def test_examples_learned_by_heart_are_a_gap():
     assert last == ["gap"]
 
 
+def test_what_was_learned_and_lost_again_is_no_low_rate():
+    doctor = Doctor(replace(HEALTHY, num_steps=150))
+    doctor.first(3.67, 3.67)
+    for step, loss, trained in ((30, 2.98, 1.9), (60, 3.43, 0.3), (90, 3.63, 0.1), (120, 3.65, 0.1)):
+        for _ in range(30):
+            assert doctor.step(trained, 0.5) == []
+        found = [f.name for f in doctor.evaluation(step, loss)]
+        assert found == (["gap"] if step == 60 else [])
+
+
 def test_a_rising_training_loss_is_a_rate_or_an_order():
     rising = Doctor(HEALTHY)
     rising.first(2.0, 2.0)

@@ -211,8 +211,8 @@ class Doctor:
 
     def _too_low(self, step: int, loss: float) -> Finding | None:
         done = step / self.patient.num_steps
-        gain = self.initial - loss
-        if done < 0.3 or step < 20 or self.said & {"start off the embeddings", "rate too high"} or loss < 0.98 * self.base:
+        gain = self.initial - min(value for _, value in self.evaluations)  # what was lost again is no sign of a low rate
+        if done < 0.3 or step < 20 or self.said & {"start off the embeddings", "rate too high", "gap"} or loss < 0.98 * self.base:
             return None
         if not 0 <= gain / done < 0.02 * self.initial:
             return None
