@@ -263,6 +263,19 @@ def test_a_misspelt_flag_is_named(data, tmp_path, capsys):
     assert stop.value.code == 2 and "did you mean --clip_grad_norm" in capsys.readouterr().err
 
 
+def test_what_all_trials_share_is_not_a_failed_trial(data, tmp_path, capsys):
+    """A wrong row ends the study, and once it is mended the same command runs."""
+    train = tmp_path / "train.jsonl"
+    train.write_text('{"prompt": "red"}\n')
+    flags = yaml.safe_load(write_study(tmp_path, data).read_text())["flags"] | {"train_file": str(train)}
+    words = ["--config", str(write_study(tmp_path, data, flags=flags, methods={"ia3": None}))]
+    assert study_peft.main(words) == 2
+    error = capsys.readouterr().err
+    assert "known forms are" in error and error.count("\n") == 1 and not list(tmp_path.glob("study/trials/*/failed.json"))
+    write_conversations(train, "reverse", 40)
+    assert study_peft.main(words) == 0
+
+
 def test_changed_data_is_not_mixed_into_old_results(data, tmp_path, capsys):
     train = write_conversations(tmp_path / "train.jsonl", "reverse", 60)
     base = yaml.safe_load(write_study(tmp_path, data).read_text())["flags"]

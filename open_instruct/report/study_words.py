@@ -159,7 +159,7 @@ def limits(figures: dict[str, Any], methods: list[dict[str, Any]], workers: int)
         )
     broken = [m["name"] for m in figures["methods"] if not m["works"]]
     if broken:
-        found.append(f"No point of {listed(broken)} finished: see trials/*/failed.json.")
+        found.append(f"No point of {listed(broken)} finished: see trials/*/failed.json, and delete it to try again.")
     if workers > 1:
         found.append(f"Times were measured with {workers} trials at once, which slow each other down on shared hardware.")
     if any(math.isclose(m["test"]["value"], 0, abs_tol=1e-3) for m in methods):

@@ -21,6 +21,7 @@ from open_instruct.data import dataset, reading
 from open_instruct.data.writing import write_json
 from open_instruct.errors import InputError
 from open_instruct.finetune_peft import run
+from open_instruct.model import loading
 from open_instruct.model.generation import greedy_answers
 from open_instruct.model.scoring import answer_losses
 from open_instruct.report.metrics import exact_matches
@@ -95,6 +96,9 @@ def run_trial(task: Task, bases: model_setup.Bases) -> dict[str, Any]:
 
     Returns:
         `result`.
+
+    Raises:
+        InputError: what every trial shares is wrong. What goes wrong in one alone is its result.
     """
     done = result(task)
     if done is not None:
@@ -107,9 +111,9 @@ def run_trial(task: Task, bases: model_setup.Bases) -> dict[str, Any]:
         a.overwrite_output_dir = True
     with (task.folder / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision per process
+        base_figures(task, a, bases)  # wrong data or a wrong model end the study
+        AcceleratorState._reset_state(reset_partial_state=True)
         try:
-            base_figures(task, a, bases)
-            AcceleratorState._reset_state(reset_partial_state=True)
             run(a, origins, bases, functools.partial(measure, task))
         except InputError as error:  # diverged, or out of memory: a finding of the study, not its end
             bases.kept.clear()
@@ -149,7 +153,7 @@ def measure(task: Task, model: Any, tokenizer: Any, data: Data) -> dict[str, Any
             tokenizer.decode(example["input_ids"][start:end], skip_special_tokens=True).strip()
             for example, start, end in zip(asked, starts, ends, strict=True)
         ]
-        room = setup.loading.context_length(model.config)
+        room = loading.context_length(model.config)
         answers = greedy_answers(model, tokenizer, prompts, task.max_new_tokens, room and room - model_length(model))
         exact = exact_matches(answers, references, task.answer_regex, task.normalise).tolist()
     other = scored(model, other_examples(task, tokenizer, max(len(example["input_ids"]) for example in examples)))
@@ -198,6 +202,8 @@ def base_figures(task: Task, a: FinetuneArguments, bases: model_setup.Bases) -> 
         tokenizer, config = setup.load_tokenizer_and_config(a)
         fill_virtual_tokens(a, config)
         data = load_data(a, accelerator, tokenizer, config)
+        if data.held_out is None or len(data.held_out) < 4:
+            raise InputError("a study needs 4 held-out rows at least, half of them for choosing: give a longer validation_file")
         with torch.no_grad():
             base = bases.take(a, config, tokenizer, accelerator)
             write_json(path, {"quantised": model_setup.quantisation(a), **measure(task, base, tokenizer, data)})
