@@ -64,7 +64,7 @@ def run(a: argparse.Namespace) -> None:
     if not a.report_only:
         open_study(study)
         with workers.choose(a.workers, a.engine) as runner:
-            run_all(study, runner, shard, a.workers)
+            run_all(study, runner, shard)
     if shard == (0, 1):
         done, missing, bases = finished(study)
         source = study.path.read_text(encoding="utf-8")
@@ -123,7 +123,7 @@ def open_study(study: Study) -> None:
         raise InputError(f"output_dir {study.output_dir} can't be written ({error.strerror}): name another folder") from None
 
 
-def run_all(study: Study, runner: workers.Runner, shard: tuple[int, int], at_once: int) -> None:
+def run_all(study: Study, runner: workers.Runner, shard: tuple[int, int]) -> None:
     """Stage after stage: every method's trials that can run now. Trials of a grid are shared out over shards, else whole methods."""
     whole_methods = study.kind != "grid"
     entries = workers.mine(study.entries, shard) if whole_methods else study.entries

@@ -111,6 +111,19 @@ def test_a_recommended_prompt_leaves_room_for_the_input():
     assert recommended(256, 156) == 100 and recommended(256, 200) == 56 and recommended(256, 256) == 1
 
 
+@pytest.mark.parametrize("window", [4, 4096])
+def test_a_prefix_starts_from_tokens_beyond_a_layers_window(window, tokenizer):
+    """Mistral's cache keeps no more than its window; the start needs every token's keys and values."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", vocab_size=len(tokenizer), sliding_window=window, **sizes))
+    settings = MethodSettings(num_virtual_tokens=20, prefix_init="screened")
+    assert model_facts(model, tokenizer, keys=True).key_std > 0
+    wrapped = METHODS["prefix_tuning"].wrap(model, tokenizer, settings)
+    (first, second) = METHODS["prefix_tuning"].starts(wrapped, tokenizer, settings, 2)
+    assert first.shape == second.shape == (20, 2 * 2 * 2 * 8) and (first != 0).all() and not torch.equal(first, second)
+
+
 def test_keys_are_measured_as_they_are(base, tokenizer):
     ids = torch.tensor([tokenizer(DEFAULT_TEXT, add_special_tokens=False)["input_ids"]])
     layers = base(ids, use_cache=True).past_key_values.layers

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from open_instruct.errors import InputError
 from open_instruct.model.shared_prefix import SoftPrompt
@@ -138,12 +138,22 @@ def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keys
     return ModelFacts(hidden_size, vectors.std().item(), vectors.norm(dim=1).median().item(), spread)
 
 
-@torch.no_grad()
 def key_std(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Standard deviation of the entries of the keys that the base computes for a text, median over layers."""
-    ids = tokenizer(DEFAULT_TEXT, add_special_tokens=False)["input_ids"]
-    cache = model.eval()(torch.tensor([ids], device=model.device), use_cache=True).past_key_values
-    return median(layer.keys.float().std().item() for layer in cache.layers)
+    """Standard deviation of the entries of the keys that the base computes for a text, median over layers; nan where it keeps none."""
+    try:
+        return median(
+            keys.float().std().item() for keys, _ in cached(model, tokenizer(DEFAULT_TEXT, add_special_tokens=False)["input_ids"])
+        )
+    except (ValueError, RuntimeError, AttributeError, TypeError):
+        return math.nan
+
+
+@torch.no_grad()
+def cached(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values [1, K, T, E] of each layer for T tokens, all of them even where a layer's window is shorter."""
+    cache = DynamicCache()  # of its own making, a model keeps no more than the window
+    model.eval()(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -11,7 +11,8 @@ from peft.tuners.cartridge.utils import prompt_embeddings_from_past_key_values
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.methods.base import DEFAULT_TEXT, Method, MethodSettings, ModelFacts, Recipe, between, random_tokens, text_tokens
+from open_instruct.errors import InputError
+from open_instruct.methods.base import DEFAULT_TEXT, Method, MethodSettings, ModelFacts, Recipe, between, cached, random_tokens, text_tokens
 from open_instruct.model.shared_prefix import SoftPrompt
 
 
@@ -73,8 +74,15 @@ class PrefixTuning(Method):
 
 @torch.no_grad()
 def keys_and_values(base: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """What a base computes for P tokens, as [P, 2 · L · K · E] in float32: the layout of PEFT's encoder."""
-    cache = base.eval()(torch.tensor([ids], device=base.device), use_cache=True).past_key_values
-    pairs = [(layer.keys, layer.values) for layer in cache.layers]
-    found: torch.Tensor = prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=len(ids))
+    """What a base computes for P tokens, as [P, 2 · L · K · E] in float32: the layout of PEFT's encoder.
+
+    Raises:
+        InputError: the base keeps no keys and values for each layer.
+    """
+    try:
+        pairs = cached(base, ids)
+        found: torch.Tensor = prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=len(ids))
+    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+        kind, reason = base.config.model_type, " ".join(str(error).split())[:200]
+        raise InputError(f"a prefix can't start from tokens on a {kind} model ({reason}): use --prefix_init zero") from error
     return found.float()
