@@ -123,7 +123,7 @@ def forgetting(methods: list[dict[str, Any]], figures: dict[str, Any]) -> str:
     """Change of the loss on other text."""
     least, most = min(methods, key=lambda m: m["forgetting"]), max(methods, key=lambda m: m["forgetting"])
     return (
-        f"On text that was not trained for (base loss {figures['base']['other']:.4f}), {least['name']} changes the loss least favourably "
+        f"On text that was not trained for (base loss {figures['base']['other']:.4f}), {least['name']} changes the loss "
         f"by {least['forgetting']:+.4f}"
         if least is most
         else f"On text that was not trained for (base loss {figures['base']['other']:.4f}), {least['name']} forgets least "
