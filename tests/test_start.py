@@ -74,6 +74,8 @@ def test_a_resumed_run_keeps_the_rate_that_was_found(train):
     flags = ["--use_prompt_tuning", *SHORT, "--auto_lr", "--checkpointing_steps", "5"]
     whole = train("run", *flags)
     content = (whole.folder / "adapter_model.safetensors").read_bytes()
+    elsewhere = train("other", *flags, "--resume_from_checkpoint", str(whole.folder / "checkpoints" / "step_5"))
+    assert elsewhere.code == 0 and (elsewhere.folder / "adapter_model.safetensors").read_bytes() == content, elsewhere.err
     for name in ("summary.json", "adapter_model.safetensors"):
         (whole.folder / name).unlink()
     resumed = train("run", *flags, "--resume_from_checkpoint")

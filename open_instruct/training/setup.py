@@ -26,7 +26,7 @@ from open_instruct.model.chunked_loss import rows_at_once
 from open_instruct.quiet import silence_transformers
 from open_instruct.training import capabilities, engines, packing
 from open_instruct.training.auto_rate import RangeTest, range_test
-from open_instruct.training.checkpoint import Progress, complete_checkpoints, find_checkpoint
+from open_instruct.training.checkpoint import Progress, complete_checkpoints, find_checkpoint, read_progress
 from open_instruct.training.doctor import Patient
 from open_instruct.training.examples import Data, max_sequence_length, num_virtual_tokens
 from open_instruct.training.faults import warn
@@ -203,7 +203,7 @@ def find_rate(
     recipe_rate, test = a.learning_rate, None
     assert recipe_rate is not None and a.clip_grad_norm is not None
     if resume_from:
-        a.learning_rate = json.loads((Path(a.output_dir) / "run.json").read_text(encoding="utf-8"))["flags"]["learning_rate"]["value"]
+        a.learning_rate = read_progress(resume_from)[0].identity["learning_rate"]
     else:
         packing.start(forward, a.gradient_checkpointing, False)
         if accelerator.is_main_process:
