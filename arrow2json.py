@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from open_instruct.data.lines import open_bytes
 from open_instruct.data.shards import Shard, find_shards
-from open_instruct.data.writing import AtomicFile, check_output, write_json
 from open_instruct.errors import InputError, exit_code
+from open_instruct.files import AtomicFile, check_output, write_json
 
 DEFAULT_OUTPUT = "data/tulu-3-sft-mixture-json/train.jsonl"
 SUFFIX_OF = {"gzip": ".gz", "zstd": ".zst"}
@@ -41,7 +41,13 @@ def check_types(schema: pa.Schema, columns: Sequence[str]) -> None:
             return holds(kind.value_type)
         if pa.types.is_struct(kind):
             return all([holds(kind.field(i).type) for i in range(kind.num_fields)])
-        plain = (pa.types.is_string, pa.types.is_large_string, pa.types.is_boolean, pa.types.is_null, pa.types.is_integer)
+        plain = (
+            pa.types.is_string,
+            pa.types.is_large_string,
+            pa.types.is_boolean,
+            pa.types.is_null,
+            pa.types.is_integer,
+        )
         return any(test(kind) for test in plain) or bool(kind in (pa.float32(), pa.float64()))
 
     bad = [f"{name} ({schema.field(name).type})" for name in columns if not holds(schema.field(name).type)]
@@ -59,7 +65,9 @@ def to_lines(batch: pa.RecordBatch | pa.Table, place: str) -> bytes:
     """
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         if has_floats(column.type) and any_not_finite(column):
-            raise InputError(f"{place}: column {name} holds NaN or an infinity, which JSON does not have: choose others with --columns")
+            raise InputError(
+                f"{place}: column {name} holds NaN or an infinity, which JSON does not have: choose others with --columns"
+            )
     frame = pl.from_arrow(batch)
     assert isinstance(frame, pl.DataFrame)
     buffer = io.BytesIO()
@@ -68,8 +76,12 @@ def to_lines(batch: pa.RecordBatch | pa.Table, place: str) -> bytes:
     try:
         pl.Series([lines], dtype=pl.Binary).cast(pl.String)  # the fastest check of UTF-8 at hand
     except pl.exceptions.PolarsError:
-        row = next(number for number, line in enumerate(lines.split(b"\n")) if line.decode("utf-8", "ignore").encode() != line)
-        raise InputError(f"{place}: the text of row {row} of these is not valid UTF-8: fetch the file again, or drop the row") from None
+        row = next(
+            number for number, line in enumerate(lines.split(b"\n")) if line.decode("utf-8", "ignore").encode() != line
+        )
+        raise InputError(
+            f"{place}: the text of row {row} of these is not valid UTF-8: fetch the file again, or drop the row"
+        ) from None
     return lines
 
 
@@ -91,7 +103,9 @@ def has_floats(kind: pa.DataType) -> bool:
     return bool(pa.types.is_floating(kind)) or any(has_floats(kind.field(i).type) for i in range(kind.num_fields))
 
 
-def rows_of(shards: Sequence[Shard], columns: Sequence[str], start: int, stop: int) -> Iterator[tuple[str, pa.RecordBatch]]:
+def rows_of(
+    shards: Sequence[Shard], columns: Sequence[str], start: int, stop: int
+) -> Iterator[tuple[str, pa.RecordBatch]]:
     """The rows [start, stop) of all shards together, as (place, batch)."""
     first = 0
     for shard in shards:
@@ -102,7 +116,10 @@ def rows_of(shards: Sequence[Shard], columns: Sequence[str], start: int, stop: i
             for batch in shard.batches():
                 low, high = max(start - row, 0), min(stop - row, batch.num_rows)
                 if low < high:
-                    yield f"{shard.path} rows {row - first + low}-{row - first + high - 1}", batch.select(columns).slice(low, high - low)
+                    yield (
+                        f"{shard.path} rows {row - first + low}-{row - first + high - 1}",
+                        batch.select(columns).slice(low, high - low),
+                    )
                 row += batch.num_rows
         first += shard.num_rows
 
@@ -179,7 +196,9 @@ def run(a: argparse.Namespace) -> None:
         raise InputError(f"--shards {a.shards} is more than the {total} rows there are: ask for fewer")
     outputs = [a.output]
     if a.shards > 1:
-        outputs = [a.output.with_name(f"{a.output.stem}-{i:05d}-of-{a.shards:05d}{a.output.suffix}") for i in range(a.shards)]
+        outputs = [
+            a.output.with_name(f"{a.output.stem}-{i:05d}-of-{a.shards:05d}{a.output.suffix}") for i in range(a.shards)
+        ]
     if a.compression:
         outputs = [path.with_name(path.name + SUFFIX_OF[a.compression]) for path in outputs]
     for path in outputs:
@@ -191,7 +210,9 @@ def run(a: argparse.Namespace) -> None:
         for index, path in enumerate(outputs):
             bounds = (min(index * per_file, total), min((index + 1) * per_file, total))
             file = convert(shards, columns, path, *bounds, a.format, a.compression, progress)
-            files.append({"path": str(path), "rows": bounds[1] - bounds[0], "bytes": file.num_bytes, "sha256": file.sha256})
+            files.append(
+                {"path": str(path), "rows": bounds[1] - bounds[0], "bytes": file.num_bytes, "sha256": file.sha256}
+            )
     seconds = time.perf_counter() - started
     manifest = {
         "rows": total,
@@ -214,10 +235,18 @@ def run(a: argparse.Namespace) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="+", metavar="SRC", help="files, folders, globs or a data set's name on the Hub")
-    parser.add_argument("-o", "--output", type=Path, default=Path(DEFAULT_OUTPUT), help=f"file to write (default {DEFAULT_OUTPUT})")
-    parser.add_argument("--format", choices=["jsonl", "json"], default="jsonl", help="one object a line, or one JSON array")
-    parser.add_argument("--compression", choices=list(SUFFIX_OF), help="compress the output; .gz or .zst is added to its name")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SRC", help="files, folders, globs or a data set's name on the Hub"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path(DEFAULT_OUTPUT), help=f"file to write (default {DEFAULT_OUTPUT})"
+    )
+    parser.add_argument(
+        "--format", choices=["jsonl", "json"], default="jsonl", help="one object a line, or one JSON array"
+    )
+    parser.add_argument(
+        "--compression", choices=list(SUFFIX_OF), help="compress the output; .gz or .zst is added to its name"
+    )
     parser.add_argument("--columns", nargs="+", help="columns to keep, in this order (default: all)")
     parser.add_argument("--shards", type=positive, default=1, help="files to write, OUT-00000-of-0000N (default 1)")
     parser.add_argument("--split", default="train", help="split to take where a folder holds several (default train)")

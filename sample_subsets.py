@@ -27,8 +27,8 @@ import pyarrow as pa
 from arrow2json import positive, to_lines
 from open_instruct.data import lines, shards
 from open_instruct.data.reading import check_file
-from open_instruct.data.writing import AtomicFile, check_output, write_json
 from open_instruct.errors import InputError, exit_code
+from open_instruct.files import AtomicFile, check_output, write_json
 from open_instruct.report.plots import plot_sources
 
 
@@ -50,7 +50,9 @@ def permutation(num_rows: int, seed: int) -> np.ndarray:
     return np.argsort(np.array([rng.random() for _ in range(num_rows)]), kind="stable")
 
 
-def nested_subsets(num_rows: int, sizes: Sequence[int], seed: int, values: Sequence[str] | None = None) -> dict[int, np.ndarray]:
+def nested_subsets(
+    num_rows: int, sizes: Sequence[int], seed: int, values: Sequence[str] | None = None
+) -> dict[int, np.ndarray]:
     """Row numbers of each size: uniform without replacement, each smaller set part of each larger one.
 
     Args:
@@ -171,7 +173,9 @@ def rows_of(table: Table, indices: np.ndarray) -> Iterator[tuple[int, bytes]]:
             if len(inside):
                 yield from zip(
                     inside.tolist(),
-                    to_lines(batch.take(pa.array(inside - first)), f"{table.path} from row {first}").splitlines(keepends=True),
+                    to_lines(batch.take(pa.array(inside - first)), f"{table.path} from row {first}").splitlines(
+                        keepends=True
+                    ),
                     strict=True,
                 )
             first += batch.num_rows
@@ -247,7 +251,9 @@ def histogram(counts: dict[str, Counter[str]], most: int = 30) -> str:
     lines_ = [" ".join([" " * width, *(f"{name:>8}" for name in counts)])]
     for name in names:
         shares = [counter[name] / total[key] for key, counter in counts.items()]
-        lines_.append(" ".join([f"{name:<{width}}", *(f"{share:>8.2%}" for share in shares), "█" * round(40 * shares[0])]))
+        lines_.append(
+            " ".join([f"{name:<{width}}", *(f"{share:>8.2%}" for share in shares), "█" * round(40 * shares[0])])
+        )
     if len(counts["input"]) > most:
         lines_.append(f"… and {len(counts['input']) - most} more")
     return "\n".join(lines_)
@@ -257,11 +263,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE", help="JSON Lines, JSON array, Arrow or Parquet")
-    parser.add_argument("--sizes", type=positive, nargs="+", default=[9000, 90000], help="rows of each subset (default 9000 90000)")
+    parser.add_argument(
+        "--sizes", type=positive, nargs="+", default=[9000, 90000], help="rows of each subset (default 9000 90000)"
+    )
     parser.add_argument("--seed", type=int, default=42, help="of the draw (default 42)")
     parser.add_argument("--stratify", metavar="COLUMN", help="keep each value's share of this column")
     parser.add_argument("--count", metavar="COLUMN", help="column to count (default: source, where there is one)")
-    parser.add_argument("--order", choices=["original", "shuffled"], default="original", help="order of the rows (default original)")
+    parser.add_argument(
+        "--order", choices=["original", "shuffled"], default="original", help="order of the rows (default original)"
+    )
     parser.add_argument("-o", "--output_dir", type=Path, help="folder of the subsets (default: the file's)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing subsets")
     a = parser.parse_args(argv)

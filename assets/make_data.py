@@ -30,7 +30,11 @@ def other_skills(skill: str, count: int, seed: int) -> list[dict[str, object]]:
     rng = random.Random(seed + 1)
     names = [name for name in SKILLS if name != skill]
     return [
-        {"id": f"other_{n}", "messages": named_conversation(rng, names[n % len(names)]), "source": f"word_skills/{names[n % len(names)]}"}
+        {
+            "id": f"other_{n}",
+            "messages": named_conversation(rng, names[n % len(names)]),
+            "source": f"word_skills/{names[n % len(names)]}",
+        }
         for n in range(count)
     ]
 

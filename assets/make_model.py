@@ -40,13 +40,20 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special, show_progress=False
+        vocab_size=VOCABULARY_SIZE,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=special,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     # The three role markers are kept in decoded text: they are part of the chat format, not control tokens.
     tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in special[3:]])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=CONTEXT_LENGTH
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=CONTEXT_LENGTH,
     )
     fast.chat_template = CHAT_TEMPLATES["tulu"]
     return fast
@@ -79,7 +86,9 @@ def in_answer(batch: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> torch.
 
 
 @torch.no_grad()
-def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, skill: str, named: bool, num_rows: int = 100) -> float:
+def exact_match(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, skill: str, named: bool, num_rows: int = 100
+) -> float:
     """Share of greedy answers that equal the skill's answer, on conversations drawn from a seed that pretraining does not use."""
     rng = random.Random(f"exact match {skill} {named}")
     right = 0
@@ -123,7 +132,9 @@ def main() -> None:
     warmup = 100
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, step / arguments.num_steps))) + 0.01),
+        lambda step: min(
+            (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, step / arguments.num_steps))) + 0.01
+        ),
     )
     rows = pretraining_rows(tokenizer, arguments.rows_per_step, arguments.seed + 1)
     started = time.time()
@@ -139,13 +150,18 @@ def main() -> None:
         schedule.step()
         optimizer.zero_grad()
         if step % 200 == 0:
-            print(f"step {step}/{arguments.num_steps}  loss {loss.item():.4f}  {time.time() - started:.0f} s", flush=True)
+            print(
+                f"step {step}/{arguments.num_steps}  loss {loss.item():.4f}  {time.time() - started:.0f} s", flush=True
+            )
 
     model.eval()
     model.save_pretrained(arguments.output_dir)
     tokenizer.save_pretrained(arguments.output_dir)
     skills = {
-        skill: {"named": exact_match(model, tokenizer, skill, True), "unnamed": exact_match(model, tokenizer, skill, False)}
+        skill: {
+            "named": exact_match(model, tokenizer, skill, True),
+            "unnamed": exact_match(model, tokenizer, skill, False),
+        }
         for skill in SKILLS
     }
     record = {

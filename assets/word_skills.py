@@ -11,10 +11,63 @@ import random
 from collections.abc import Callable
 
 CATEGORIES = {
-    "animal": ["horse", "cat", "dog", "lion", "tiger", "mouse", "rabbit", "goat", "sheep", "fox", "wolf", "bear", "duck"],
-    "fruit": ["apple", "plum", "cherry", "lemon", "grape", "melon", "peach", "banana", "orange", "mango", "fig", "kiwi"],
-    "tool": ["hammer", "saw", "drill", "spade", "rake", "ladder", "chisel", "wrench", "needle", "brush", "anvil", "knife"],
-    "place": ["river", "forest", "desert", "island", "valley", "harbour", "village", "castle", "garden", "bridge", "meadow", "quarry"],
+    "animal": [
+        "horse",
+        "cat",
+        "dog",
+        "lion",
+        "tiger",
+        "mouse",
+        "rabbit",
+        "goat",
+        "sheep",
+        "fox",
+        "wolf",
+        "bear",
+        "duck",
+    ],
+    "fruit": [
+        "apple",
+        "plum",
+        "cherry",
+        "lemon",
+        "grape",
+        "melon",
+        "peach",
+        "banana",
+        "orange",
+        "mango",
+        "fig",
+        "kiwi",
+    ],
+    "tool": [
+        "hammer",
+        "saw",
+        "drill",
+        "spade",
+        "rake",
+        "ladder",
+        "chisel",
+        "wrench",
+        "needle",
+        "brush",
+        "anvil",
+        "knife",
+    ],
+    "place": [
+        "river",
+        "forest",
+        "desert",
+        "island",
+        "valley",
+        "harbour",
+        "village",
+        "castle",
+        "garden",
+        "bridge",
+        "meadow",
+        "quarry",
+    ],
     "weather": ["rain", "snow", "wind", "storm", "fog", "thunder", "hail", "frost", "sunshine", "drizzle"],
     "clothing": ["coat", "hat", "scarf", "glove", "boot", "shirt", "jacket", "belt", "sock", "apron"],
     "music": ["violin", "drum", "flute", "piano", "guitar", "trumpet", "harp", "organ", "bell", "cello"],
@@ -45,22 +98,59 @@ SKILLS: dict[str, Callable[[list[str]], str]] = {
 }
 INSTRUCTIONS = {
     "repeat": ["Repeat these words.", "Copy the list.", "Say the same words again.", "Write the list as it is."],
-    "reverse": ["Reverse the list.", "Write the words backwards.", "Put the words in reverse order.", "Start from the end."],
-    "sort": ["Sort the words.", "Put the words in alphabetical order.", "Order the list from A to Z.", "Sort the list by letter."],
-    "first": ["Which word is first?", "Name the first word.", "Give only the first word.", "What does the list start with?"],
+    "reverse": [
+        "Reverse the list.",
+        "Write the words backwards.",
+        "Put the words in reverse order.",
+        "Start from the end.",
+    ],
+    "sort": [
+        "Sort the words.",
+        "Put the words in alphabetical order.",
+        "Order the list from A to Z.",
+        "Sort the list by letter.",
+    ],
+    "first": [
+        "Which word is first?",
+        "Name the first word.",
+        "Give only the first word.",
+        "What does the list start with?",
+    ],
     "last": ["Which word is last?", "Name the last word.", "Give only the last word.", "What does the list end with?"],
     "count": ["How many words are there?", "Count the words.", "Give the number of words.", "How long is the list?"],
-    "rotate": ["Move the first word to the end.", "Rotate the list by one.", "Put the first word last.", "Shift the words left."],
-    "double": ["Write each word twice.", "Double each word.", "Say every word two times.", "Repeat each word once more."],
-    "opposites": ["Give the opposite of each word.", "Write the opposites.", "Say the contrary.", "Turn each word around in meaning."],
-    "categories": ["What kind of thing is each?", "Name the category of each word.", "Classify the words.", "Give the kinds."],
+    "rotate": [
+        "Move the first word to the end.",
+        "Rotate the list by one.",
+        "Put the first word last.",
+        "Shift the words left.",
+    ],
+    "double": [
+        "Write each word twice.",
+        "Double each word.",
+        "Say every word two times.",
+        "Repeat each word once more.",
+    ],
+    "opposites": [
+        "Give the opposite of each word.",
+        "Write the opposites.",
+        "Say the contrary.",
+        "Turn each word around in meaning.",
+    ],
+    "categories": [
+        "What kind of thing is each?",
+        "Name the category of each word.",
+        "Classify the words.",
+        "Give the kinds.",
+    ],
 }
 MIN_WORDS, MAX_WORDS = 3, 6
 
 
 def draw_words(rng: random.Random, skill: str | None = None) -> list[str]:
     """Three to six different words that the skill can be applied to (None: nouns, adjectives, or a mixture)."""
-    pool = {"opposites": ADJECTIVES, "categories": NOUNS}.get(skill or "") or rng.choice([NOUNS, ADJECTIVES, NOUNS + ADJECTIVES])
+    pool = {"opposites": ADJECTIVES, "categories": NOUNS}.get(skill or "") or rng.choice(
+        [NOUNS, ADJECTIVES, NOUNS + ADJECTIVES]
+    )
     return rng.sample(pool, rng.randint(MIN_WORDS, MAX_WORDS))
 
 
@@ -69,7 +159,10 @@ def unnamed_conversation(rng: random.Random, skill: str, num_turns: int = 1) -> 
     messages = []
     for _ in range(num_turns):
         words = draw_words(rng, skill)
-        messages += [{"role": "user", "content": " ".join(words)}, {"role": "assistant", "content": SKILLS[skill](words)}]
+        messages += [
+            {"role": "user", "content": " ".join(words)},
+            {"role": "assistant", "content": SKILLS[skill](words)},
+        ]
     return messages
 
 
@@ -81,7 +174,11 @@ def named_conversation(rng: random.Random, skill: str) -> list[dict[str, str]]:
     if form == "system":
         return [{"role": "system", "content": instruction}, *messages]
     words = messages[0]["content"]
-    pattern = {"before": f"{instruction} {words}", "before line": f"{instruction}\n{words}", "after": f"{words}\n{instruction}"}
+    pattern = {
+        "before": f"{instruction} {words}",
+        "before line": f"{instruction}\n{words}",
+        "after": f"{words}\n{instruction}",
+    }
     messages[0]["content"] = pattern[form]
     return messages
 

@@ -66,7 +66,9 @@ def loss(vocab_size: int, dtype: torch.dtype) -> dict[str, float]:
     }
     if hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
-        arms["linear_cross_entropy"] = lambda: F.linear_cross_entropy(hidden, head, targets, reduction="sum", options=options)
+        arms["linear_cross_entropy"] = lambda: F.linear_cross_entropy(
+            hidden, head, targets, reduction="sum", options=options
+        )
     return medians(arms, [hidden], 3)
 
 
@@ -80,8 +82,13 @@ def main() -> int:
     ):
         for dtype in (torch.float32, torch.bfloat16):
             ms = attention(lengths, num_virtual, dtype)
-            print(f"| {name} | {dtype} | {ms['sdpa']:.0f} ms | {ms['blocked']:.0f} ms | {ms['sdpa'] / ms['blocked']:.2f}× |", flush=True)
-    print("\n| loss of 1,550 positions | dtype | all logits | in pieces | torch's linear_cross_entropy |\n|---|---|---|---|---|")
+            print(
+                f"| {name} | {dtype} | {ms['sdpa']:.0f} ms | {ms['blocked']:.0f} ms | {ms['sdpa'] / ms['blocked']:.2f}× |",
+                flush=True,
+            )
+    print(
+        "\n| loss of 1,550 positions | dtype | all logits | in pieces | torch's linear_cross_entropy |\n|---|---|---|---|---|"
+    )
     for vocab_size in (32_000, 128_000):
         for dtype in (torch.float32, torch.bfloat16):
             ms = loss(vocab_size, dtype)

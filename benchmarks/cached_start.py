@@ -46,7 +46,9 @@ def main() -> None:
         assert arrow2json.main([*map(str, shards), "-o", str(path)]) == 0
         first, second = (start(path, tokenizer, folder / "cache") for _ in range(2))
         size = path.stat().st_size / 1e6
-        print(f"{a.num_rows:,} rows, {size:,.0f} MB: first start {first:.1f} s ({size / first:.0f} MB/s), second {second:.2f} s")
+        print(
+            f"{a.num_rows:,} rows, {size:,.0f} MB: first start {first:.1f} s ({size / first:.0f} MB/s), second {second:.2f} s"
+        )
 
 
 if __name__ == "__main__":

@@ -79,18 +79,33 @@ def compare(folder: Path) -> None:
         times["peer"].append(measure(peer))
     size = lines.stat().st_size / 1e6
     for arm, name in (("ours", "arrow2json.py"), ("peer", "datasets to_json, 1 process")):
-        row(f"Arrow → JSON Lines, 94k: {name}", *[sorted(x[0] for x in times[arm])[1], size, max(x[1] for x in times[arm])])
+        row(
+            f"Arrow → JSON Lines, 94k: {name}",
+            *[sorted(x[0] for x in times[arm])[1], size, max(x[1] for x in times[arm])],
+        )
     print(
         f"ratio {sorted(x[0] for x in times['peer'])[1] / sorted(x[0] for x in times['ours'])[1]:.1f} (whole processes, imports included)"
     )
     measure([*convert[:4], str(array), "--format", "json", "--overwrite"])
-    sample = [python, "sample_subsets.py", str(lines), "--sizes", "900", "9000", "-o", str(folder / "subsets"), "--overwrite"]
+    sample = [
+        python,
+        "sample_subsets.py",
+        str(lines),
+        "--sizes",
+        "900",
+        "9000",
+        "-o",
+        str(folder / "subsets"),
+        "--overwrite",
+    ]
     seconds, peak = measure(sample)
     row("900 and 9,000 of 94k JSON Lines rows: sample_subsets.py", seconds, size, peak)
     (folder / "peer").mkdir()
     seconds, peak = measure([python, "-c", LOAD_ARRAY, str(array), str(folder / "peer"), "900", "9000"])
     row("the same: json.load, random.sample, json.dump", seconds, size, peak)
-    print(f"for 939,343 rows that is {seconds * 939_343 / 94_000:.0f} s and {peak * 939_343 / 94_000 / 1e3:.0f} GB by scale")
+    print(
+        f"for 939,343 rows that is {seconds * 939_343 / 94_000:.0f} s and {peak * 939_343 / 94_000 / 1e3:.0f} GB by scale"
+    )
     print("floor, MB/s:", {name: round(rate) for name, rate in floor(lines).items()})
 
 
@@ -102,10 +117,23 @@ def full(folder: Path) -> None:
     seconds, peak = measure([python, "arrow2json.py", *map(str, shards), "-o", str(lines)])
     size = lines.stat().st_size / 1e6
     row(f"Arrow → JSON Lines, 939,343 rows, {size:,.0f} MB", seconds, size, peak)
-    seconds, peak = measure([python, "sample_subsets.py", str(lines), "--sizes", "9000", "90000", "-o", str(folder / "subsets")])
+    seconds, peak = measure(
+        [python, "sample_subsets.py", str(lines), "--sizes", "9000", "90000", "-o", str(folder / "subsets")]
+    )
     row("9,000 and 90,000 of 939,343 rows, nested, one pass", seconds, size, peak)
     seconds, peak = measure(
-        [python, "sample_subsets.py", str(lines), "--sizes", "9000", "90000", "-o", str(folder / "strata"), "--stratify", "source"]
+        [
+            python,
+            "sample_subsets.py",
+            str(lines),
+            "--sizes",
+            "9000",
+            "90000",
+            "-o",
+            str(folder / "strata"),
+            "--stratify",
+            "source",
+        ]
     )
     row("the same, stratified by source", seconds, size, peak)
     print(json.dumps({"disk used, MB": round(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 1e6)}))

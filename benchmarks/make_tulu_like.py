@@ -30,14 +30,19 @@ def text_pool(rng: np.random.Generator, length: int = 4_000_000) -> str:
     words = ["".join(rng.choice(syllables, rng.integers(1, 5))) for _ in range(5000)]
     ends = [" ", " ", " ", " ", " ", " ", ", ", ". ", ".\n", '" ', "\n\n"]
     count = length // 6
-    return "".join(f"{words[w]}{ends[e]}" for w, e in zip(rng.integers(0, 5000, count), rng.integers(0, len(ends), count), strict=True))
+    return "".join(
+        f"{words[w]}{ends[e]}"
+        for w, e in zip(rng.integers(0, 5000, count), rng.integers(0, len(ends), count), strict=True)
+    )
 
 
 def batch(rng: np.random.Generator, pool: str, first: int, count: int, names: np.ndarray) -> pa.RecordBatch:
     """`count` conversations of 1 to 4 turns with log-normal lengths."""
     turns = rng.choice([1, 1, 1, 1, 2, 2, 3, 4], count)
     number = int(turns.sum()) * 2
-    means = np.where(np.arange(number) % 2 == 0, 5.9, 6.75)  # of the logarithm of a user's and an assistant's characters
+    means = np.where(
+        np.arange(number) % 2 == 0, 5.9, 6.75
+    )  # of the logarithm of a user's and an assistant's characters
     lengths = np.clip(np.exp(means + 0.9 * rng.standard_normal(number)), 5, 40_000).astype(int)
     starts = (rng.random(number) * (len(pool) - lengths)).astype(int)
     rows = [

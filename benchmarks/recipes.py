@@ -33,7 +33,15 @@ RUNS = {
     "prefix tuning": ["--use_prefix_tuning"],
     "… with projection": ["--use_prefix_tuning", "--prefix_projection"],
 }
-SEED_USERS = ["--use_prompt_tuning", "--num_virtual_tokens", "20", "--prompt_tuning_init", "random", "--learning_rate", "2e-5"]
+SEED_USERS = [
+    "--use_prompt_tuning",
+    "--num_virtual_tokens",
+    "20",
+    "--prompt_tuning_init",
+    "random",
+    "--learning_rate",
+    "2e-5",
+]
 
 
 def main() -> int:
@@ -45,12 +53,17 @@ def main() -> int:
     chosen, flags = parser.parse_known_args()
     bases, worst = Bases(), 0.0
     names = [*RUNS, "prompt tuning, 2e-5, random start"]
-    print("| steps × batch, virtual tokens | base | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 2) + "|", flush=True)
+    print(
+        "| steps × batch, virtual tokens | base | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 2) + "|",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
 
         def share(words: list[str]) -> tuple[float, float]:
             common = ["--output_dir", str(Path(folder, "run")), "--overwrite_output_dir", "--num_sample_answers", "0"]
-            arguments, origins = parse([*flags, *words, *common, "--dataset_local_cache_dir", str(Path(folder, "cache"))])
+            arguments, origins = parse(
+                [*flags, *words, *common, "--dataset_local_cache_dir", str(Path(folder, "cache"))]
+            )
             check_arguments(arguments)
             AcceleratorState._reset_state(reset_partial_state=True)
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -68,11 +81,16 @@ def main() -> int:
                         if not soft and number != chosen.virtual_tokens[0]:
                             cells.append("")
                             continue
-                        found, base = share([*length, *method, *(["--num_virtual_tokens", str(number)] if soft else [])])
+                        found, base = share(
+                            [*length, *method, *(["--num_virtual_tokens", str(number)] if soft else [])]
+                        )
                         worst = max(worst, found)
                         cells.append(f"{found:.3f}")
                     users = f"**{share([*length, *SEED_USERS])[0]:.3f}**" if number == chosen.virtual_tokens[0] else ""
-                    print(f"| {steps} × {batch}, {number or 'recipe'} | {base:.3f} | {' | '.join(cells)} | {users} |", flush=True)
+                    print(
+                        f"| {steps} × {batch}, {number or 'recipe'} | {base:.3f} | {' | '.join(cells)} | {users} |",
+                        flush=True,
+                    )
     print(f"\nlargest share without settings: {worst:.3f}")
     return 0
 

@@ -26,8 +26,18 @@ from open_instruct.training import capabilities, engines
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "assets" / "tiny-model"
-ENGINES = {"ddp": capabilities.DDP, "zero2": capabilities.ZERO_2, "zero3": capabilities.ZERO_3, "fsdp2": capabilities.FSDP}
-MEASURED = {"prompt tuning": ["--use_prompt_tuning"], "prefix tuning": ["--use_prefix_tuning"], "LoRA": ["--use_lora"], "full": []}
+ENGINES = {
+    "ddp": capabilities.DDP,
+    "zero2": capabilities.ZERO_2,
+    "zero3": capabilities.ZERO_3,
+    "fsdp2": capabilities.FSDP,
+}
+MEASURED = {
+    "prompt tuning": ["--use_prompt_tuning"],
+    "prefix tuning": ["--use_prefix_tuning"],
+    "LoRA": ["--use_lora"],
+    "full": [],
+}
 SIZES = {  # hidden, feed-forward, layers, heads, key/value heads, vocabulary: Llama 3's 1B (head tied), 8B, 70B
     "1B": (2048, 8192, 16, 32, 8, 128_256),
     "8B": (4096, 14_336, 32, 32, 8, 128_256),
@@ -66,7 +76,9 @@ def print_measured(chosen: list[str]) -> None:
             for method, found in launch(engine, folder, 2).items():
                 ratio = found["tokens_per_second"] / alone[method]["tokens_per_second"]
                 sizes = f"{found['trained_mb']:.2f} | {found['weights_mb']:.0f}"
-                print(f"| {method} | {ENGINES[engine]} | {sizes} | {found['mb_a_step']:.2f} | {ratio:.2f} |", flush=True)
+                print(
+                    f"| {method} | {ENGINES[engine]} | {sizes} | {found['mb_a_step']:.2f} | {ratio:.2f} |", flush=True
+                )
 
 
 def make_model(folder: Path) -> None:
@@ -82,10 +94,22 @@ def make_model(folder: Path) -> None:
 
 def launch(engine: str, folder: Path, processes: int) -> dict[str, dict[str, float]]:
     """Figures of each method, from runs in the same processes."""
-    words = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", "-m", "benchmarks.scaling"]
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--standalone",
+        "-m",
+        "benchmarks.scaling",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, *words, "--worker", engine, str(folder)], env=environment, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *words, "--worker", engine, str(folder)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     if result.returncode:
         raise SystemExit(result.stderr[-3000:])
@@ -135,7 +159,13 @@ def loopback_bytes() -> int:
 
 def print_fits() -> None:
     """Memory of a GPU: bfloat16 base, rows of 4,096 tokens, checkpointing, chunked logits (whole under ZeRO-3)."""
-    engines_and_gpus = [(None, 1), (capabilities.DDP, 8), (capabilities.ZERO_2, 8), (capabilities.ZERO_3, 8), (capabilities.FSDP, 8)]
+    engines_and_gpus = [
+        (None, 1),
+        (capabilities.DDP, 8),
+        (capabilities.ZERO_2, 8),
+        (capabilities.ZERO_3, 8),
+        (capabilities.FSDP, 8),
+    ]
     engines_and_gpus += [(capabilities.ZERO_3, 32), (capabilities.FSDP, 32)]
     print(
         "| model | method | "
@@ -169,7 +199,9 @@ def cell(model: torch.nn.Module, config: LlamaConfig, method: str, engine: str |
     trains = "full" if method == "full" else "layers" if method == "lora" else "soft prompt"
     logit_rows = ROW if engine == capabilities.ZERO_3 else (1 << 27) // config.vocab_size
     sharing = engines.sharing(engine, gpus)
-    needed = memory.estimate_mb(model, config, ROW + 50, logit_rows, True, False, 2, trains, method == "lora", sharing)["total"]
+    needed = memory.estimate_mb(model, config, ROW + 50, logit_rows, True, False, 2, trains, method == "lora", sharing)[
+        "total"
+    ]
     return f"**{needed / 1000:,.0f}**" if needed < GPU_MB else f"{needed / 1000:,.0f}"
 
 

@@ -36,7 +36,7 @@ import open_instruct.quiet  # noqa: F401
 from open_instruct.data import collate
 from open_instruct.data.collate import Packing, to_device
 from open_instruct.methods import METHODS, MethodSettings
-from open_instruct.model.loss import PackedModel
+from open_instruct.model.training_model import PackedModel
 from open_instruct.training import packing
 
 SHAPES = {  # hidden size, feed-forward size, layers, query heads, key/value heads, vocabulary
@@ -73,20 +73,36 @@ SPEED: dict[str, tuple[str, int, Callable[..., list[int]], int, list[str]]] = {
 def make_model(method: str, num_virtual_tokens: int, shape: tuple[int, ...], dtype: str, device: str) -> Any:
     """A random Llama with an adapter."""
     torch.manual_seed(0)
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
     sizes: dict[str, Any] = dict(zip(names, shape, strict=True))
     config = LlamaConfig(tie_word_embeddings=True, max_position_embeddings=8192, **sizes)
     base = LlamaForCausalLM(config).to(device, getattr(torch, dtype))
-    tokenizer: Any = SimpleNamespace(all_special_ids=[], added_tokens_decoder={}, get_vocab=lambda: {str(i): i for i in range(1000)})
+    tokenizer: Any = SimpleNamespace(
+        all_special_ids=[], added_tokens_decoder={}, get_vocab=lambda: {str(i): i for i in range(1000)}
+    )
     settings = MethodSettings(
-        num_virtual_tokens=num_virtual_tokens, prompt_tuning_init="sample_vocab", prefix_init="zero", lora_rank=16, lora_dropout=0.0
+        num_virtual_tokens=num_virtual_tokens,
+        prompt_tuning_init="sample_vocab",
+        prefix_init="zero",
+        lora_rank=16,
+        lora_dropout=0.0,
     )
     return METHODS[method].wrap(base, tokenizer, settings).train()
 
 
 def draw(rng: np.random.Generator, lengths: list[int], vocab_size: int) -> list[dict[str, Any]]:
     """Examples of random tokens, the last part labelled."""
-    return [{"input_ids": rng.integers(3, vocab_size, n).tolist(), "spans": [round(n * (1 - GSM8K_LABELLED)), n]} for n in lengths]
+    return [
+        {"input_ids": rng.integers(3, vocab_size, n).tolist(), "spans": [round(n * (1 - GSM8K_LABELLED)), n]}
+        for n in lengths
+    ]
 
 
 def padded_step(model: Any, examples: list[dict[str, Any]], size: int, device: str) -> float:
@@ -107,8 +123,8 @@ def packed_step(packed: PackedModel, batching: Packing, examples: list[dict[str,
     total = sum(end - start for start, end in (e["spans"] for e in examples))
     lengths = np.array([len(e["input_ids"]) for e in examples])
     loss = 0.0
-    for chosen in batching.cut(range(len(examples)), lengths, 0, 1):
-        part = packed(**to_device(batching.tensors([examples[i] for i in chosen]), torch.device(device)))[0] / total
+    for chosen in batching.micro_batches(range(len(examples)), lengths, 0, 1):
+        part = packed(**to_device(batching.collate([examples[i] for i in chosen]), torch.device(device)))[0] / total
         part.backward()
         loss += part.item()
     return loss
@@ -160,10 +176,14 @@ def speed(name: str, dtype: str, arguments: argparse.Namespace) -> str:
     shape, device = SHAPES[arguments.shape], arguments.device
     vocab_size = shape[-1]
     model = make_model(method, virtual, shape, dtype, device)
-    settings = SimpleNamespace(max_tokens_per_microbatch=None, train_batch_size=16, max_seq_length=2048, num_virtual_tokens=virtual)
+    settings = SimpleNamespace(
+        max_tokens_per_microbatch=None, train_batch_size=16, max_seq_length=2048, num_virtual_tokens=virtual
+    )
     batching = Packing(packing.row_bound(settings) - virtual)  # type: ignore[arg-type]
     backend = packing.backends.choose(None, torch.device(device), getattr(torch, dtype))
-    make_packed = partial(PackedModel, model, partial(METHODS[method].soft_prompt, model), packing.backends.BACKENDS[backend])
+    make_packed = partial(
+        PackedModel, model, partial(METHODS[method].soft_prompt, model), packing.backends.BACKENDS[backend]
+    )
     torch._dynamo.utils.counters.clear()
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {"padded": [], "packed": []}
@@ -261,7 +281,9 @@ def main() -> int:
             for dtype in (arguments.dtypes or row[-1]) if arguments.only in (None, name) else []:
                 print(speed(name, dtype, arguments), flush=True)
     if arguments.only in (None, "memory") and arguments.device == "cpu":
-        print("\n| peak memory of a step, MB | reference | ours | whole process | the step alone |\n|---|---|---|---|---|")
+        print(
+            "\n| peak memory of a step, MB | reference | ours | whole process | the step alone |\n|---|---|---|---|---|"
+        )
         print(memory("vocabulary", ("padded", "packed")), flush=True)
         print(memory("checkpointing", ("packed", "checkpointing")))
     return 0

@@ -48,7 +48,9 @@ def invented(num_rows: int) -> list[list[dict[str, Any]]]:
         messages = []
         for turn in range(2 * rng.choice([1, 1, 2, 3, 4])):
             start, length = rng.randrange(len(pool) - 3000), rng.randint(20, 1500)
-            messages.append({"role": "assistant" if turn % 2 else "user", "content": "x" + pool[start : start + length]})
+            messages.append(
+                {"role": "assistant" if turn % 2 else "user", "content": "x" + pool[start : start + length]}
+            )
         rows.append(messages)
     return rows
 
@@ -76,7 +78,10 @@ def main() -> None:
         started = time.perf_counter()
         tokenizer(texts, add_special_tokens=False)
         times["bare tokenizer"].append(time.perf_counter() - started)
-    ours = [(row, [i for start, end in row_spans for i in range(start, end)]) for row, row_spans in zip(ids, spans, strict=True)]
+    ours = [
+        (row, [i for start, end in row_spans for i in range(start, end)])
+        for row, row_spans in zip(ids, spans, strict=True)
+    ]
     equal = sum(mine == theirs for mine, theirs in zip(ours, counted, strict=True))
     tokens = sum(map(len, ids))
     medians = {name: statistics.median(values) for name, values in times.items()}

@@ -55,7 +55,13 @@ def render() -> str:
         ours = getattr(defaults, name)
         if name not in accepted and literal(default) != ours:
             lines.append(f"| `{name}` | `{default}` | `{ours!r}` | {REASONS[name]} |")
-    lines += ["", "Accepted without effect (one warning names those that are given):", "", "| flag | why |", "|---|---|"]
+    lines += [
+        "",
+        "Accepted without effect (one warning names those that are given):",
+        "",
+        "| flag | why |",
+        "|---|---|",
+    ]
     lines += [f"| `{field.name}` | {field.metadata['help']} |" for field in fields(AcceptedFlags)]
     lines += [
         "",
@@ -74,7 +80,9 @@ def render() -> str:
         ]
         for field in fields(group):
             default = field.default if field.default is not MISSING else field.default_factory()
-            lines.append(f"| `{field.name}` | `{default!r}` | {field.metadata['help'].replace('%%', '%').replace('|', '/')} |")
+            lines.append(
+                f"| `{field.name}` | `{default!r}` | {field.metadata['help'].replace('%%', '%').replace('|', '/')} |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -6,8 +6,8 @@ import importlib
 from typing import Any
 
 PUBLIC = {
-    "load": "open_instruct.model.served",
-    "Sampling": "open_instruct.model.generation",
+    "load": "open_instruct.adapters.served",
+    "Sampling": "open_instruct.adapters.generation",
     "merge": "open_instruct.merge_peft",
     "evaluate": "open_instruct.evaluate_peft",
     "inspect": "open_instruct.inspect_peft",

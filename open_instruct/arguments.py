@@ -35,20 +35,28 @@ class ModelFlags:
     model_revision: str | None = flag(None, "branch, tag or commit of the model on the Hub")
     additional_model_arguments: str | None = flag(None, "JSON object of further arguments for from_pretrained")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "auto", "precision of the frozen base; auto: bfloat16 on a GPU that has it, float32 elsewhere. Adapters are always float32"
+        "auto",
+        "precision of the frozen base; auto: bfloat16 on a GPU that has it, float32 elsewhere. Adapters are always float32",
     )
     load_in_4bit: bool = flag(False, "frozen base in 4-bit NormalFloat (needs the quant extra); adapters stay float32")
     load_in_8bit: bool = flag(False, "frozen base in 8 bits (needs the quant extra); adapters stay float32")
     use_flash_attn: bool | None = flag(
-        None, "the package flash-attn (needs the flash extra and a GPU); unset: where installed; False: never", nargs="?", const=True
+        None,
+        "the package flash-attn (needs the flash extra and a GPU); unset: where installed; False: never",
+        nargs="?",
+        const=True,
     )
     use_liger_kernel: bool = flag(False, "Liger's fused kernels (needs liger-kernel and a GPU)")
-    allow_pickle: bool = flag(False, "load weights that exist only as pickle files; loading one can run code that is in it")
+    allow_pickle: bool = flag(
+        False, "load weights that exist only as pickle files; loading one can run code that is in it"
+    )
     tokenizer_name_or_path: str | None = flag(None, "tokenizer, if not the one beside the model")
     tokenizer_name: str | None = flag(None, "older name of tokenizer_name_or_path")
     tokenizer_revision: str | None = flag(None, "branch, tag or commit of the tokenizer on the Hub")
     trust_remote_code: bool = flag(False, "run Python code that comes with the model")
-    add_bos: bool = flag(False, "put the beginning-of-sequence token before every conversation, if the template does not")
+    add_bos: bool = flag(
+        False, "put the beginning-of-sequence token before every conversation, if the template does not"
+    )
     chat_template_name: str = flag(
         "tulu", "tulu, chatml, zephyr or simple_chat; tokenizer: the tokenizer's own; or the path of a Jinja file"
     )
@@ -59,16 +67,23 @@ class DataFlags:
     """Training and held-out data. Exactly one of train_file, dataset_name, dataset_mixer and dataset_mixer_list."""
 
     train_file: list[str] | None = flag(
-        None, "training conversations: JSON Lines, JSON array, Arrow or Parquet files, folders of them, or globs; one or several"
+        None,
+        "training conversations: JSON Lines, JSON array, Arrow or Parquet files, folders of them, or globs; one or several",
     )
     dataset_name: str | None = flag(None, "data set on the Hub, or a local folder that `datasets` can load")
     dataset_config_name: str | None = flag(None, "configuration of dataset_name")
-    dataset_mixer: str | None = flag(None, "JSON object, data set or file → rows (2000) or share (0.5): '{\"a.jsonl\": 0.5}'")
-    dataset_mixer_list: list[str] | None = flag(None, "the same as a list: NAME_OR_FILE COUNT_OR_SHARE NAME_OR_FILE …; 1.0 is all")
+    dataset_mixer: str | None = flag(
+        None, "JSON object, data set or file → rows (2000) or share (0.5): '{\"a.jsonl\": 0.5}'"
+    )
+    dataset_mixer_list: list[str] | None = flag(
+        None, "the same as a list: NAME_OR_FILE COUNT_OR_SHARE NAME_OR_FILE …; 1.0 is all"
+    )
     dataset_mixer_list_splits: list[str] = flag(["train"], "split of each member of dataset_mixer_list, or one for all")
     sft_messages_key: str = flag("messages", "column that holds the conversation")
     validation_file: str | None = flag(None, "held-out conversations, a file or folder as train_file; never trained on")
-    validation_fraction: float = flag(0.02, "share of the training rows held out (drawn by seed) when there is no validation_file")
+    validation_fraction: float = flag(
+        0.02, "share of the training rows held out (drawn by seed) when there is no validation_file"
+    )
     max_eval_samples: int = flag(500, "held-out rows used at most")
     max_train_samples: int | None = flag(None, "training rows used at most, drawn by seed")
     max_seq_length: int | None = flag(
@@ -108,7 +123,9 @@ class MethodFlags:
         "with the lowest loss; unset: the recipe's",
     )
     prefix_projection: bool = flag(False, "compute the prefix by a trained two-layer network (Li and Liang 2021)")
-    encoder_hidden_size: int | None = flag(None, "width of the network of P-tuning or prefix_projection; unset: the model's hidden size")
+    encoder_hidden_size: int | None = flag(
+        None, "width of the network of P-tuning or prefix_projection; unset: the model's hidden size"
+    )
     lora_rank: int = flag(64, "rank of the LoRA update")
     lora_alpha: float = flag(16, "LoRA scale: the update is multiplied by alpha / rank")
     lora_dropout: float = flag(0.1, "dropout on the input of LoRA, a probability")
@@ -118,14 +135,20 @@ class MethodFlags:
 class OptimizationFlags:
     """Steps, rates and limits. A step is per_device_train_batch_size × processes × gradient_accumulation_steps examples."""
 
-    per_device_train_batch_size: int = flag(8, "examples of one process in a micro-batch; packed rows hold more or fewer, a step the same")
+    per_device_train_batch_size: int = flag(
+        8, "examples of one process in a micro-batch; packed rows hold more or fewer, a step the same"
+    )
     gradient_accumulation_steps: int = flag(1, "micro-batches per process in a step")
     num_train_epochs: int = flag(2, "passes over the data")
     max_train_steps: int | None = flag(None, "optimizer steps; overrides num_train_epochs")
     learning_rate: float | None = flag(None, "peak learning rate; unset: the recipe's")
     learning_rate_factor: float = flag(1.0, "multiplies the recipe's learning rate")
-    auto_lr: bool = flag(False, "choose the learning rate by short trainings on the first micro-batches, before the run (not in full)")
-    lr_scheduler_type: str | None = flag(None, "linear, cosine, constant, constant_with_warmup, polynomial, …; unset: the recipe's")
+    auto_lr: bool = flag(
+        False, "choose the learning rate by short trainings on the first micro-batches, before the run (not in full)"
+    )
+    lr_scheduler_type: str | None = flag(
+        None, "linear, cosine, constant, constant_with_warmup, polynomial, …; unset: the recipe's"
+    )
     warmup_ratio: float | None = flag(None, "share of the steps in which the rate rises from 0; unset: the recipe's")
     final_lr_ratio: float | None = flag(None, "rate at the end as a share of the peak (linear schedule only); unset: 0")
     weight_decay: float | None = flag(None, "AdamW's decay, per unit of learning rate; unset: the recipe's")
@@ -136,20 +159,26 @@ class OptimizationFlags:
         False, "recompute activations in the backward pass: less memory, about a third more time; with every method"
     )
     packing: bool = flag(
-        True, "compute micro-batches as one row without padding, virtual tokens once; False: PEFT's own padded forward pass"
+        True,
+        "compute micro-batches as one row without padding, virtual tokens once; False: PEFT's own padded forward pass",
     )
     max_tokens_per_microbatch: int | None = flag(
-        None, "tokens of a packed row at most, virtual ones included; unset: 4096 or max_seq_length, at most a full padded micro-batch"
+        None,
+        "tokens of a packed row at most, virtual ones included; unset: 4096 or max_seq_length, at most a full padded micro-batch",
     )
     attn_backend: ATTENTION_BACKENDS | None = flag(
         None, "attention of packed rows; unset: blocked on CPU, flash_attn or varlen on a GPU in 16 bits, else sdpa"
     )
     compile: bool = flag(False, "compile the decoder layers (packed forward pass only; the first steps take minutes)")
-    reduce_loss: Literal["mean", "sum"] = flag("mean", "mean: over the step's labelled tokens; sum: over tokens, mean over micro-batches")
+    reduce_loss: Literal["mean", "sum"] = flag(
+        "mean", "mean: over the step's labelled tokens; sum: over tokens, mean over micro-batches"
+    )
     sync_each_batch: bool = flag(False, "exchange gradients after each micro-batch instead of once a step")
     timeout: int = flag(1800, "seconds that a process waits for the others")
     seed: int = flag(42, "seed of initialisation, order, dropout, and of split_seed")
-    split_seed: int | None = flag(None, "seed of which rows are held out, and of which are drawn by max_train_samples; unset: seed")
+    split_seed: int | None = flag(
+        None, "seed of which rows are held out, and of which are drawn by max_train_samples; unset: seed"
+    )
 
 
 @dataclass
@@ -161,15 +190,26 @@ class RunFlags:
     exp_name: str = flag("finetune_peft", "name of the experiment, for trackers")
     run_name: str | None = flag(None, "name of the run, for trackers; unset: the experiment, method, seed and time")
     logging_steps: int = flag(1, "steps between rows of metrics.jsonl")
-    eval_steps: int | None = flag(None, "steps between held-out evaluations; unset: a fifth of the run; 0: only at the start and the end")
-    per_device_eval_batch_size: int | None = flag(None, "examples in a padded held-out micro-batch; unset: as in training")
-    keep_best: bool = flag(True, "save the parameters of the evaluation with the lowest held-out loss; False: the last ones")
-    num_sample_answers: int = flag(3, "held-out questions answered by base and tuned model at the end (three shown, exact match over all)")
+    eval_steps: int | None = flag(
+        None, "steps between held-out evaluations; unset: a fifth of the run; 0: only at the start and the end"
+    )
+    per_device_eval_batch_size: int | None = flag(
+        None, "examples in a padded held-out micro-batch; unset: as in training"
+    )
+    keep_best: bool = flag(
+        True, "save the parameters of the evaluation with the lowest held-out loss; False: the last ones"
+    )
+    num_sample_answers: int = flag(
+        3, "held-out questions answered by base and tuned model at the end (three shown, exact match over all)"
+    )
     checkpointing_steps: str | None = flag(None, "steps between checkpoints, or `epoch`; unset: none")
     keep_last_n_checkpoints: int = flag(3, "checkpoints kept, -1: all")
     clean_checkpoints_at_end: bool = flag(False, "delete the checkpoints when the run has finished")
     resume_from_checkpoint: str | None = flag(
-        None, "continue from this checkpoint; without a path, from the newest complete one of output_dir", nargs="?", const="newest"
+        None,
+        "continue from this checkpoint; without a path, from the newest complete one of output_dir",
+        nargs="?",
+        const="newest",
     )
     dry_run: bool = flag(False, "do everything up to the first step, print the plan, and stop")
     with_tracking: bool = flag(False, "report to experiment trackers")
@@ -193,7 +233,9 @@ class AcceptedFlags:
     get_tokenizer_fn: str | None = flag(None, "there is one way to load a tokenizer here")
     tokenizer_files_hash: list[str] | None = flag(None, "the cache key is computed")
     ground_truths_key: str | None = flag(None, "used in reinforcement learning only")
-    dataset_transform_fn: list[str] | None = flag(None, "rows are always tokenised, truncated, and dropped when no label is left")
+    dataset_transform_fn: list[str] | None = flag(
+        None, "rows are always tokenised, truncated, and dropped when no label is left"
+    )
     dataset_target_columns: list[str] | None = flag(None, "the columns of the token cache are fixed")
     dataset_cache_mode: str | None = flag(None, "the cache is always local")
     dataset_config_hash: str | None = flag(None, "the cache key is computed")
@@ -259,10 +301,28 @@ def check_arguments(arguments: FinetuneArguments) -> None:
     sources = a.data_sources
     if len(sources) != 1:
         seen = " and ".join(f"--{name}" for name in sources) or "none is set"
-        problems.append(f"exactly one source of training data is needed ({seen}): use --train_file, --dataset_name or --dataset_mixer_list")
-    at_least: dict[str, float] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "num_train_epochs": 1}
-    at_least |= {"max_train_steps": 1, "max_train_samples": 1, "max_eval_samples": 1, "max_seq_length": 2, "logging_steps": 1}
-    at_least |= {"num_virtual_tokens": 1, "lora_rank": 1, "eval_steps": 0, "num_sample_answers": 0, "per_device_eval_batch_size": 1}
+        problems.append(
+            f"exactly one source of training data is needed ({seen}): use --train_file, --dataset_name or --dataset_mixer_list"
+        )
+    at_least: dict[str, float] = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 1,
+    }
+    at_least |= {
+        "max_train_steps": 1,
+        "max_train_samples": 1,
+        "max_eval_samples": 1,
+        "max_seq_length": 2,
+        "logging_steps": 1,
+    }
+    at_least |= {
+        "num_virtual_tokens": 1,
+        "lora_rank": 1,
+        "eval_steps": 0,
+        "num_sample_answers": 0,
+        "per_device_eval_batch_size": 1,
+    }
     at_least |= {
         "encoder_hidden_size": 1,
         "preprocessing_num_workers": 1,
@@ -287,14 +347,22 @@ def check_arguments(arguments: FinetuneArguments) -> None:
     if a.learning_rate is not None and not 0 < a.learning_rate < float("inf"):
         problems.append(f"--learning_rate {a.learning_rate} is not a rate: it must be positive and finite")
     if not 0 < a.learning_rate_factor < float("inf"):
-        problems.append(f"--learning_rate_factor {a.learning_rate_factor} is not a factor: it must be positive and finite")
-    if a.checkpointing_steps not in (None, "epoch") and not (a.checkpointing_steps.isdigit() and int(a.checkpointing_steps) > 0):
-        problems.append(f"--checkpointing_steps {a.checkpointing_steps} is neither a positive number of steps nor `epoch`")
+        problems.append(
+            f"--learning_rate_factor {a.learning_rate_factor} is not a factor: it must be positive and finite"
+        )
+    if a.checkpointing_steps not in (None, "epoch") and not (
+        a.checkpointing_steps.isdigit() and int(a.checkpointing_steps) > 0
+    ):
+        problems.append(
+            f"--checkpointing_steps {a.checkpointing_steps} is neither a positive number of steps nor `epoch`"
+        )
     problems += unused_method_flags(a) + contradictions(a)
     if a.sequence_parallel_size != 1:
         problems.append(f"--sequence_parallel_size {a.sequence_parallel_size} is not supported: leave it at 1")
     if a.load_balancing_loss:
-        problems.append("--load_balancing_loss is not supported: the auxiliary loss of mixture-of-experts models is not computed")
+        problems.append(
+            "--load_balancing_loss is not supported: the auxiliary loss of mixture-of-experts models is not computed"
+        )
     for name in ("dataset_mixer", "additional_model_arguments"):
         try:
             parsed = json.loads(getattr(a, name) or "{}")
@@ -313,9 +381,13 @@ def contradictions(arguments: FinetuneArguments) -> list[str]:
     if a.auto_lr and a.learning_rate is not None:
         problems.append("--auto_lr chooses a rate and --learning_rate sets one: drop one")
     if a.auto_lr and a.method == "full":
-        problems.append("--auto_lr would need a second copy of all weights in full fine-tuning: choose an adapter method, or drop it")
+        problems.append(
+            "--auto_lr would need a second copy of all weights in full fine-tuning: choose an adapter method, or drop it"
+        )
     if a.learning_rate is not None and a.learning_rate_factor != 1:
-        problems.append("--learning_rate_factor multiplies the recipe's rate, and --learning_rate replaces it: drop one")
+        problems.append(
+            "--learning_rate_factor multiplies the recipe's rate, and --learning_rate replaces it: drop one"
+        )
     if a.load_in_4bit and a.load_in_8bit:
         problems.append("--load_in_4bit and --load_in_8bit exclude each other: choose one")
     if not a.packing:
@@ -342,8 +414,12 @@ def unused_method_flags(arguments: FinetuneArguments) -> list[str]:
         if getattr(arguments, name) and arguments.method not in methods
     ]
     if arguments.prefix_projection and arguments.prefix_init in ("text", "screened"):
-        problems.append(f"--prefix_init {arguments.prefix_init} can't start a projected prefix: use zero, or drop --prefix_projection")
+        problems.append(
+            f"--prefix_init {arguments.prefix_init} can't start a projected prefix: use zero, or drop --prefix_projection"
+        )
     init = arguments.prefix_init if arguments.method == "prefix_tuning" else arguments.prompt_tuning_init
     if arguments.prompt_tuning_init_text and init not in (None, "text", "screened"):
-        problems.append(f"--prompt_tuning_init_text is given but the initialisation is {init}: use init text, or drop the text")
+        problems.append(
+            f"--prompt_tuning_init_text is given but the initialisation is {init}: use init text, or drop the text"
+        )
     return problems

@@ -43,14 +43,21 @@ class OneLineArgumentParser(argparse.ArgumentParser):
 def add_model_flags(parser: argparse.ArgumentParser, dtype: str = "stored") -> None:
     """The flags that name a base model and adapters, the same for every tool that uses them."""
     parser.add_argument(
-        "--adapter", action="append", metavar="[NAME=]DIR", help="trained adapter, in PEFT's format; may be given several times"
+        "--adapter",
+        action="append",
+        metavar="[NAME=]DIR",
+        help="trained adapter, in PEFT's format; may be given several times",
     )
-    parser.add_argument("--model_name_or_path", metavar="MODEL", help="base model; unset: the one that the adapter names")
+    parser.add_argument(
+        "--model_name_or_path", metavar="MODEL", help="base model; unset: the one that the adapter names"
+    )
     parser.add_argument("--any_base", action="store_true", help="accept a base under another name than the adapter's")
     choices = ["stored", "auto", "float32", "bfloat16", "float16"]
     text = "precision of the base; stored: as in its files; auto: bfloat16 on a GPU that has it, float32 elsewhere"
     parser.add_argument("--dtype", default=dtype, choices=choices, help=f"{text} (default: {dtype})")
-    parser.add_argument("--allow_pickle", action="store_true", help="load a base whose weights exist only as pickle files")
+    parser.add_argument(
+        "--allow_pickle", action="store_true", help="load a base whose weights exist only as pickle files"
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
 
 

@@ -12,6 +12,16 @@ class InputError(ValueError):
     """Wrong input: names the value seen, why it is wrong, and the remedy. Entry points print it and exit with code 2."""
 
 
+def one_line(error: BaseException | str, longest: int = 300) -> str:
+    """Return an error's text without line breaks, cut at `longest` characters."""
+    return " ".join(str(error).split())[:longest]
+
+
+def warn(text: str) -> None:
+    """Print a warning on the error stream."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def exit_code(work: Callable[[], None], interrupted: str = "interrupted: nothing half-written remains") -> int:
     """Do a tool's work. 0: done; 2: wrong input, said in one line; 130: interrupted or told to end, said in the words given."""
 

@@ -20,17 +20,18 @@ from typing import Any
 import numpy as np
 
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
+from open_instruct.adapters import answer_metrics as metrics
+from open_instruct.adapters.answer_metrics import Statistic
+from open_instruct.adapters.folders import BASE
+from open_instruct.adapters.generation import Sampling
+from open_instruct.adapters.scoring import answer_losses
+from open_instruct.adapters.served import Served, load
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
 from open_instruct.data import chat, questions, reading
 from open_instruct.data.questions import Question
-from open_instruct.data.writing import check_result_folder, write_result
 from open_instruct.errors import InputError, exit_code
-from open_instruct.model.adapters import BASE
-from open_instruct.model.generation import Sampling
-from open_instruct.model.scoring import answer_losses
-from open_instruct.model.served import Served, load
-from open_instruct.report import comparison, metrics
-from open_instruct.report.metrics import Statistic
+from open_instruct.files import check_result_folder, write_result
+from open_instruct.report import evaluation as comparison
 
 METRICS = ("loss", "exact_match", "rouge", "bleu")
 
@@ -47,18 +48,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_model_flags(parser, dtype="auto")
     parser.add_argument("--file", metavar="FILE", help="questions with answers, in any form that training reads")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="(default: all)")
-    parser.add_argument("--answer_regex", help='the part of an answer that counts, for example "#### (.*)"; its last match, first group')
-    parser.add_argument("--normaliser", choices=metrics.NORMALISERS, default="none", help="of answers before exact match (default: none)")
+    parser.add_argument(
+        "--answer_regex", help='the part of an answer that counts, for example "#### (.*)"; its last match, first group'
+    )
+    parser.add_argument(
+        "--normaliser",
+        choices=metrics.NORMALISERS,
+        default="none",
+        help="of answers before exact match (default: none)",
+    )
     parser.add_argument("--max_samples", type=at_least(1), help="rows drawn by seed; unset: all")
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=256, help="tokens of an answer at most (default: 256)")
-    parser.add_argument("--batch_size", type=at_least(1), default=16, help="rows computed at once at most (default: 16)")
+    parser.add_argument(
+        "--max_new_tokens", type=at_least(1), default=256, help="tokens of an answer at most (default: 256)"
+    )
+    parser.add_argument(
+        "--batch_size", type=at_least(1), default=16, help="rows computed at once at most (default: 16)"
+    )
     parser.add_argument("--seed", type=at_least(0), default=42, help="of the rows and the bootstrap (default: 42)")
     parser.add_argument("--chat_template_name", help="as in finetune_peft.py; unset: the adapter's own")
-    parser.add_argument("--output_dir", metavar="DIR", help="where evaluation.json, .md and .png go; unset: they are only printed")
+    parser.add_argument(
+        "--output_dir", metavar="DIR", help="where evaluation.json, .md and .png go; unset: they are only printed"
+    )
     parser.add_argument("--lm_eval_tasks", nargs="+", metavar="TASK", help="tasks of the harness instead of --file")
-    parser.add_argument("--lm_eval_path", metavar="DIR", help="folder with further tasks of the harness, for machines without a network")
+    parser.add_argument(
+        "--lm_eval_path", metavar="DIR", help="folder with further tasks of the harness, for machines without a network"
+    )
     parser.add_argument("--limit", type=at_least(1), help="documents of each harness task")
-    parser.add_argument("--apply_chat_template", action="store_true", help="put harness questions into the chat template")
+    parser.add_argument(
+        "--apply_chat_template", action="store_true", help="put harness questions into the chat template"
+    )
     a = parser.parse_args(argv)
     if bool(a.file) == bool(a.lm_eval_tasks):
         parser.error("give one of --file and --lm_eval_tasks")
@@ -77,9 +95,11 @@ def run(a: argparse.Namespace) -> None:
     if a.answer_regex and "exact_match" in a.metrics:
         references = [str(question.reference) for question in asked]
         metrics.exact_matches(references, references, a.answer_regex, a.normaliser)  # before the model is loaded
-    served = load(a.adapter, a.model_name_or_path, a.dtype, a.any_base, a.trust_remote_code, a.chat_template_name, a.allow_pickle)
+    served = load(
+        a.adapter, a.model_name_or_path, a.dtype, a.any_base, a.trust_remote_code, a.chat_template_name, a.allow_pickle
+    )
     if a.lm_eval_tasks:
-        from open_instruct.model import harness
+        from open_instruct.adapters import harness
 
         result = harness.evaluate(served, a.lm_eval_tasks, a.lm_eval_path, a.limit, a.batch_size, a.apply_chat_template)
     else:
@@ -138,7 +158,9 @@ def read_questions(file: str, most: int | None, seed: int) -> list[Question]:
     asked = list(questions.questions(reading.read_files(reading.files_of(file))))
     without = next((question.place for question in asked if question.reference is None), None)
     if without:
-        raise InputError(f"{without}: no answer to compare with: give rows that end with the assistant's turn, or use generate_peft.py")
+        raise InputError(
+            f"{without}: no answer to compare with: give rows that end with the assistant's turn, or use generate_peft.py"
+        )
     if not asked:
         raise InputError(f"{file} holds no row: there is nothing to measure")
     if most and most < len(asked):
@@ -161,7 +183,9 @@ def measure(
     draws = metrics.resamples(len(asked), seed)
     references = [str(question.reference) for question in asked]
     everyone = [BASE, *served.names]
-    room = min((room for room in map(served.room, everyone) if room), default=None)  # one for all, so that they score the same tokens
+    room = min(
+        (room for room in map(served.room, everyone) if room), default=None
+    )  # one for all, so that they score the same tokens
     found, answers = {}, {}
     truncated = unanswered = 0
     for name in everyone:
@@ -205,13 +229,17 @@ def loss_statistics(
     ids, spans = chat.tokenize(served.tokenizer, messages, room or 1 << 30)
     sums = np.array(answer_losses(served.adapters.use(name), ids, spans, batch_size))
     if not sums[:, 1].sum():
-        raise InputError(f"no row has a labelled token within the {room} that the model has room for: give shorter rows")
+        raise InputError(
+            f"no row has a labelled token within the {room} that the model has room for: give shorter rows"
+        )
 
     def loss(rows: np.ndarray) -> float:
         total = sums[rows].sum(0)
         return float(total[0] / total[1]) if total[1] else math.nan
 
-    return {"loss": loss, "perplexity": lambda rows: math.exp(min(loss(rows), 700.0))}, sum(len(row) == room for row in ids)
+    return {"loss": loss, "perplexity": lambda rows: math.exp(min(loss(rows), 700.0))}, sum(
+        len(row) == room for row in ids
+    )
 
 
 def answer_statistics(

@@ -23,15 +23,33 @@ from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
 from open_instruct.methods import METHODS
 from open_instruct.model import loading, memory
-from open_instruct.report import answers
 from open_instruct.report.summary import hyperparameter_lines, summary_lines
-from open_instruct.training import capabilities, checkpoint, engines, export, model_setup, packing, screening, setup, tracking
+from open_instruct.training import (
+    capabilities,
+    checkpoint,
+    engines,
+    export,
+    model_setup,
+    packing,
+    screening,
+    setup,
+    tracking,
+)
+from open_instruct.training import sample_answers as answers
 from open_instruct.training.best import Best
 from open_instruct.training.checkpoint import Progress
 from open_instruct.training.doctor import Doctor, Finding
 from open_instruct.training.evaluation import held_out_loss
 from open_instruct.training.examples import Data, fill_virtual_tokens, load_data, num_virtual_tokens
-from open_instruct.training.faults import PREEMPTED, Preempted, ignore_signals, is_lost_contact, lost_contact, save_somewhere, warn
+from open_instruct.training.faults import (
+    PREEMPTED,
+    Preempted,
+    ignore_signals,
+    is_lost_contact,
+    lost_contact,
+    save_somewhere,
+    warn,
+)
 from open_instruct.training.loop import fit
 from open_instruct.training.packing import Forward
 from open_instruct.training.tracking import Metrics
@@ -62,7 +80,9 @@ def say_error(error: InputError) -> int:
     """Print one line, and end this process so that its launcher ends the others: they may wait in a collective for it."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
-        time.sleep(5)  # an error that every process meets is said by the first, and the launcher ends this one meanwhile
+        time.sleep(
+            5
+        )  # an error that every process meets is said by the first, and the launcher ends this one meanwhile
     print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
@@ -135,10 +155,14 @@ def run(
     training_model, optimizer, schedule = setup.prepare(a, accelerator, forward, plan.num_steps)
     if resume_from:
         checkpoint.resume_optimizer(resume_from, optimizer, schedule, engines.part_name(accelerator))
-    record = export.run_record(a, origins, data.fingerprints(), accelerator.num_processes, engine, recipe.sources, resume_from)
+    record = export.run_record(
+        a, origins, data.fingerprints(), accelerator.num_processes, engine, recipe.sources, resume_from
+    )
     export.open_output_dir(a, accelerator, record, start, rates, keep=resume_from is not None)
     doctor = Doctor(setup.patient(a, data, plan, facts, start))
-    doctor.remember(progress.base_eval_loss, progress.initial_eval_loss, [finding["name"] for finding in progress.findings])
+    doctor.remember(
+        progress.base_eval_loss, progress.initial_eval_loss, [finding["name"] for finding in progress.findings]
+    )
     train(a, accelerator, forward, training_model, optimizer, schedule, data, plan, progress, best, doctor)
 
     # Save
@@ -149,7 +173,9 @@ def run(
     return summary
 
 
-def begin(a: FinetuneArguments, accelerator: Any, model: Any, identity: dict[str, Any], resume_from: Path | None) -> tuple[Progress, Best]:
+def begin(
+    a: FinetuneArguments, accelerator: Any, model: Any, identity: dict[str, Any], resume_from: Path | None
+) -> tuple[Progress, Best]:
     """Where the run starts: at step 0, or after a checkpoint, whose parameters the model takes."""
     progress, best = Progress(identity=identity), Best(a.keep_best)
     if resume_from:
@@ -190,7 +216,9 @@ def train(
             progress.record_eval(loss)
             best.consider(progress, loss, forward.model.model, accelerator)
             metrics.write({"step": progress.step, "eval_loss": loss, "eval_tokens": tokens})
-            metrics.say(f"step {progress.step}/{plan.num_steps} | held-out loss {loss:.4f} (base model {progress.base_eval_loss:.4f})")
+            metrics.say(
+                f"step {progress.step}/{plan.num_steps} | held-out loss {loss:.4f} (base model {progress.base_eval_loss:.4f})"
+            )
             if progress.step:
                 tell(doctor.evaluation(progress.step, loss, prompt_norm()))
             else:
@@ -208,7 +236,9 @@ def train(
         progress.wall_seconds = seconds_before + time.perf_counter() - started
         folder, keep = output_dir / "checkpoints", a.keep_last_n_checkpoints
         inner = forward.model.model
-        problem = checkpoint.save_checkpoint(folder, inner, optimizer, schedule, progress, best.tensors, keep, accelerator)
+        problem = checkpoint.save_checkpoint(
+            folder, inner, optimizer, schedule, progress, best.tensors, keep, accelerator
+        )
         if problem and accelerator.is_main_process:  # training goes on: the last good checkpoint is still there
             warn(f"checkpoint of step {progress.step} could not be written ({problem})")
 
@@ -216,13 +246,30 @@ def train(
         if progress.step == 0:
             tell(doctor.before())
             if data.held_out and a.method != "full":  # in full fine-tuning the start is the base
-                progress.base_eval_loss, _ = held_out_loss(accelerator, training_model, data.held_out, forward.evaluation, adapter=False)
+                progress.base_eval_loss, _ = held_out_loss(
+                    accelerator, training_model, data.held_out, forward.evaluation, adapter=False
+                )
             evaluate()
         settings = setup.fit_settings(a, plan, forward.training)
-        fit(accelerator, training_model, optimizer, schedule, data.train, plan, settings, progress, metrics, observe, evaluate, save)
+        fit(
+            accelerator,
+            training_model,
+            optimizer,
+            schedule,
+            data.train,
+            plan,
+            settings,
+            progress,
+            metrics,
+            observe,
+            evaluate,
+            save,
+        )
     except InputError as error:
         newest = checkpoint.complete_checkpoints(output_dir / "checkpoints")
-        raise InputError(f"{error}; last good checkpoint: {newest[-1] if newest else 'none (set --checkpointing_steps)'}") from None
+        raise InputError(
+            f"{error}; last good checkpoint: {newest[-1] if newest else 'none (set --checkpointing_steps)'}"
+        ) from None
     except RuntimeError as error:
         if accelerator.num_processes > 1 and is_lost_contact(error):
             raise lost_contact(error, accelerator, progress.step) from error
@@ -251,7 +298,11 @@ def save(
     if progress.best_is_earlier:
         accelerator.print(setup.best_text(progress))
     if not whole:
-        tensors = best.tensors if progress.best_is_earlier else engines.whole(checkpoint.trained_parameters(model), accelerator)
+        tensors = (
+            best.tensors
+            if progress.best_is_earlier
+            else engines.whole(checkpoint.trained_parameters(model), accelerator)
+        )
     elif progress.best_is_earlier and accelerator.is_main_process:
         best.put_back(model)
     accelerator.wait_for_everyone()
@@ -261,7 +312,12 @@ def save(
     samples, exact = examination.of(model, tokenizer)
     network = a.method == "p_tuning" or a.prefix_projection
     size = save_somewhere(lambda folder: export.save_model(model, tokenizer, folder, network), Path(a.output_dir))
-    summary = {**progress.summary(), **memory.counts(model), "adapter_bytes": size, "peak_memory_mb": tracking.peak_memory_mb()}
+    summary = {
+        **progress.summary(),
+        **memory.counts(model),
+        "adapter_bytes": size,
+        "peak_memory_mb": tracking.peak_memory_mb(),
+    }
     summary |= {"exact_match": exact, "samples": samples, **measure(model, tokenizer, data)}
     export.finish(a, progress, summary)
     print(summary_lines(summary, samples, exact, a.output_dir))

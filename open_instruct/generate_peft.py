@@ -25,14 +25,14 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
+from open_instruct.adapters.folders import BASE
+from open_instruct.adapters.generation import Sampling
+from open_instruct.adapters.served import Served, load
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
 from open_instruct.data import questions, reading
 from open_instruct.data.questions import Question
-from open_instruct.data.writing import write_json
 from open_instruct.errors import InputError, exit_code
-from open_instruct.model.adapters import BASE
-from open_instruct.model.generation import Sampling
-from open_instruct.model.served import Served, load
+from open_instruct.files import write_json
 
 HELP = "/use NAME   /compare TEXT   /system TEXT   /reset   /quit"
 
@@ -51,19 +51,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input_file", metavar="FILE", help="questions; without it, a chat starts")
     parser.add_argument("--output_file", metavar="FILE", help="JSON Lines of answers")
     parser.add_argument("--resume", action="store_true", help="go on with an output file that was not finished")
-    parser.add_argument("--batch_size", type=at_least(1), default=32, help="answers computed at once at most (default: 32)")
     parser.add_argument(
-        "--combine", choices=["vote", "concatenate"], help="one answer from all adapters' answers: the most frequent, or all"
+        "--batch_size", type=at_least(1), default=32, help="answers computed at once at most (default: 32)"
+    )
+    parser.add_argument(
+        "--combine",
+        choices=["vote", "concatenate"],
+        help="one answer from all adapters' answers: the most frequent, or all",
     )
     parser.add_argument("--system", help="system message before every conversation")
     group = parser.add_argument_group("sampling, as in transformers")
-    group.add_argument("--max_new_tokens", type=at_least(1), default=256, help="tokens of an answer at most (default: 256)")
+    group.add_argument(
+        "--max_new_tokens", type=at_least(1), default=256, help="tokens of an answer at most (default: 256)"
+    )
     group.add_argument("--do_sample", action="store_true", help="draw, instead of taking the likeliest token")
     group.add_argument("--temperature", type=float, default=1.0, help="scores are divided by it (default: 1.0)")
-    group.add_argument("--top_p", type=float, default=1.0, help="share of the probability that is drawn from (default: 1.0)")
+    group.add_argument(
+        "--top_p", type=float, default=1.0, help="share of the probability that is drawn from (default: 1.0)"
+    )
     group.add_argument("--top_k", type=at_least(0), default=0, help="tokens that are drawn from; 0: all (default: 0)")
-    group.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: repeated tokens become less likely (default: 1.0)")
-    group.add_argument("--num_return_sequences", type=at_least(1), default=1, help="answers of each adapter to each question (default: 1)")
+    group.add_argument(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        help="above 1: repeated tokens become less likely (default: 1.0)",
+    )
+    group.add_argument(
+        "--num_return_sequences",
+        type=at_least(1),
+        default=1,
+        help="answers of each adapter to each question (default: 1)",
+    )
     group.add_argument("--seed", type=int, default=42, help="of the draws (default: 42)")
     a = parser.parse_args(argv)
     drawing = a.temperature != 1.0 or a.top_p != 1.0 or a.top_k or a.num_return_sequences > 1
@@ -75,8 +93,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         (not a.temperature > 0, f"--temperature {a.temperature} must be above 0: drop --do_sample for greedy answers"),
         (not 0 < a.top_p <= 1, f"--top_p {a.top_p} must be above 0 and at most 1"),
         (not a.repetition_penalty > 0, f"--repetition_penalty {a.repetition_penalty} must be above 0; 1 is none"),
-        (bool(a.input_file) != bool(a.output_file), "--input_file and --output_file go together: give both, or none for a chat"),
-        (not a.input_file and (a.combine or a.resume), "--combine and --resume belong to --input_file: drop them for a chat"),
+        (
+            bool(a.input_file) != bool(a.output_file),
+            "--input_file and --output_file go together: give both, or none for a chat",
+        ),
+        (
+            not a.input_file and (a.combine or a.resume),
+            "--combine and --resume belong to --input_file: drop them for a chat",
+        ),
     ]
     problems = [text for wrong, text in checks if wrong]
     if problems:
@@ -91,7 +115,9 @@ def run(a: argparse.Namespace) -> None:
     if a.input_file:
         asked = list(questions.questions(reading.read_files(reading.files_of(a.input_file))))
         done = prepare_output(a, sampling, asked)
-    served = load(a.adapter, a.model_name_or_path, a.dtype, a.any_base, a.trust_remote_code, a.chat_template_name, a.allow_pickle)
+    served = load(
+        a.adapter, a.model_name_or_path, a.dtype, a.any_base, a.trust_remote_code, a.chat_template_name, a.allow_pickle
+    )
     if a.input_file:
         answer_file(served, asked, done, a, sampling)
     else:
@@ -125,15 +151,23 @@ def prepare_output(a: argparse.Namespace, sampling: Sampling, asked: Sequence[Qu
     if not a.resume:
         raise InputError(f"--output_file {path} exists: name another, or pass --resume to go on with it")
     before = json.loads(record.read_text()) if record.exists() else {}
-    different = [f"{name} was {before.get(name)!r} and is now {value!r}" for name, value in settings.items() if before.get(name) != value]
+    different = [
+        f"{name} was {before.get(name)!r} and is now {value!r}"
+        for name, value in settings.items()
+        if before.get(name) != value
+    ]
     if different:
-        raise InputError(f"--output_file {path} was made with other settings ({'; '.join(different)}): give the same, or name another file")
+        raise InputError(
+            f"--output_file {path} was made with other settings ({'; '.join(different)}): give the same, or name another file"
+        )
     whole = path.read_bytes().rpartition(b"\n")
     os.truncate(path, len(whole[0]) + len(whole[1]))  # a kill may have left half a line
     return whole[0].count(b"\n") + (1 if whole[1] else 0)
 
 
-def answer_file(served: Served, asked: Sequence[Question], done: int, a: argparse.Namespace, sampling: Sampling) -> None:
+def answer_file(
+    served: Served, asked: Sequence[Question], done: int, a: argparse.Namespace, sampling: Sampling
+) -> None:
     """Write one line for each question, in their order, a few batches at a time."""
     names = served.names or [BASE]
     size = 4 * a.batch_size
@@ -145,7 +179,9 @@ def answer_file(served: Served, asked: Sequence[Question], done: int, a: argpars
     ):
         for start in range(done, len(asked), size):
             chosen = asked[start : start + size]
-            prompts = [questions.prompt_ids(served.tokenizer, with_system(question.messages, a.system)) for question in chosen]
+            prompts = [
+                questions.prompt_ids(served.tokenizer, with_system(question.messages, a.system)) for question in chosen
+            ]
             unanswered += sum(len(prompt) >= room for prompt in prompts) if room else 0
             answers: dict[str, list[list[str]]] = {}
             for name in names:

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
+from open_instruct.adapters import inspection
+from open_instruct.adapters.served import Served, load
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
 from open_instruct.data import questions, reading
-from open_instruct.data.writing import check_result_folder, write_result
 from open_instruct.errors import InputError, exit_code
-from open_instruct.model import inspection
-from open_instruct.model.served import Served, load
-from open_instruct.report import insight
+from open_instruct.files import check_result_folder, write_result
+from open_instruct.report import inspection as insight
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,8 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_model_flags(parser, dtype="auto")
     parser.add_argument("--file", metavar="FILE", help="questions on which attention is measured; unset: no attention")
     parser.add_argument("--rows", type=at_least(1), default=16, help="rows of the file (default: 16)")
-    parser.add_argument("--neighbours", type=at_least(1), default=3, help="nearest tokens of each virtual one (default: 3)")
-    parser.add_argument("--output_dir", metavar="DIR", help="where inspection.json, .md and .png go; unset: the text is only printed")
+    parser.add_argument(
+        "--neighbours", type=at_least(1), default=3, help="nearest tokens of each virtual one (default: 3)"
+    )
+    parser.add_argument(
+        "--output_dir", metavar="DIR", help="where inspection.json, .md and .png go; unset: the text is only printed"
+    )
     a = parser.parse_args(argv)
     return exit_code(lambda: run(a))
 
@@ -48,7 +52,12 @@ def run(a: argparse.Namespace) -> None:
 
 
 def inspect(
-    adapter: str, model_name_or_path: str | None = None, file: str | None = None, rows: int = 16, neighbours: int = 3, **options: Any
+    adapter: str,
+    model_name_or_path: str | None = None,
+    file: str | None = None,
+    rows: int = 16,
+    neighbours: int = 3,
+    **options: Any,
 ) -> dict[str, Any]:
     """Look inside a soft prompt.
 
@@ -66,12 +75,18 @@ def inspect(
     Raises:
         InputError: the adapter is no soft prompt, or wrong input.
     """
-    asked = list(itertools.islice(questions.questions(reading.read_files(reading.files_of(file))), rows)) if file else []
+    asked = (
+        list(itertools.islice(questions.questions(reading.read_files(reading.files_of(file))), rows)) if file else []
+    )
     served = load(adapter, model_name_or_path, **options)
     (folder,) = served.adapters.folders.values()
     if not folder.num_virtual_tokens:
         raise InputError(f"adapter {folder.name} is {folder.title}, which has no virtual tokens to look at")
-    result: dict[str, Any] = {"adapter": str(folder.path), "method": folder.title, "virtual_tokens": folder.num_virtual_tokens}
+    result: dict[str, Any] = {
+        "adapter": str(folder.path),
+        "method": folder.title,
+        "virtual_tokens": folder.num_virtual_tokens,
+    }
     model = served.adapters.use(folder.name)
     prompts = [questions.prompt_ids(served.tokenizer, question.messages) for question in asked]
     if folder.method == "PREFIX_TUNING":

@@ -19,11 +19,11 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
+from open_instruct.adapters import folders as known
+from open_instruct.adapters import merging
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags
-from open_instruct.data.writing import flush, write_json
 from open_instruct.errors import InputError, exit_code
-from open_instruct.model import adapters as known
-from open_instruct.model import merging
+from open_instruct.files import flush, write_json
 from open_instruct.quiet import silence_transformers
 
 
@@ -35,7 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     a = parser.parse_args(argv)
     return exit_code(
         lambda: print(
-            report(merge(a.adapter, a.output, a.model_name_or_path, a.dtype, a.any_base, a.trust_remote_code, a.allow_pickle), a.output)
+            report(
+                merge(
+                    a.adapter, a.output, a.model_name_or_path, a.dtype, a.any_base, a.trust_remote_code, a.allow_pickle
+                ),
+                a.output,
+            )
         )
     )
 
@@ -81,7 +86,9 @@ def merge(
     merging.check_room(base, folders)
     loaded = known.Adapters(base, folders)
     tokenizer = known.load_tokenizer(name, folders, trust_remote_code)
-    templates = {folder.name: known.load_tokenizer(name, [folder], trust_remote_code).chat_template for folder in folders}
+    templates = {
+        folder.name: known.load_tokenizer(name, [folder], trust_remote_code).chat_template for folder in folders
+    }
     wanted = merging.expected(loaded, tokenizer)
     model, sets = merging.merge(loaded, tokenizer, templates)
 
@@ -93,9 +100,17 @@ def merge(
         tokenizer.save_pretrained(working)
         device, kind = model.device, model.dtype
         del model, loaded, base
-        again = AutoModelForCausalLM.from_pretrained(working, dtype=kind, trust_remote_code=trust_remote_code).to(device).eval()
+        again = (
+            AutoModelForCausalLM.from_pretrained(working, dtype=kind, trust_remote_code=trust_remote_code)
+            .to(device)
+            .eval()
+        )
         found = merging.verify(
-            again, AutoTokenizer.from_pretrained(working), known.load_tokenizer(name, folders, trust_remote_code), sets, wanted
+            again,
+            AutoTokenizer.from_pretrained(working),
+            known.load_tokenizer(name, folders, trust_remote_code),
+            sets,
+            wanted,
         )
         result = {
             "base": name,
@@ -121,7 +136,9 @@ def report(result: dict[str, Any], output: str) -> str:
         f"{output}: {', '.join(result['adapters'])} on {result['base']}, {result['dtype']}, {result['vocabulary_rows']:,} vocabulary rows"
     ]
     texts = f"{result['equal_texts']} of {result['texts']} greedy texts are equal"
-    lines.append(f"reloaded and compared: logits differ by at most {result['largest_difference']:.1e} of the largest, {texts}")
+    lines.append(
+        f"reloaded and compared: logits differ by at most {result['largest_difference']:.1e} of the largest, {texts}"
+    )
     for name, tokens in result["tokens"].items():
         chosen = f'chat_template_kwargs={{"adapter": "{name}"}}' if len(result["tokens"]) > 1 else "always"
         last = tokens["first"] + tokens["number"] - 1

@@ -22,10 +22,9 @@ from open_instruct.command_line import OneLineArgumentParser, at_least
 from open_instruct.data import reading
 from open_instruct.errors import InputError, exit_code
 from open_instruct.model import loading
-from open_instruct.report import study as report
-from open_instruct.report.study_figures import Done, loss
-from open_instruct.study import config, search, trials, workers
+from open_instruct.study import config, report, search, trials, workers
 from open_instruct.study.config import Study
+from open_instruct.study.figures import Done, loss
 from open_instruct.study.search import Trial
 from open_instruct.training.examples import DEFAULT_MAX_SEQ_LENGTH, fill_virtual_tokens, num_virtual_tokens
 from open_instruct.training.tracking import read_rows
@@ -34,13 +33,25 @@ from open_instruct.training.tracking import read_rows
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = OneLineArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, metavar="STUDY.yaml", help="the study; configs/studies holds examples")
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="STUDY.yaml", help="the study; configs/studies holds examples"
+    )
     parser.add_argument("--output_dir", type=Path, help="folder of the study (default: the one that the file names)")
-    parser.add_argument("--workers", type=at_least(1), default=1, help="trials at a time, each on a GPU of its own if there are any")
-    parser.add_argument("--engine", choices=["local", "ray"], default="local", help="who runs several workers (default: local)")
-    parser.add_argument("--shard", metavar="I/N", help="run only part I of N (from 0), as a task of a SLURM array does; no report")
-    parser.add_argument("--report_only", action="store_true", help="write the report of what is finished, and run nothing")
-    parser.add_argument("--dry_run", action="store_true", help="check the study, print the trials that it begins with, and stop")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=1, help="trials at a time, each on a GPU of its own if there are any"
+    )
+    parser.add_argument(
+        "--engine", choices=["local", "ray"], default="local", help="who runs several workers (default: local)"
+    )
+    parser.add_argument(
+        "--shard", metavar="I/N", help="run only part I of N (from 0), as a task of a SLURM array does; no report"
+    )
+    parser.add_argument(
+        "--report_only", action="store_true", help="write the report of what is finished, and run nothing"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check the study, print the trials that it begins with, and stop"
+    )
     return parser
 
 
@@ -95,7 +106,9 @@ def check(study: Study) -> Study:
     for source in [*(a.train_file or []), *([a.validation_file] if a.validation_file else [])]:
         reading.files_of(source)
     if a.validation_fraction == 0 and not a.validation_file:
-        raise InputError(f"study {study.path}: without held-out rows nothing can be compared: set validation_file or validation_fraction")
+        raise InputError(
+            f"study {study.path}: without held-out rows nothing can be compared: set validation_file or validation_fraction"
+        )
     if not a.max_seq_length:
         assert a.model_name_or_path
         model_config = loading.load_config(a.model_name_or_path, trust_remote_code=a.trust_remote_code)
@@ -104,8 +117,12 @@ def check(study: Study) -> Study:
             fill_virtual_tokens(one, model_config)
         room = context and context - max(num_virtual_tokens(one) for one in asked)
         if room is not None and room < 2:
-            raise InputError(f"study {study.path}: the model's context of {context} positions has no room beside the virtual tokens")
-        study = replace(study, flags={**study.flags, "max_seq_length": min(room or DEFAULT_MAX_SEQ_LENGTH, DEFAULT_MAX_SEQ_LENGTH)})
+            raise InputError(
+                f"study {study.path}: the model's context of {context} positions has no room beside the virtual tokens"
+            )
+        study = replace(
+            study, flags={**study.flags, "max_seq_length": min(room or DEFAULT_MAX_SEQ_LENGTH, DEFAULT_MAX_SEQ_LENGTH)}
+        )
     return study
 
 
@@ -120,7 +137,9 @@ def open_study(study: Study) -> None:
         study.output_dir.mkdir(parents=True, exist_ok=True)
         (study.output_dir / "study.yaml").write_bytes(study.path.read_bytes())
     except OSError as error:
-        raise InputError(f"output_dir {study.output_dir} can't be written ({error.strerror}): name another folder") from None
+        raise InputError(
+            f"output_dir {study.output_dir} can't be written ({error.strerror}): name another folder"
+        ) from None
 
 
 def run_all(study: Study, runner: workers.Runner, shard: tuple[int, int]) -> None:
@@ -138,7 +157,10 @@ def run_all(study: Study, runner: workers.Runner, shard: tuple[int, int]) -> Non
         for number, (task, found) in enumerate(runner(missing), start=1):
             done += 1
             left = (time.monotonic() - started) / done * (len(missing) - number)
-            print(f"[{number}/{len(missing)}] {task.trial.entry}: {task.trial.label}: {outcome(found)}; {left:,.0f} s left", flush=True)
+            print(
+                f"[{number}/{len(missing)}] {task.trial.entry}: {task.trial.label}: {outcome(found)}; {left:,.0f} s left",
+                flush=True,
+            )
         if not whole_methods:
             return
         going_on = []
@@ -192,11 +214,17 @@ def finished(study: Study) -> tuple[list[Done], int, dict[str, dict[str, Any]]]:
             except StopIteration:
                 break
     bases = {one.entry: one.base for one in done.values() if not one.failed}
-    versions = {json.dumps(data) for one in done.values() if not one.failed for data in (one.summary["data"], one.base["data"])}
+    versions = {
+        json.dumps(data) for one in done.values() if not one.failed for data in (one.summary["data"], one.base["data"])
+    }
     if not bases:
-        raise InputError(f"no trial of {study.path} has succeeded in {study.output_dir}: see trials/*/failed.json and log.txt there")
+        raise InputError(
+            f"no trial of {study.path} has succeeded in {study.output_dir}: see trials/*/failed.json and log.txt there"
+        )
     if len(versions) > 1:
-        raise InputError(f"the data of {study.path} changed between trials in {study.output_dir}: name another output_dir")
+        raise InputError(
+            f"the data of {study.path} changed between trials in {study.output_dir}: name another output_dir"
+        )
     return list(done.values()), missing, bases
 
 
@@ -207,7 +235,11 @@ def record(study: Study, trial: Trial) -> Done | None:
     if found is None:
         return None
     failed = found.get("failed")
-    flags = json.loads((task.folder / "run.json").read_text(encoding="utf-8"))["flags"] if (task.folder / "run.json").exists() else {}
+    flags = (
+        json.loads((task.folder / "run.json").read_text(encoding="utf-8"))["flags"]
+        if (task.folder / "run.json").exists()
+        else {}
+    )
     rows = read_rows(task.folder / "metrics.jsonl")
     path = trials.base_path(task, trials.arguments(task, check=False)[0])
     return Done(

@@ -60,8 +60,16 @@ def write_conversations(path: Path, skill: str, count: int, seed: int = 0, long_
 def tiny_llama(**changes: int) -> LlamaForCausalLM:
     """A random Llama with grouped heads."""
     torch.manual_seed(0)
-    options = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**{**options, "num_key_value_heads": 2, "max_position_embeddings": 128, **changes})).eval()
+    options = {
+        "vocab_size": 200,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(**{**options, "num_key_value_heads": 2, "max_position_embeddings": 128, **changes})
+    ).eval()
 
 
 @pytest.fixture(scope="session")
@@ -76,11 +84,20 @@ def train(tmp_path: Path, data_file: Path, capsys: pytest.CaptureFixture):
 
     def run(name: str, *flags: str, data: Path = data_file, model: Path = TINY_MODEL) -> SimpleNamespace:
         folder = tmp_path / name
-        common = ["--model_name_or_path", str(model), "--output_dir", str(folder), "--dataset_local_cache_dir", str(tmp_path / "cache")]
+        common = [
+            "--model_name_or_path",
+            str(model),
+            "--output_dir",
+            str(folder),
+            "--dataset_local_cache_dir",
+            str(tmp_path / "cache"),
+        ]
         if "--validation_file" not in flags:
             common += ["--validation_fraction", "0.2"]
         source = (
-            [] if any(flag.startswith("--dataset_") and flag != "--dataset_skip_cache" for flag in flags) else ["--train_file", str(data)]
+            []
+            if any(flag.startswith("--dataset_") and flag != "--dataset_skip_cache" for flag in flags)
+            else ["--train_file", str(data)]
         )
         capsys.readouterr()
         AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision per process
@@ -105,7 +122,11 @@ def run_script(*words: str, cwd: Path, **environment: str) -> subprocess.Complet
     """The entry point as a user starts it, in a process of its own."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [sys.executable, str(ROOT / "open_instruct" / "finetune_peft.py"), *words], cwd=cwd, env=variables, capture_output=True, text=True
+        [sys.executable, str(ROOT / "open_instruct" / "finetune_peft.py"), *words],
+        cwd=cwd,
+        env=variables,
+        capture_output=True,
+        text=True,
     )
 
 

@@ -82,7 +82,9 @@ def test_wrong_flags_end_with_code_2_and_one_line(words, says, capsys):
     assert stop.value.code == 2 and says in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("text, says", [("- a\n", "must map flag names"), ("a: [\n", "can't be read"), (None, "can't be read")])
+@pytest.mark.parametrize(
+    "text, says", [("- a\n", "must map flag names"), ("a: [\n", "can't be read"), (None, "can't be read")]
+)
 def test_bad_configurations_are_named(tmp_path, text, says):
     if text is not None:
         (tmp_path / "c.yaml").write_text(text)
@@ -99,7 +101,10 @@ def test_bad_configurations_are_named(tmp_path, text, says):
         (["--num_virtual_tokens", "3"], "--num_virtual_tokens has no meaning for full"),
         (["--use_lora", "--prefix_init", "zero"], "--prefix_init has no meaning for lora"),
         (["--use_prefix_tuning", "--prefix_projection", "--prefix_init", "text"], "can't start a projected prefix"),
-        (["--use_prompt_tuning", "--prompt_tuning_init", "random", "--prompt_tuning_init_text", "x"], "the initialisation is random"),
+        (
+            ["--use_prompt_tuning", "--prompt_tuning_init", "random", "--prompt_tuning_init_text", "x"],
+            "the initialisation is random",
+        ),
         (["--learning_rate", "-1"], "--learning_rate -1.0 is not a rate"),
         (["--learning_rate", "nan"], "--learning_rate nan is not a rate"),
         (["--warmup_ratio", "1.5"], "--warmup_ratio 1.5 is out of range"),

@@ -20,9 +20,23 @@ from hypothesis import strategies as st
 from arrow2json import main
 from tests.conftest import ROOT
 
-AWKWARD = ["", "plain", "\u2028line\u2029", "nul\x00", 'quote" back\\slash', "漢字 ☂ é", "😀" * 3, "\n\r\t", "x" * 100_000]
+AWKWARD = [
+    "",
+    "plain",
+    "\u2028line\u2029",
+    "nul\x00",
+    'quote" back\\slash',
+    "漢字 ☂ é",
+    "😀" * 3,
+    "\n\r\t",
+    "x" * 100_000,
+]
 ROWS = [
-    {"id": f"r{i}", "messages": [{"content": text, "role": "user"}, {"content": "ok", "role": "assistant"}], "source": f"s{i % 3}"}
+    {
+        "id": f"r{i}",
+        "messages": [{"content": text, "role": "user"}, {"content": "ok", "role": "assistant"}],
+        "source": f"s{i % 3}",
+    }
     for i, text in enumerate(AWKWARD * 30)
 ]
 TABLE = pa.Table.from_pylist(ROWS)
@@ -56,7 +70,9 @@ def make_source(kind, tmp_path):
         datasets.Dataset(TABLE).save_to_disk(tmp_path / "saved", num_shards=3)
         return tmp_path / "saved"
     if kind == "saved dict":
-        datasets.DatasetDict(train=datasets.Dataset(TABLE), test=datasets.Dataset(TABLE.slice(0, 2))).save_to_disk(tmp_path / "saved")
+        datasets.DatasetDict(train=datasets.Dataset(TABLE), test=datasets.Dataset(TABLE.slice(0, 2))).save_to_disk(
+            tmp_path / "saved"
+        )
         return tmp_path / "saved"
     if kind == "cache":
         folder = tmp_path / "org___name" / "default" / "0.0.0" / "abc"
@@ -117,7 +133,11 @@ def test_columns_shards_and_compression(source, tmp_path):
         "--verify",
     ]
     assert main(words) == 0
-    lines = [line for i in range(4) for line in gzip.decompress((tmp_path / f"o-{i:05d}-of-00004.jsonl.gz").read_bytes()).splitlines()]
+    lines = [
+        line
+        for i in range(4)
+        for line in gzip.decompress((tmp_path / f"o-{i:05d}-of-00004.jsonl.gz").read_bytes()).splitlines()
+    ]
     assert [json.loads(line) for line in lines] == [{"source": row["source"], "id": row["id"]} for row in ROWS]
     assert main([str(source), "-o", str(tmp_path / "z.jsonl"), "--compression", "zstd", "--verify"]) == 0
 

@@ -9,7 +9,10 @@ from tests.conftest import ROOT, TINY_MODEL
 
 def test_the_sample_is_what_its_program_writes():
     sample = ROOT / "data" / "sample"
-    train, held_out = ([json.loads(line) for line in (sample / name).read_text().splitlines()] for name in ("train.jsonl", "heldout.jsonl"))
+    train, held_out = (
+        [json.loads(line) for line in (sample / name).read_text().splitlines()]
+        for name in ("train.jsonl", "heldout.jsonl")
+    )
     assert train + held_out == rows("reverse", 2600, seed=7)
     assert len(held_out) == 200
 

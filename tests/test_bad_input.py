@@ -40,7 +40,10 @@ CASES = {
     "no template": ((without_template, ["--chat_template_name", "tokenizer"]), "has no chat template"),
     "no such file": (["--train_file", "missing.jsonl"], "no such file: missing.jsonl"),
     "validation is training": (["--validation_file", "{data}"], "is the training file"),
-    "context": (["--use_prompt_tuning", "--num_virtual_tokens", "1000", "--max_seq_length", "100"], "context of 1024 positions"),
+    "context": (
+        ["--use_prompt_tuning", "--num_virtual_tokens", "1000", "--max_seq_length", "100"],
+        "context of 1024 positions",
+    ),
     "too many virtual tokens": (["--use_prompt_tuning", "--num_virtual_tokens", "2000"], "fills the model's context"),
     "too short": (["--max_seq_length", "3"], "none of the 80 conversations has a labelled token"),
     "checkpoint": (["--resume_from_checkpoint", "nowhere"], "checkpoint nowhere can't be used (it does not exist)"),
@@ -48,16 +51,25 @@ CASES = {
         ["--use_prefix_tuning", "--gradient_checkpointing", "--packing", "False"],
         "prefix tuning does not work with gradient checkpointing, padded",
     ),
-    "row": (["--use_prompt_tuning", "--max_tokens_per_microbatch", "30"], "--max_tokens_per_microbatch 30 can't hold the longest example"),
+    "row": (
+        ["--use_prompt_tuning", "--max_tokens_per_microbatch", "30"],
+        "--max_tokens_per_microbatch 30 can't hold the longest example",
+    ),
     "back end": (["--attn_backend", "varlen"], "--attn_backend varlen can't be used: it needs a GPU"),
     "flash back end": (["--attn_backend", "flash_attn"], "--attn_backend flash_attn can't be used: it needs a GPU"),
-    "packing flags": (["--packing", "False", "--attn_backend", "sdpa"], "--attn_backend belongs to the packed forward pass"),
+    "packing flags": (
+        ["--packing", "False", "--attn_backend", "sdpa"],
+        "--attn_backend belongs to the packed forward pass",
+    ),
     "quantised full": (["--load_in_4bit"], "full fine-tuning does not work with 4-bit base"),
     "two quantisations": (["--use_lora", "--load_in_4bit", "--load_in_8bit"], "exclude each other"),
     "schedule": (["--lr_scheduler_type", "wavy"], "--lr_scheduler_type wavy"),
     "final rate": (["--final_lr_ratio", "0.1", "--lr_scheduler_type", "cosine"], "--final_lr_ratio 0.1"),
     "tracker": (["--with_tracking", "--report_to", "notepad"], "--report_to notepad"),
-    "output is the model": (["--output_dir", str(TINY_MODEL), "--overwrite_output_dir"], "is the base model's own folder"),
+    "output is the model": (
+        ["--output_dir", str(TINY_MODEL), "--overwrite_output_dir"],
+        "is the base model's own folder",
+    ),
     "output folder": (["--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere can't be written"),
     "flash": (["--use_flash_attn"], "needs a GPU"),
 }
@@ -68,7 +80,11 @@ def test_bad_input_is_one_line_and_code_2(case, tmp_path, data_file, capsys):
     from open_instruct.finetune_peft import main
 
     flags, says = CASES[case]
-    words = {"--model_name_or_path": str(TINY_MODEL), "--train_file": str(data_file), "--output_dir": str(tmp_path / "out")}
+    words = {
+        "--model_name_or_path": str(TINY_MODEL),
+        "--train_file": str(data_file),
+        "--output_dir": str(tmp_path / "out"),
+    }
     words["--dataset_local_cache_dir"] = str(tmp_path / "cache")
     if isinstance(flags, tuple):
         change, flags = flags
@@ -108,8 +124,12 @@ def test_pickled_weights_load_when_allowed(tmp_path, train):
     assert run.code == 0, run.err
 
 
-@pytest.mark.parametrize("words", [["--train_file", "x.jsonl"], ["--trainfile", "x"], ["--use_lora", "--use_ia3"], ["missing.yaml"]])
+@pytest.mark.parametrize(
+    "words", [["--train_file", "x.jsonl"], ["--trainfile", "x"], ["--use_lora", "--use_ia3"], ["missing.yaml"]]
+)
 def test_the_process_ends_with_code_2_and_no_traceback(words, tmp_path):
-    result = run_script("--model_name_or_path" if words[0] != "missing.yaml" else "missing.yaml", str(TINY_MODEL), *words, cwd=tmp_path)
+    result = run_script(
+        "--model_name_or_path" if words[0] != "missing.yaml" else "missing.yaml", str(TINY_MODEL), *words, cwd=tmp_path
+    )
     assert result.returncode == 2
     assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1

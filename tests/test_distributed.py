@@ -40,9 +40,18 @@ def launch(engine: str, runs: list[list[str]], folder: Path, processes: int = 2)
     folder.mkdir(exist_ok=True)
     listed = folder / "runs.json"
     listed.write_text(json.dumps(runs))
-    words = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", str(ROOT / "tests" / "engines.py")]
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--standalone",
+        str(ROOT / "tests" / "engines.py"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words, engine, str(listed)], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *words, engine, str(listed)], env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -52,7 +61,9 @@ def rows_of(folder: Path) -> list[dict]:
 
 def adapter_of(folder: Path) -> torch.Tensor:
     """All trained numbers that were saved."""
-    return torch.cat([tensor.flatten() for _, tensor in sorted(load_file(folder / "adapter_model.safetensors").items())])
+    return torch.cat(
+        [tensor.flatten() for _, tensor in sorted(load_file(folder / "adapter_model.safetensors").items())]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +84,11 @@ def test_two_processes_train_as_one(engine, alone, tmp_path, data_file):
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed")
     per_device = ("--per_device_train_batch_size", "3")
-    runs = [flags(tmp_path, data_file, variant, packing, *per_device) for variant in VARIANTS for packing in ("True", "False")]
+    runs = [
+        flags(tmp_path, data_file, variant, packing, *per_device)
+        for variant in VARIANTS
+        for packing in ("True", "False")
+    ]
     result = launch(engine, runs, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     for variant in VARIANTS:
@@ -94,7 +109,9 @@ def test_two_processes_train_as_one(engine, alone, tmp_path, data_file):
 def test_processes_agree_on_start_and_rate(tmp_path, data_file):
     """Screened starts and --auto_lr, with nothing set: both are judged on the same examples on one process and on two."""
     words = ["--prompt_tuning_init", "screened", "--auto_lr", "--max_train_steps", "1"]
-    common = [word for word in flags(tmp_path, data_file, "prompt_tuning", "True") if word not in ("--learning_rate", "0.06")]
+    common = [
+        word for word in flags(tmp_path, data_file, "prompt_tuning", "True") if word not in ("--learning_rate", "0.06")
+    ]
     result = launch("ddp", [[*common, *words, "--per_device_train_batch_size", "3"]], tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     alone = [*common, *words, "--per_device_train_batch_size", "6", "--output_dir", str(tmp_path / "alone")]
@@ -206,7 +223,16 @@ def test_each_process_keeps_its_share_of_the_weights(engine, tmp_path):
         pytest.importorskip("deepspeed")
     program = tmp_path / "program.py"
     program.write_text(SHARES)
-    words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(program), engine, str(TINY_MODEL)]
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+        str(program),
+        engine,
+        str(TINY_MODEL),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]

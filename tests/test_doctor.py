@@ -23,7 +23,9 @@ def names(run) -> set[str]:
 def falling(doctor: Doctor, steps: int, start: float = 2.0, noise: float = 0.3) -> list:
     """A run whose losses fall and whose gradients are calm."""
     rng = random.Random(0)
-    return [f for i in range(steps) for f in doctor.step(start * (1 - i / 400) + noise * rng.random(), 0.5 + rng.random())]
+    return [
+        f for i in range(steps) for f in doctor.step(start * (1 - i / 400) + noise * rng.random(), 0.5 + rng.random())
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)

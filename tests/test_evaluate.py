@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import open_instruct
 from open_instruct import Sampling
+from open_instruct.adapters.scoring import answer_losses, token_scores
 from open_instruct.evaluate_peft import main as evaluate_main
 from open_instruct.finetune_peft import main as finetune
 from open_instruct.generate_peft import main as generate_main
 from open_instruct.inspect_peft import main as inspect_main
-from open_instruct.model.scoring import answer_losses, token_scores
 from tests.conftest import TINY_MODEL, asked
 
 
@@ -44,7 +44,14 @@ def test_an_evaluation_agrees_with_the_run_and_the_reference_libraries(trained, 
     from sacrebleu.metrics import BLEU
 
     out = tmp_path / "evaluated"
-    words = ["--adapter", str(trained / "prefix_tuning"), "--adapter", str(trained / "lora"), "--file", str(questions_file)]
+    words = [
+        "--adapter",
+        str(trained / "prefix_tuning"),
+        "--adapter",
+        str(trained / "lora"),
+        "--file",
+        str(questions_file),
+    ]
     assert evaluate_main([*words, "--output_dir", str(out), "--max_new_tokens", "24"]) == 0
     result = json.loads((out / "evaluation.json").read_text())
     assert (out / "evaluation.png").stat().st_size > 5000 and "| exact_match |" in (out / "evaluation.md").read_text()
@@ -62,7 +69,14 @@ def test_an_evaluation_agrees_with_the_run_and_the_reference_libraries(trained, 
         assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
     # The trainer's own held-out loss on the same rows
     AcceleratorState._reset_state(reset_partial_state=True)
-    again = ["--model_name_or_path", str(TINY_MODEL), "--adapter_name_or_path", str(trained / "prefix_tuning"), "--max_train_steps", "1"]
+    again = [
+        "--model_name_or_path",
+        str(TINY_MODEL),
+        "--adapter_name_or_path",
+        str(trained / "prefix_tuning"),
+        "--max_train_steps",
+        "1",
+    ]
     again += [
         "--train_file",
         str(trained / "train.jsonl"),
@@ -73,7 +87,9 @@ def test_an_evaluation_agrees_with_the_run_and_the_reference_libraries(trained, 
     ]
     assert finetune([*again, "--num_sample_answers", "0", "--dataset_skip_cache"]) == 0
     summary = json.loads((tmp_path / "more" / "summary.json").read_text())
-    assert result["figures"]["prefix_tuning"]["loss"]["value"] == pytest.approx(summary["initial_eval_loss"], rel=1e-5, abs=2e-6)
+    assert result["figures"]["prefix_tuning"]["loss"]["value"] == pytest.approx(
+        summary["initial_eval_loss"], rel=1e-5, abs=2e-6
+    )
     assert result["figures"]["base"]["loss"]["value"] == pytest.approx(summary["base_eval_loss"], rel=1e-5)
     low, high = result["differences_from_base"]["lora"]["loss"]["interval"]
     assert low < result["differences_from_base"]["lora"]["loss"]["value"] < high < 0
@@ -85,7 +101,12 @@ def test_a_file_without_answers_can_not_be_evaluated(trained, tmp_path, capsys):
     path.write_text('{"prompt": "red green"}\n{"prompt": "blue", "completion": "blue"}\n')
     assert evaluate_main(["--adapter", str(trained / "lora"), "--file", str(path)]) == 2
     assert "questions.jsonl:1: no answer to compare with" in capsys.readouterr().err
-    assert generate_main(["--adapter", str(trained / "lora"), "--input_file", str(path), "--output_file", str(tmp_path / "o.jsonl")]) == 0
+    assert (
+        generate_main(
+            ["--adapter", str(trained / "lora"), "--input_file", str(path), "--output_file", str(tmp_path / "o.jsonl")]
+        )
+        == 0
+    )
     rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert "reference" not in rows[0] and rows[1]["reference"] == "blue"
 
@@ -108,8 +129,12 @@ target_delimiter: ""
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]"""
 
 
-@pytest.mark.parametrize("output, more, metric", [("generate_until", GENERATED, "exact_match"), ("multiple_choice", CHOSEN, "acc")])
-def test_the_harness_runs_a_local_task_with_a_soft_prompt(output, more, metric, trained, questions_file, tmp_path, capfd):
+@pytest.mark.parametrize(
+    "output, more, metric", [("generate_until", GENERATED, "exact_match"), ("multiple_choice", CHOSEN, "acc")]
+)
+def test_the_harness_runs_a_local_task_with_a_soft_prompt(
+    output, more, metric, trained, questions_file, tmp_path, capfd
+):
     """Offline. Generated answers are scored as our own evaluation scores them; choices as the losses of both say."""
     pytest.importorskip("lm_eval")
     rows = [json.loads(line)["messages"] for line in questions_file.read_text().splitlines()]
@@ -117,8 +142,18 @@ def test_the_harness_runs_a_local_task_with_a_soft_prompt(output, more, metric, 
     data.write_text("\n".join(json.dumps({"question": q["content"], "answer": a["content"]}) for q, a in rows) + "\n")
     tasks = tmp_path / "tasks"
     tasks.mkdir()
-    (tasks / "words.yaml").write_text(HARNESS_TASK.replace("FILE", str(data)).replace("OUTPUT", output).replace("MORE", more))
-    words = ["--adapter", str(trained / "prompt_tuning"), "--lm_eval_tasks", "words", "--lm_eval_path", str(tasks), "--apply_chat_template"]
+    (tasks / "words.yaml").write_text(
+        HARNESS_TASK.replace("FILE", str(data)).replace("OUTPUT", output).replace("MORE", more)
+    )
+    words = [
+        "--adapter",
+        str(trained / "prompt_tuning"),
+        "--lm_eval_tasks",
+        "words",
+        "--lm_eval_path",
+        str(tasks),
+        "--apply_chat_template",
+    ]
     assert evaluate_main([*words, "--output_dir", str(tmp_path / "out")]) == 0
     figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())["figures"]
     served = open_instruct.load(str(trained / "prompt_tuning"))
@@ -131,8 +166,12 @@ def test_the_harness_runs_a_local_task_with_a_soft_prompt(output, more, metric, 
             for q, a in rows:
                 prompt = served.tokenizer.apply_chat_template([q], tokenize=False, add_generation_prompt=True)
                 start = len(served.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-                pair = [served.tokenizer(prompt + text["content"], add_special_tokens=False)["input_ids"] for text in (q, a)]
-                losses = [answer_losses(served.adapters.use(name), [ids], [[(start, len(ids))]], 1)[0][0] for ids in pair]
+                pair = [
+                    served.tokenizer(prompt + text["content"], add_special_tokens=False)["input_ids"] for text in (q, a)
+                ]
+                losses = [
+                    answer_losses(served.adapters.use(name), [ids], [[(start, len(ids))]], 1)[0][0] for ids in pair
+                ]
                 right.append(losses[1] < losses[0])
         assert figures[name][f"words {metric}"]["value"] == pytest.approx(sum(right) / len(rows))
     assert evaluate_main([*words[:2], "--lm_eval_tasks", "nothing"]) == 2
@@ -148,13 +187,18 @@ def test_inspection_finds_what_was_put_there(trained, questions_file, tmp_path, 
     prompt = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"]
     prompt[:2] = base.get_input_embeddings().weight[ids].detach()
     save_file({"prompt_embeddings": prompt}, folder / "adapter_model.safetensors", {"format": "pt"})
-    assert inspect_main(["--adapter", str(folder), "--file", str(questions_file), "--output_dir", str(tmp_path / "out")]) == 0
+    assert (
+        inspect_main(["--adapter", str(folder), "--file", str(questions_file), "--output_dir", str(tmp_path / "out")])
+        == 0
+    )
     found = json.loads((tmp_path / "out" / "inspection.json").read_text())
     for number in range(2):
         for kind, best in (("cosine", 1.0), ("distance", 0.0)):
             text, value = found["end"][number][kind][0]
             assert text == tokenizer.decode([ids[number]]) and value == pytest.approx(best, abs=1e-2)
-    assert [row["step"] for row in found["drift"]] == [20, 40] and found["drift"][0]["distance"] < found["drift"][1]["distance"]
+    assert [row["step"] for row in found["drift"]] == [20, 40] and found["drift"][0]["distance"] < found["drift"][1][
+        "distance"
+    ]
     start = load_file(folder / "soft_prompt_start.safetensors")["embeddings"]
     assert found["moved"] == pytest.approx((prompt - start).norm(dim=1).tolist(), rel=1e-4)
     assert found["start"][3]["cosine"][0][1] == pytest.approx(1.0, abs=1e-4)  # it starts on tokens
@@ -187,10 +231,12 @@ def test_attention_mass_is_that_of_the_softmax(method, trained, questions_file):
 
 
 def test_references_and_answers_are_compared_by_what_matches():
-    from open_instruct.report.metrics import exact_matches, final_answer, normalise
+    from open_instruct.adapters.answer_metrics import exact_matches, final_answer, normalise
 
     assert final_answer("a #### 1,200 b #### 7", r"#### (\S+)") == "7" and final_answer("yes or no", r"(yes)|no") == ""
-    assert exact_matches(["#### 1,200.00", "#### 12", "none"], ["x #### 1200", "#### 13", "#### 5"], "#### (.*)", "number").tolist() == [
+    assert exact_matches(
+        ["#### 1,200.00", "#### 12", "none"], ["x #### 1200", "#### 13", "#### 5"], "#### (.*)", "number"
+    ).tolist() == [
         1,
         0,
         0,

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from open_instruct.model.loss import PackedModel
+from open_instruct.model.training_model import PackedModel
 from open_instruct.training import faults, loop
 from open_instruct.training.checkpoint import complete_checkpoints, damage
 from tests.conftest import ROOT, TINY_MODEL, modest_flags, without_measurements
@@ -40,7 +40,9 @@ def start(folder: Path, data: Path, *flags: str, launcher: tuple[str, ...] = (),
     """The entry point in a process of its own, or in several under a launcher."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, *launcher, ENTRY, *command(folder, data, *flags)]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
@@ -63,7 +65,9 @@ def logged_steps(folder: Path) -> int:
 
 def same_result(folder: Path, other: Path, exact: bool = True) -> None:
     """Equal curves, without a doubled or missing step, and equal adapters."""
-    first, second = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, other))
+    first, second = (
+        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (folder, other)
+    )
     steps = [row["step"] for row in first if "loss" in row]
     assert steps == list(range(1, len(steps) + 1))
     if exact:
@@ -88,8 +92,13 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path, data_file):
     rng, kills, during_a_save = random.Random(1), 0, 0
     while kills < 20:
         process = start(part, data_file, *flags, "--resume_from_checkpoint")
-        before = len(list((part / "checkpoints").glob("*"))) and max(int(p.name[5:]) for p in complete_checkpoints(part / "checkpoints"))
-        wait_until(lambda before=before: any(int(p.name[5:]) > before for p in complete_checkpoints(part / "checkpoints")), process)
+        before = len(list((part / "checkpoints").glob("*"))) and max(
+            int(p.name[5:]) for p in complete_checkpoints(part / "checkpoints")
+        )
+        wait_until(
+            lambda before=before: any(int(p.name[5:]) > before for p in complete_checkpoints(part / "checkpoints")),
+            process,
+        )
         time.sleep(rng.uniform(0, 0.08))
         process.kill()
         process.wait()
@@ -139,7 +148,16 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes_on_one(tmp_path, da
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_a_hanging_process_is_said_with_rank_and_step(tmp_path, data_file):
-    process = start(tmp_path / "run", data_file, "--use_prompt_tuning", "--max_train_steps", "100000", "--timeout", "10", launcher=TWO)
+    process = start(
+        tmp_path / "run",
+        data_file,
+        "--use_prompt_tuning",
+        "--max_train_steps",
+        "100000",
+        "--timeout",
+        "10",
+        launcher=TWO,
+    )
     wait_until(lambda: logged_steps(tmp_path / "run") > 4, process)
     workers = children(process.pid)
     os.kill(workers[-1], signal.SIGSTOP)
@@ -212,7 +230,12 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(kind, train)
     assert resumed.code == 0, resumed.err
     assert ("is damaged" in resumed.err) == (kind != "unmarked") and "resuming after step 4" in resumed.out
     assert without_measurements(resumed.metrics) == without_measurements(whole.metrics)
-    named = train("other", *flags, "--resume_from_checkpoint", str(newest.parent.parent.parent / "whole" / "checkpoints" / "step_9"))
+    named = train(
+        "other",
+        *flags,
+        "--resume_from_checkpoint",
+        str(newest.parent.parent.parent / "whole" / "checkpoints" / "step_9"),
+    )
     assert named.code == 2 and "it does not exist" in named.err and named.err.count("\n") == 1
 
 
@@ -236,7 +259,9 @@ def test_a_step_that_is_not_finite_is_left_out_and_named(train, monkeypatch):
     run = train("run", "--use_prompt_tuning", *SHORT)
     assert run.code == 0, run.err
     rows = {row["step"]: row for row in run.metrics if "eval_loss" not in row}
-    assert sorted(rows) == [1, 2, 3, 4, 5, 6] and "loss nan" in rows[3]["skipped"] and len(rows[3]["example_indices"]) == 4
+    assert (
+        sorted(rows) == [1, 2, 3, 4, 5, 6] and "loss nan" in rows[3]["skipped"] and len(rows[3]["example_indices"]) == 4
+    )
     assert rows[2]["loss"] == next(row["loss"] for row in clean.metrics if row["step"] == 2 and "loss" in row)
     assert rows[4]["loss"] > 0 and "not applied" in run.out
     assert all(torch.isfinite(tensor).all() for tensor in load_file(run.folder / "adapter_model.safetensors").values())
@@ -262,7 +287,9 @@ def test_rows_are_halved_once_when_memory_runs_out(train, monkeypatch):
         assert a == pytest.approx(b, rel=1e-4)
 
 
-@pytest.mark.parametrize("flags, at", [([], {2, 3}), (["--max_train_samples", "1", "--per_device_train_batch_size", "1"], {2})])
+@pytest.mark.parametrize(
+    "flags, at", [([], {2, 3}), (["--max_train_samples", "1", "--per_device_train_batch_size", "1"], {2})]
+)
 def test_memory_that_is_missing_for_good_is_one_line_with_remedies(flags, at, train, monkeypatch):
     failing(monkeypatch, at, out_of_memory)
     run = train("run", "--use_prompt_tuning", *SHORT, *flags)

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from open_instruct.data import chat, collate
 from open_instruct.data.dataset import new_counts, tokenize_all
 from open_instruct.data.reading import conversations, read_rows
-from open_instruct.model.loss import PaddedModel
+from open_instruct.model.training_model import PaddedModel
 from tests.conftest import METHODS, TINY_MODEL, method_flags, run_script, without_measurements, write_conversations
 
 SHORT = ["--max_train_steps", "6", "--eval_steps", "3", "--per_device_train_batch_size", "4"]
-VARIANTS = {name: method_flags(name) for name in METHODS} | {"projected_prefix": ["--use_prefix_tuning", "--prefix_projection"]}
+VARIANTS = {name: method_flags(name) for name in METHODS} | {
+    "projected_prefix": ["--use_prefix_tuning", "--prefix_projection"]
+}
 
 
 def model_hash() -> str:
@@ -50,7 +52,15 @@ def test_the_saved_adapter_loads_with_plain_peft_and_gives_the_loss_of_the_summa
     held_out = write_conversations(tmp_path / "heldout.jsonl", "reverse", 15, seed=3, long_every=4)
     run = train("run", *VARIANTS[variant], *SHORT, "--validation_file", str(held_out))
     assert run.code == 0, run.err
-    expected = {"run.json", "metrics.jsonl", "summary.json", "loss.png", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    expected = {
+        "run.json",
+        "metrics.jsonl",
+        "summary.json",
+        "loss.png",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
     expected |= (
         {"model.safetensors", "config.json", "generation_config.json"}
         if variant == "full"
@@ -62,7 +72,11 @@ def test_the_saved_adapter_loads_with_plain_peft_and_gives_the_loss_of_the_summa
 
     base = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
     assert plain_loss(base, held_out) == pytest.approx(run.summary["base_eval_loss"], rel=1e-5)
-    tuned = AutoModelForCausalLM.from_pretrained(run.folder) if variant == "full" else PeftModel.from_pretrained(base, run.folder)
+    tuned = (
+        AutoModelForCausalLM.from_pretrained(run.folder)
+        if variant == "full"
+        else PeftModel.from_pretrained(base, run.folder)
+    )
     assert plain_loss(tuned.eval(), held_out) == pytest.approx(run.summary["final_eval_loss"], rel=1e-5)
     assert run.summary["final_eval_loss"] != pytest.approx(run.summary["base_eval_loss"], rel=1e-4)
     assert model_hash() == before
@@ -74,7 +88,9 @@ def test_training_changes_no_parameter_of_the_base_in_memory():
     from open_instruct.methods import MethodSettings
 
     wrapped = PaddedModel(
-        REGISTRY["prompt_tuning"].wrap(model, AutoTokenizer.from_pretrained(TINY_MODEL), MethodSettings(num_virtual_tokens=4))
+        REGISTRY["prompt_tuning"].wrap(
+            model, AutoTokenizer.from_pretrained(TINY_MODEL), MethodSettings(num_virtual_tokens=4)
+        )
     )
     frozen = {name: p.detach().clone() for name, p in wrapped.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
@@ -113,7 +129,10 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(variant, train):
     weights = "model.safetensors" if variant == "full" else "adapter_model.safetensors"
     first, second = load_file(whole.folder / weights), load_file(resumed.folder / weights)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    assert resumed.summary["examples"] == whole.summary["examples"] and resumed.summary["tokens"] == whole.summary["tokens"]
+    assert (
+        resumed.summary["examples"] == whole.summary["examples"]
+        and resumed.summary["tokens"] == whole.summary["tokens"]
+    )
 
 
 def test_a_run_can_be_resumed_from_an_earlier_checkpoint_by_name(train):
@@ -158,7 +177,9 @@ def test_a_finished_run_is_replaced_only_when_asked(train):
         assert (first.folder / "summary.json").read_bytes() == before
     (first.folder / "notes.txt").write_text("mine")
     full = train("run", *SHORT, "--overwrite_output_dir")
-    assert full.code == 0 and (full.folder / "config.json").exists() and not (full.folder / "adapter_config.json").exists()
+    assert (
+        full.code == 0 and (full.folder / "config.json").exists() and not (full.folder / "adapter_config.json").exists()
+    )
     again = train("run", *SHORT, "--overwrite_output_dir", "--use_prefix_tuning")
     assert again.code == 0 and (again.folder / "notes.txt").read_text() == "mine"
     assert not (again.folder / "config.json").exists() and not (again.folder / "model.safetensors").exists()
@@ -179,11 +200,24 @@ def test_the_record_says_where_each_value_comes_from(train):
     assert record["flags"]["warmup_ratio"] == {"value": 0.5, "origin": "flag"}
     assert record["flags"]["learning_rate"]["origin"] == "recipe" and record["flags"]["learning_rate"]["value"] > 0
     assert record["flags"]["reduce_loss"]["origin"] == "default"
-    assert {"torch", "transformers", "peft"} <= record["versions"].keys() and record["world_size"] == 1 and record["data"]["train"]
+    assert (
+        {"torch", "transformers", "peft"} <= record["versions"].keys()
+        and record["world_size"] == 1
+        and record["data"]["train"]
+    )
 
 
 def test_metrics_count_what_was_trained_on(train, data_file):
-    run = train("run", "--use_prompt_tuning", "--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--eval_steps", "0")
+    run = train(
+        "run",
+        "--use_prompt_tuning",
+        "--num_train_epochs",
+        "1",
+        "--per_device_train_batch_size",
+        "16",
+        "--eval_steps",
+        "0",
+    )
     steps = [row for row in run.metrics if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4] and steps[-1]["examples"] == 64 and steps[-1]["epoch"] == 1
     assert list(steps[0]) == [
@@ -232,7 +266,9 @@ def test_qlora_trains_on_a_quantised_base(train):
 
 def test_a_nan_loss_stops_with_step_rate_and_checkpoint(train):
     run = train("run", *SHORT, "--learning_rate", "1e30", "--clip_grad_norm", "-1", "--checkpointing_steps", "1")
-    assert run.code == 2 and "learning rate" in run.err and "last good checkpoint" in run.err and run.err.count("\n") == 1
+    assert (
+        run.code == 2 and "learning rate" in run.err and "last good checkpoint" in run.err and run.err.count("\n") == 1
+    )
 
 
 def test_as_a_process_from_another_folder(tmp_path, data_file):
@@ -241,7 +277,15 @@ def test_as_a_process_from_another_folder(tmp_path, data_file):
         "--output_dir", "out", "--num_sample_answers", "3", "--validation_fraction", "0.1", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    for part in ("held-out loss", "trained parameters", "adapter size", "tokens/s", "question 3", "base model", "tuned model"):
+    for part in (
+        "held-out loss",
+        "trained parameters",
+        "adapter size",
+        "tokens/s",
+        "question 3",
+        "base model",
+        "tuned model",
+    ):
         assert part in result.stdout
     assert "Warning" not in result.stderr
 
@@ -281,8 +325,17 @@ def test_training_reads_what_the_tools_read(train, tmp_path):
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), folder / "train-00000-of-00001.parquet")
     (tmp_path / "alpaca.json").write_text(json.dumps(rows))
     write_conversations(tmp_path / "c1.jsonl", "sort", 20)
-    flags = ["--model_name_or_path", str(TINY_MODEL), "--output_dir", str(tmp_path / "out"), "--use_prompt_tuning", *SHORT]
-    result = run_script("--train_file", str(folder), str(tmp_path / "alpaca.json"), str(tmp_path / "c*.jsonl"), *flags, cwd=tmp_path)
+    flags = [
+        "--model_name_or_path",
+        str(TINY_MODEL),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--use_prompt_tuning",
+        *SHORT,
+    ]
+    result = run_script(
+        "--train_file", str(folder), str(tmp_path / "alpaca.json"), str(tmp_path / "c*.jsonl"), *flags, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert "form Alpaca" in result.stdout and "of 60 read" in result.stdout
 
@@ -293,7 +346,9 @@ def test_gradient_checkpointing_changes_nothing(method, train):
     plain, recomputed = train("a", *flags), train("b", *flags, "--gradient_checkpointing")
     assert recomputed.code == 0, recomputed.err
     assert recomputed.summary["final_eval_loss"] == pytest.approx(plain.summary["final_eval_loss"], rel=1e-5)
-    assert recomputed.summary["final_eval_loss"] != pytest.approx(plain.summary["initial_eval_loss"], rel=1e-3)  # it did train
+    assert recomputed.summary["final_eval_loss"] != pytest.approx(
+        plain.summary["initial_eval_loss"], rel=1e-3
+    )  # it did train
 
 
 def test_another_base_of_the_same_shape_is_another_base(train, tmp_path):

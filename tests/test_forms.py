@@ -50,7 +50,10 @@ def test_tool_and_system_roles_survive():
     [
         ({"text": "x", "n": 1}, r"columns: text, n\): known forms are messages"),
         ({"conversations": [{"from": "martian", "value": "x"}]}, "is from 'martian': known speakers"),
-        ({"messages": [QUESTION[0], {"role": "assistant", "content": [{"type": "image", "url": "x"}]}]}, "content part of type image"),
+        (
+            {"messages": [QUESTION[0], {"role": "assistant", "content": [{"type": "image", "url": "x"}]}]},
+            "content part of type image",
+        ),
         ({"messages": [QUESTION[0], {**QUESTION[1], "loss_weight": 0.0}]}, "has loss_weight 0.0"),
         ({"prompt": "q", "completion": ""}, "message 2 .assistant. has content that is empty"),
         ({"messages": [QUESTION[0], {"role": "assistant", "content": "\ud800"}]}, "surrogate"),
@@ -65,7 +68,10 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path):
     rows = [{"id": str(i), "messages": QUESTION} for i in range(5)]
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, pa.Table.from_pylist(rows).schema) as writer:
+    with (
+        pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, pa.Table.from_pylist(rows).schema) as writer,
+    ):
         writer.write_table(pa.Table.from_pylist(rows))
     with pa.CompressedOutputStream(str(tmp_path / "rows.jsonl.gz"), "gzip") as sink:
         sink.write((tmp_path / "a" / "rows.jsonl").read_bytes())

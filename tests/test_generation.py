@@ -6,14 +6,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from open_instruct.adapters.generation import greedy_answers
 from open_instruct.data import collate
 from open_instruct.methods import METHODS, MethodSettings
-from open_instruct.model.generation import greedy_answers
 from tests.conftest import TINY_MODEL
 from tests.test_shared_prefix import examples, packed_model, packed_token_losses, random_model, wrap
 
 SETTINGS = MethodSettings(num_virtual_tokens=6, prompt_tuning_init="sample_vocab", prefix_init="text", lora_rank=4)
-QUESTIONS = ["horse apple", "knife", "goat brave kiwi young", "quiet storm", "small fast rich early hot quiet", "desert lemon"]
+QUESTIONS = [
+    "horse apple",
+    "knife",
+    "goat brave kiwi young",
+    "quiet storm",
+    "small fast rich early hot quiet",
+    "desert lemon",
+]
 
 
 def adapted(method: str):
@@ -57,7 +64,9 @@ def test_a_packed_loss_does_not_depend_on_its_row(variant):
     packed, rows = packed_model(model, method), [row for row in examples() if row["spans"][0] > 0]
     alone = torch.cat([packed_token_losses(packed, [row]) for row in rows])
     for order in (rows, rows[::-1]):
-        found = dict(zip(map(id, order), packed_token_losses(packed, order).split(list(map(count_labels, order))), strict=True))
+        found = dict(
+            zip(map(id, order), packed_token_losses(packed, order).split(list(map(count_labels, order))), strict=True)
+        )
         torch.testing.assert_close(torch.cat([found[id(row)] for row in rows]), alone, rtol=1e-5, atol=1e-6)
 
 

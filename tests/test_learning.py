@@ -24,7 +24,9 @@ def test_the_recipe_brings_the_loss_below_the_base_models(method, task, train):
 def test_the_users_settings_end_above_the_base_model(tmp_path, train):
     """The complaint that this project began with: open-instruct's rate with PEFT's random start. The run says so."""
     task = write_conversations(tmp_path / "sort.jsonl", "sort", 300, seed=11)
-    run = train("run", "--use_prompt_tuning", "--prompt_tuning_init", "random", "--learning_rate", "2e-5", *STEPS, data=task)
+    run = train(
+        "run", "--use_prompt_tuning", "--prompt_tuning_init", "random", "--learning_rate", "2e-5", *STEPS, data=task
+    )
     assert run.summary["final_eval_loss"] > run.summary["base_eval_loss"]
     assert "warning: the held-out loss is not below the base model's" in run.out
 
@@ -37,7 +39,17 @@ def test_a_soft_prompt_calls_a_skill_that_the_base_has(train, tmp_path):
     assert run.summary["exact_match"]["tuned"] > 0.8
 
 
-BY_HEART = ["--use_lora", "--learning_rate", "0.02", "--max_train_steps", "60", "--eval_steps", "5", "--max_train_samples", "8"]
+BY_HEART = [
+    "--use_lora",
+    "--learning_rate",
+    "0.02",
+    "--max_train_steps",
+    "60",
+    "--eval_steps",
+    "5",
+    "--max_train_samples",
+    "8",
+]
 
 
 def held_out(run) -> dict[int, float]:
@@ -56,11 +68,21 @@ def test_a_run_that_goes_on_to_learn_by_heart_saves_its_best(train, task, tmp_pa
     assert last.summary["final_eval_loss"] == losses[60] and last.summary["saved_step"] == 60
     saved, ended = ((folder / "adapter_model.safetensors").read_bytes() for folder in (run.folder, last.folder))
     stopped = train(
-        "stopped", *BY_HEART, "--keep_best", "False", "--checkpointing_steps", str(step), "--keep_last_n_checkpoints", "-1", data=task
+        "stopped",
+        *BY_HEART,
+        "--keep_best",
+        "False",
+        "--checkpointing_steps",
+        str(step),
+        "--keep_last_n_checkpoints",
+        "-1",
+        data=task,
     )
     kept = load_file(sorted(stopped.folder.glob(f"checkpoints/step_{step}"))[0] / "trained.safetensors")
     found = load_file(run.folder / "adapter_model.safetensors")
-    assert saved != ended and all(torch.equal(found[name.replace(".default", "")], value) for name, value in kept.items())
+    assert saved != ended and all(
+        torch.equal(found[name.replace(".default", "")], value) for name, value in kept.items()
+    )
 
 
 def test_the_best_survives_a_resume(train, task):

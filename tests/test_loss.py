@@ -14,11 +14,13 @@ from open_instruct.data.collate import Packing, Padding
 from open_instruct.data.dataset import SCHEMA, Examples
 from open_instruct.methods import METHODS, MethodSettings
 from open_instruct.model.backends import blocked
-from open_instruct.model.loss import PackedModel, PaddedModel, TrainingModel
+from open_instruct.model.training_model import PackedModel, PaddedModel, TrainingModel
 from open_instruct.training.loop import step_gradient
 from tests.conftest import tiny_llama
 
-SETTINGS = MethodSettings(num_virtual_tokens=3, prompt_tuning_init="random", prefix_init="random", lora_rank=4, lora_dropout=0.0)
+SETTINGS = MethodSettings(
+    num_virtual_tokens=3, prompt_tuning_init="random", prefix_init="random", lora_rank=4, lora_dropout=0.0
+)
 ADAPTERS = ["lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning"]
 
 
@@ -35,9 +37,13 @@ def wrapped(method: str, packed: bool = False) -> TrainingModel:
     """A tiny model with an adapter that is not at its neutral start."""
     base = tiny_llama()
     torch.manual_seed(1)
-    tokenizer = SimpleNamespace(all_special_ids=[0], added_tokens_decoder={}, get_vocab=lambda: {str(i): i for i in range(200)})
+    tokenizer = SimpleNamespace(
+        all_special_ids=[0], added_tokens_decoder={}, get_vocab=lambda: {str(i): i for i in range(200)}
+    )
     adapted = METHODS[method].wrap(base, tokenizer, SETTINGS)
-    model = PackedModel(adapted, partial(METHODS[method].soft_prompt, adapted), blocked) if packed else PaddedModel(adapted)
+    model = (
+        PackedModel(adapted, partial(METHODS[method].soft_prompt, adapted), blocked) if packed else PaddedModel(adapted)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -106,7 +112,7 @@ def test_the_loss_is_pefts_own(method, examples):
 
 def test_a_process_without_examples_adds_nothing(examples):
     model = wrapped("prompt_tuning")
-    total, count = model(**Padding(1, 0).tensors([]))
+    total, count = model(**Padding(1, 0).collate([]))
     total.backward()
     assert total.item() == 0 and count.item() == 0
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)

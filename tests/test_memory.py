@@ -36,10 +36,17 @@ print(json.dumps([measured, estimate["activations"] + estimate["logits"] + estim
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-@pytest.mark.parametrize("method, checkpointing", [("full", False), ("lora", False), ("prompt_tuning", False), ("prefix_tuning", True)])
+@pytest.mark.parametrize(
+    "method, checkpointing", [("full", False), ("lora", False), ("prompt_tuning", False), ("prefix_tuning", True)]
+)
 def test_the_estimate_is_near_the_measured_growth(method, checkpointing):
     """Large blocks from the system, so that the peak counts what lives and not glibc's fragments."""
-    variables = {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    variables = {
+        "PYTHONPATH": str(ROOT),
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+    }
     command = [sys.executable, "-c", PROGRAM, method, str(checkpointing)]
     result = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT)
     assert result.returncode == 0, result.stderr

@@ -27,16 +27,26 @@ from transformers import (
 
 import open_instruct
 from open_instruct import InputError, Sampling
+from open_instruct.adapters import prompt_tokens as vocabulary
 from open_instruct.merge_peft import main as merge_main
 from open_instruct.methods import METHODS, MethodSettings
-from open_instruct.model import vocabulary
 from tests.conftest import TINY_MODEL
 
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256}
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
 BASES: dict[str, Any] = {
     "untied": lambda rows: LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, vocab_size=rows)),
-    "tied": lambda rows: Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_key_value_heads=2, vocab_size=rows, tie_word_embeddings=True)),
-    "scaled": lambda rows: Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, num_key_value_heads=2, vocab_size=rows, head_dim=8)),
+    "tied": lambda rows: Qwen2ForCausalLM(
+        Qwen2Config(**SHAPE, num_key_value_heads=2, vocab_size=rows, tie_word_embeddings=True)
+    ),
+    "scaled": lambda rows: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SHAPE, num_key_value_heads=2, vocab_size=rows, head_dim=8)
+    ),
     "biased": lambda rows: PhiForCausalLM(PhiConfig(**SHAPE, vocab_size=rows)),
 }
 
@@ -47,14 +57,18 @@ def make_base(folder: Path, kind: str, rows: int = 907, bos: bool = False) -> Pa
     model = BASES[kind](rows)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter)) if name.endswith("bias") or "norm" in name else parameter.mul_(4)
+            parameter.add_(0.2 * torch.randn_like(parameter)) if name.endswith(
+                "bias"
+            ) or "norm" in name else parameter.mul_(4)
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     if bos:
         from tokenizers import processors
 
         pair = (tokenizer.bos_token, tokenizer.bos_token_id)
-        tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single=f"{pair[0]} $A", special_tokens=[pair])
+        tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{pair[0]} $A", special_tokens=[pair]
+        )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -63,7 +77,9 @@ def make_adapter(folder: Path, base: Path, method: str, seed: int = 0, template:
     """An adapter that is far from its neutral start, as saved by PEFT."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    settings = MethodSettings(num_virtual_tokens=5, prompt_tuning_init="sample_vocab", lora_rank=4, prefix_init="random")
+    settings = MethodSettings(
+        num_virtual_tokens=5, prompt_tuning_init="sample_vocab", lora_rank=4, prefix_init="random"
+    )
     model = METHODS[method].wrap(AutoModelForCausalLM.from_pretrained(base), tokenizer, settings)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -81,13 +97,17 @@ def both(base: Path, adapter: Path, merged: Path, text: str = "the red stone") -
     ids = AutoTokenizer.from_pretrained(base)(text, return_tensors="pt")["input_ids"]
     new = AutoTokenizer.from_pretrained(merged)(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        own = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()(input_ids=ids).logits
+        own = (
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()(input_ids=ids).logits
+        )
         plain = AutoModelForCausalLM.from_pretrained(merged).eval()(input_ids=new).logits
     length = ids.shape[1]
     return own[0, -length:], plain[0, -length:, : own.shape[-1]]
 
 
-@pytest.mark.parametrize("kind, rows, bos", [("untied", 907, True), ("tied", 1024, False), ("scaled", 907, True), ("biased", 907, False)])
+@pytest.mark.parametrize(
+    "kind, rows, bos", [("untied", 907, True), ("tied", 1024, False), ("scaled", 907, True), ("biased", 907, False)]
+)
 @pytest.mark.parametrize("method", ["lora", "ia3", "prompt_tuning", "p_tuning"])
 def test_a_merged_checkpoint_equals_base_and_adapter(kind, rows, bos, method, tmp_path):
     if kind == "biased" and method == "ia3":
@@ -118,20 +138,22 @@ def test_a_merged_checkpoint_equals_base_and_adapter(kind, rows, bos, method, tm
     assert again("the red")["input_ids"] == tokenizer("the red")["input_ids"]
 
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 
 
 PROMPT = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
 
 
-@pytest.mark.parametrize("templates", [(TEMPLATE, TEMPLATE), (TEMPLATE, TEMPLATE.replace("'a:'", "'b:'"))], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "templates", [(TEMPLATE, TEMPLATE), (TEMPLATE, TEMPLATE.replace("'a:'", "'b:'"))], ids=["one", "two"]
+)
 def test_two_soft_prompts_in_one_checkpoint_are_chosen_by_name(templates, tmp_path):
     base = make_base(tmp_path / "base", "tied")
     folders = {
         name: make_adapter(tmp_path / name, base, method, seed, template)
-        for seed, (name, method, template) in enumerate(zip(("sum", "translate"), ("prompt_tuning", "p_tuning"), templates, strict=True))
+        for seed, (name, method, template) in enumerate(
+            zip(("sum", "translate"), ("prompt_tuning", "p_tuning"), templates, strict=True)
+        )
     }
     open_instruct.merge([f"{name}={folder}" for name, folder in folders.items()], str(tmp_path / "merged"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
@@ -140,22 +162,25 @@ def test_two_soft_prompts_in_one_checkpoint_are_chosen_by_name(templates, tmp_pa
     for name, folder in folders.items():
         own = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
         trained_tokenizer = AutoTokenizer.from_pretrained(folder)
-        ids = trained_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
-            "input_ids"
-        ]
-        new = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, adapter=name)[
-            "input_ids"
-        ]
+        ids = trained_tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        new = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, adapter=name
+        )["input_ids"]
         assert new[0, 5:].tolist() == ids[0].tolist()
         with torch.no_grad():
             wanted, got = own(input_ids=ids).logits[0, 5:], model(new).logits[0, 5:, :907]
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
         greedy = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
         assert (
-            model.generate(new, **greedy)[0, new.shape[1] :].tolist() == own.generate(input_ids=ids, **greedy)[0, ids.shape[1] :].tolist()
+            model.generate(new, **greedy)[0, new.shape[1] :].tolist()
+            == own.generate(input_ids=ids, **greedy)[0, ids.shape[1] :].tolist()
         )
     plain = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, adapter="base")
-    assert plain == AutoTokenizer.from_pretrained(folders["sum"]).apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert plain == AutoTokenizer.from_pretrained(folders["sum"]).apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False
+    )
     first = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert first.startswith("<|sum_0|>") and "translate" not in first
     with pytest.raises(Exception, match="no adapter other: there are sum, translate, base"):
@@ -184,8 +209,13 @@ def test_a_merged_soft_prompt_needs_no_peft(tmp_path):
     ids = AutoTokenizer.from_pretrained(base)("the red stone", return_tensors="pt")["input_ids"]
     wanted = own.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
     assert json.loads(result.stdout) == wanted
-    told = pipeline("text-generation", model=str(tmp_path / "merged"), device="cpu")("the red stone", max_new_tokens=12, do_sample=False)
-    assert AutoTokenizer.from_pretrained(base).decode(wanted, skip_special_tokens=True).strip() in told[0]["generated_text"]
+    told = pipeline("text-generation", model=str(tmp_path / "merged"), device="cpu")(
+        "the red stone", max_new_tokens=12, do_sample=False
+    )
+    assert (
+        AutoTokenizer.from_pretrained(base).decode(wanted, skip_special_tokens=True).strip()
+        in told[0]["generated_text"]
+    )
 
 
 def test_verification_notices_a_wrong_row(tmp_path, monkeypatch, capsys):
@@ -195,7 +225,10 @@ def test_verification_notices_a_wrong_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vocabulary, "embedding_scale", lambda embedding: 1.05)
     assert merge_main(["--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 2
     assert "merged model's logits differ from base + adapter" in capsys.readouterr().err
-    assert not (tmp_path / "merged").exists() and sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    assert not (tmp_path / "merged").exists() and sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter",
+        "base",
+    ]
 
 
 def test_qlora_is_merged_onto_the_base_that_it_was_trained_on(tmp_path, train):
@@ -211,7 +244,9 @@ def test_qlora_is_merged_onto_the_base_that_it_was_trained_on(tmp_path, train):
     with torch.no_grad():
         wanted = served.adapters.use("q")(ids).logits
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
-        other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY_MODEL), run.folder).eval()(ids).logits
+        other = (
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY_MODEL), run.folder).eval()(ids).logits
+        )
     assert (merged - wanted).abs().max() < 0.1 * (other - wanted).abs().max()
 
 
@@ -255,7 +290,10 @@ def test_generation_marks_leave_white_space_as_it_was():
     tokenizer.chat_template = marked
     wanted = tokenizer.apply_chat_template(messages, tokenize=False)
     tokenizer.chat_template = vocabulary.without_generation_marks(marked)
-    assert "generation" not in tokenizer.chat_template and tokenizer.apply_chat_template(messages, tokenize=False) == wanted
+    assert (
+        "generation" not in tokenizer.chat_template
+        and tokenizer.apply_chat_template(messages, tokenize=False) == wanted
+    )
 
 
 def test_merged_soft_prompts_answer_as_before(tmp_path, train):
@@ -264,4 +302,7 @@ def test_merged_soft_prompts_answer_as_before(tmp_path, train):
     open_instruct.merge([str(run.folder)], str(tmp_path / "merged"))
     questions = ["red green blue", "tall small", "apple stone river lamp"]
     before = open_instruct.load(str(run.folder)).answers(questions, sampling=Sampling(16))
-    assert open_instruct.load(model_name_or_path=str(tmp_path / "merged")).answers(questions, sampling=Sampling(16)) == before
+    assert (
+        open_instruct.load(model_name_or_path=str(tmp_path / "merged")).answers(questions, sampling=Sampling(16))
+        == before
+    )

@@ -5,8 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from open_instruct.methods import METHODS, MethodSettings, model_facts
-from open_instruct.methods.base import DEFAULT_TEXT, between, ordinary_tokens, text_tokens
+from open_instruct.methods.base import DEFAULT_TEXT, between
 from open_instruct.model.loading import load_model
+from open_instruct.model.tokens import ordinary_tokens, text_tokens
 from tests.conftest import METHODS as NAMES
 from tests.conftest import TINY_MODEL
 
@@ -86,7 +87,9 @@ def test_a_prefix_from_text_computes_what_the_text_would(base, tokenizer):
         expected = base(torch.cat([ids, question], 1)).logits[:, 6:]
         settings = MethodSettings(num_virtual_tokens=6, prefix_init="text", prompt_tuning_init_text=TEXT)
         model = METHODS["prefix_tuning"].wrap(base, tokenizer, settings)
-        torch.testing.assert_close(model(question, attention_mask=torch.ones_like(question)).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model(question, attention_mask=torch.ones_like(question)).logits, expected, rtol=1e-4, atol=1e-4
+        )
         model.prompt_encoder["default"].embedding.weight.mul_(1.05)  # negative control
         assert (model(question, attention_mask=torch.ones_like(question)).logits - expected).abs().max() > 1e-2
 
@@ -106,7 +109,9 @@ def test_rates_grow_for_narrow_models_only():
 
 def test_a_recommended_prompt_leaves_room_for_the_input():
     recommended = METHODS["prompt_tuning"].recommended_virtual_tokens
-    assert recommended(None, None) == recommended(None, 4096) == recommended(8192, None) == recommended(8192, 2048) == 100
+    assert (
+        recommended(None, None) == recommended(None, 4096) == recommended(8192, None) == recommended(8192, 2048) == 100
+    )
     assert recommended(256, None) == 32 and recommended(4, None) == 1
     assert recommended(256, 156) == 100 and recommended(256, 200) == 56 and recommended(256, 256) == 1
 
@@ -115,8 +120,16 @@ def test_a_recommended_prompt_leaves_room_for_the_input():
 def test_a_prefix_starts_from_tokens_beyond_a_layers_window(window, tokenizer):
     """Mistral's cache keeps no more than its window; the start needs every token's keys and values."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", vocab_size=len(tokenizer), sliding_window=window, **sizes))
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("mistral", vocab_size=len(tokenizer), sliding_window=window, **sizes)
+    )
     settings = MethodSettings(num_virtual_tokens=20, prefix_init="screened")
     assert model_facts(model, tokenizer, keys=True).key_std > 0
     wrapped = METHODS["prefix_tuning"].wrap(model, tokenizer, settings)

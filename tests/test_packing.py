@@ -18,7 +18,7 @@ from open_instruct.methods import METHODS
 from open_instruct.model import backends
 from open_instruct.model.backends import missing
 from open_instruct.model.chunked_loss import chunked_cross_entropy, find_head, head_forms
-from open_instruct.model.loss import PackedModel
+from open_instruct.model.training_model import PackedModel
 from open_instruct.training import capabilities, packing, setup
 from open_instruct.training.packing import PackingSettings, choose_forward, row_bound, try_packed
 from tests.conftest import ROOT, TINY_MODEL, method_flags, modest_flags, without_measurements
@@ -45,7 +45,10 @@ def of_kind(kind: str, **options: Any) -> Any:
 
 UNPACKABLE = {
     "bloom": ({}, "does not go through transformers' AttentionInterface"),
-    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "num_key_value_heads": 2}, "its attention uses s_aux"),
+    "gpt_oss": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "num_key_value_heads": 2},
+        "its attention uses s_aux",
+    ),
     "lfm2": (
         {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention", "conv"]},
         "an example's loss depends on the example before it",
@@ -78,7 +81,9 @@ def test_the_probe_notices_a_wrong_position(monkeypatch):
     packed, _ = try_packed(model, prompt, "blocked", torch.float32)
     assert packed is not None
     packed.release()
-    monkeypatch.setattr(collate, "pack", lambda rows, pack=collate.pack: (b := pack(rows)) | {"position_ids": b["position_ids"] + 1})
+    monkeypatch.setattr(
+        collate, "pack", lambda rows, pack=collate.pack: (b := pack(rows)) | {"position_ids": b["position_ids"] + 1}
+    )
     packed, reason = try_packed(model, prompt, "blocked", torch.float32)
     assert packed is None and "off its own" in reason
 
@@ -96,7 +101,9 @@ def test_the_probe_notices_a_leak_in_half_precision_too(monkeypatch):
 
 
 def test_an_adapter_that_does_not_run_on_a_model_is_said():
-    model, method = wrap("prefix_tuning", of_kind("lfm2", num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"]))
+    model, method = wrap(
+        "prefix_tuning", of_kind("lfm2", num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"])
+    )
     with pytest.raises(InputError, match="does not run on a lfm2 model"):
         choose_forward(model, method, SETTINGS, CPU, torch.float32)
 
@@ -107,14 +114,19 @@ def test_the_bound_of_a_row():
     assert row_bound(changed(max_seq_length=8192)) == 8192 + 5
     assert row_bound(changed(max_tokens_per_microbatch=77)) == 77
     packing.check_rows(changed(max_tokens_per_microbatch=77), 72)
-    with pytest.raises(InputError, match="has 73 tokens and 5 virtual ones: raise it to 78, or cut examples with --max_seq_length 72"):
+    with pytest.raises(
+        InputError, match="has 73 tokens and 5 virtual ones: raise it to 78, or cut examples with --max_seq_length 72"
+    ):
         packing.check_rows(changed(max_tokens_per_microbatch=77), 73)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "prompt_tuning", "p_tuning", "prefix_tuning", "ia3"])
 def test_packed_and_padded_runs_are_the_same_run(method, train):
     flags = [*modest_flags(method), *SHORT, "--gradient_accumulation_steps", "2"]
-    packed, padded = train("packed", *flags, "--max_tokens_per_microbatch", "150"), train("padded", *flags, "--packing", "False")
+    packed, padded = (
+        train("packed", *flags, "--max_tokens_per_microbatch", "150"),
+        train("padded", *flags, "--packing", "False"),
+    )
     assert packed.code == padded.code == 0, packed.err + padded.err
     assert "forward pass: packed, rows of at most 150 tokens, attention by blocked" in packed.out
     assert "forward pass: padded, 8 rows; PEFT's own" in padded.out
@@ -125,7 +137,16 @@ def test_packed_and_padded_runs_are_the_same_run(method, train):
 @pytest.mark.parametrize("method", ["full", "lora", "prompt_tuning", "prefix_tuning"])
 def test_packed_and_padded_runs_agree_in_bfloat16(method, train):
     """Under autocast; as far as two orders of evaluation do."""
-    flags = [*modest_flags(method), *SHORT, "--dtype", "bfloat16", "--max_train_steps", "2", "--lr_scheduler_type", "constant"]
+    flags = [
+        *modest_flags(method),
+        *SHORT,
+        "--dtype",
+        "bfloat16",
+        "--max_train_steps",
+        "2",
+        "--lr_scheduler_type",
+        "constant",
+    ]
     packed, padded = train("packed", *flags), train("padded", *flags, "--packing", "False")
     assert packed.code == padded.code == 0, packed.err + padded.err
     assert "forward pass: packed" in packed.out
@@ -142,10 +163,16 @@ def test_packed_and_padded_runs_agree_in_bfloat16(method, train):
 def test_whole_runs_on_architectures_with_other_names_for_their_layers(kind, options, forward, train, tmp_path):
     folder = tmp_path / kind
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     of_kind(kind, **{**options, **ids, "vocab_size": len(tokenizer)}).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    run = train("run", "--use_prompt_tuning", "--gradient_checkpointing", *SHORT, "--num_sample_answers", "2", model=folder)
+    run = train(
+        "run", "--use_prompt_tuning", "--gradient_checkpointing", *SHORT, "--num_sample_answers", "2", model=folder
+    )
     assert run.code == 0, run.err
     assert f"forward pass: {forward}" in run.out and run.metrics[1]["grad_norm"] > 0
 
@@ -175,7 +202,9 @@ def test_the_table_of_capabilities_is_true(name, feature, train):
 
 
 @pytest.mark.parametrize("engine", [capabilities.ZERO_3, capabilities.FSDP])
-@pytest.mark.parametrize("flags", [{"use_qlora": True}, {"use_lora": True, "load_in_4bit": True}, {"load_in_8bit": True, "use_ia3": True}])
+@pytest.mark.parametrize(
+    "flags", [{"use_qlora": True}, {"use_lora": True, "load_in_4bit": True}, {"load_in_8bit": True, "use_ia3": True}]
+)
 def test_quantised_weights_are_not_shared_out(engine, flags):
     with pytest.raises(InputError, match="can't be shared out"):
         setup.check_capabilities(FinetuneArguments(**flags), engine)
@@ -235,7 +264,9 @@ def test_a_soft_cap_that_small_logits_hardly_feel_is_not_left_out():
     with torch.no_grad():
         hidden = base.eval().get_decoder()(input_ids=ids).last_hidden_state
         linear = base.get_output_embeddings()(hidden)
-        base.get_output_embeddings().weight.mul_(4 / linear.abs().max())  # a cap of 30 changes logits of 4 by half a percent
+        base.get_output_embeddings().weight.mul_(
+            4 / linear.abs().max()
+        )  # a cap of 30 changes logits of 4 by half a percent
         hidden = base.get_decoder()(input_ids=ids).last_hidden_state
         expected = base(input_ids=ids).logits
         assert 0 < (base.get_output_embeddings()(hidden) - expected).abs().max() < 1e-2 * expected.abs().max()

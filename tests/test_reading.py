@@ -77,7 +77,9 @@ def test_mixture_amounts_are_shares_with_a_point_and_rows_without(tmp_path, amou
     assert len(set(rows)) == count and rows == sorted(rows)
 
 
-@pytest.mark.parametrize("amount, says", [("many", "not a number"), ("11", "asks for 11 rows: it has 10"), ("1.5", "asks for 15")])
+@pytest.mark.parametrize(
+    "amount, says", [("many", "not a number"), ("11", "asks for 11 rows: it has 10"), ("1.5", "asks for 15")]
+)
 def test_bad_mixture_amounts_are_named(amount, says):
     with pytest.raises(InputError, match=says):
         reading.mixture_count("a.jsonl", amount, 10)

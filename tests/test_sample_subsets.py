@@ -16,7 +16,11 @@ from open_instruct.errors import InputError
 from sample_subsets import allocate, main, nested_subsets
 
 ROWS = [
-    {"id": f"r{i}", "messages": [{"content": f'text {i} "source": "no" \u2028 é', "role": "source"}], "source": f"s{min(i % 7, 4)}"}
+    {
+        "id": f"r{i}",
+        "messages": [{"content": f'text {i} "source": "no" \u2028 é', "role": "source"}],
+        "source": f"s{min(i % 7, 4)}",
+    }
     for i in range(1000)
 ]
 
@@ -39,7 +43,12 @@ def read(path):
 @pytest.mark.parametrize("order", ["original", "shuffled"])
 def test_sizes_nesting_and_content(kind, name, order, tmp_path):
     source = write(tmp_path / name, kind=kind)
-    assert main([str(source), "--sizes", "90", "300", "1000", "--seed", "1", "--order", order, "-o", str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            [str(source), "--sizes", "90", "300", "1000", "--seed", "1", "--order", order, "-o", str(tmp_path / "out")]
+        )
+        == 0
+    )
     subsets = {size: read(tmp_path / "out" / f"t_{'1k' if size == 1000 else size}.jsonl") for size in (90, 300, 1000)}
     ids = {size: [row["id"] for row in rows] for size, rows in subsets.items()}
     assert all(len(set(ids[size])) == size for size in ids)
@@ -49,7 +58,10 @@ def test_sizes_nesting_and_content(kind, name, order, tmp_path):
     in_order = [row["id"] for row in ROWS if row["id"] in set(ids[300])]
     assert (ids[300] == in_order) == (order == "original")
     manifest = json.loads((tmp_path / "out" / "t_subsets.manifest.json").read_text())
-    assert manifest["input"]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest() and manifest["input"]["rows"] == 1000
+    assert (
+        manifest["input"]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+        and manifest["input"]["rows"] == 1000
+    )
     record = manifest["subsets"][0]
     assert record["sha256"] == hashlib.sha256((tmp_path / "out" / "t_90.jsonl").read_bytes()).hexdigest()
     assert record["counts"] == dict(Counter(row["source"] for row in subsets[90]).most_common())
@@ -76,7 +88,9 @@ def test_another_seed_is_another_draw_and_each_row_is_equally_likely():
     assert set(nested_subsets(1000, [90], 1)[90]) != set(nested_subsets(1000, [90], 2)[90])
     drawn = Counter(int(row) for seed in range(400) for row in nested_subsets(20, [5], seed)[5])
     expected = 400 * 5 / 20
-    assert sum((drawn[row] - expected) ** 2 / expected for row in range(20)) < 45  # chi-square, 19 degrees of freedom: p < 0.001
+    assert (
+        sum((drawn[row] - expected) ** 2 / expected for row in range(20)) < 45
+    )  # chi-square, 19 degrees of freedom: p < 0.001
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=8), st.data())

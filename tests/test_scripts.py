@@ -39,7 +39,11 @@ def test_shellcheck_finds_nothing(script):
 
 @pytest.mark.parametrize("script", LAUNCHERS, ids=lambda path: path.name)
 def test_a_launcher_composes_flags_that_the_trainer_accepts(script):
-    needed = {"MODEL": str(TINY_MODEL), "TRAIN_FILE": str(SAMPLE), "OUTPUT_DIR": "out"} if "accelerate" in script.name else {}
+    needed = (
+        {"MODEL": str(TINY_MODEL), "TRAIN_FILE": str(SAMPLE), "OUTPUT_DIR": "out"}
+        if "accelerate" in script.name
+        else {}
+    )
     words = composed(script, *(["--num_virtual_tokens", "7"] if "lora" not in script.name else []), **needed)
     entry = next(i for i, word in enumerate(words) if word.endswith("finetune_peft.py"))
     arguments, _ = parse(words[entry + 1 :])
@@ -54,7 +58,9 @@ def test_a_launcher_composes_flags_that_the_trainer_accepts(script):
 
 def test_a_launcher_for_real_runs_asks_for_what_it_needs():
     script = ROOT / "scripts" / "finetune_lora_with_accelerate.sh"
-    result = subprocess.run(["bash", str(script)], env={**os.environ, "PRINT_COMMAND": "1"}, capture_output=True, text=True)
+    result = subprocess.run(
+        ["bash", str(script)], env={**os.environ, "PRINT_COMMAND": "1"}, capture_output=True, text=True
+    )
     assert result.returncode == 2 and "error: MODEL is not set" in result.stderr
 
 
@@ -66,7 +72,13 @@ def test_the_engine_of_several_gpus_can_be_chosen(engine, tmp_path):
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i; done\n")
     fake.chmod(0o755)
-    needed = {"MODEL": "m", "TRAIN_FILE": "t", "OUTPUT_DIR": "o", "PATH": f"{tmp_path}:{os.environ['PATH']}", "ENGINE": engine}
+    needed = {
+        "MODEL": "m",
+        "TRAIN_FILE": "t",
+        "OUTPUT_DIR": "o",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "ENGINE": engine,
+    }
     command = composed(ROOT / "scripts" / "finetune_lora_with_accelerate.sh", **needed)
     assert set(ENGINES.values()) & set(command) == {ENGINES[engine]}
     launch_command_parser().parse_args(command[2:])
@@ -74,18 +86,30 @@ def test_the_engine_of_several_gpus_can_be_chosen(engine, tmp_path):
         config = json.loads(Path(command[command.index("--deepspeed_config_file") + 1]).read_text())
         assert config["zero_optimization"]["stage"] == int(engine[-1])
     assert command[command.index("--num_processes") + 1] == "8"
-    assert command[command.index("--per_device_train_batch_size") + 1 :][:3] == ["16", "--gradient_accumulation_steps", "1"]
+    assert command[command.index("--per_device_train_batch_size") + 1 :][:3] == [
+        "16",
+        "--gradient_accumulation_steps",
+        "1",
+    ]
 
 
 def test_the_batch_job_gives_each_task_its_rank_and_resumes():
-    words = composed(ROOT / "scripts" / "slurm" / "finetune.sbatch", "--use_lora", "--model_name_or_path", "m", "--train_file", "t")
+    words = composed(
+        ROOT / "scripts" / "slurm" / "finetune.sbatch", "--use_lora", "--model_name_or_path", "m", "--train_file", "t"
+    )
     assert words[:4] == ["srun", "--kill-on-bad-exit=1", "bash", "-c"]
     entry = next(i for i, word in enumerate(words) if word.endswith("finetune_peft.py"))
     arguments, _ = parse(words[entry + 1 :])
     check_arguments(arguments)
     assert arguments.resume_from_checkpoint == "newest"
     show = [*words[2:5], "task", "bash", "-c", "echo $RANK $LOCAL_RANK $WORLD_SIZE"]
-    variables = {**os.environ, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2"}
+    variables = {
+        **os.environ,
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_NTASKS": "4",
+        "SLURM_NTASKS_PER_NODE": "2",
+    }
     assert subprocess.run(show, env=variables, capture_output=True, text=True).stdout.split() == ["3", "1", "4"]
 
 
@@ -124,7 +148,9 @@ def test_several_gpus_take_the_deepspeed_configuration(tmp_path):
 
 def test_a_batch_that_does_not_divide_is_refused():
     variables = {**os.environ, "PRINT_COMMAND": "1", "TOTAL_BATCH_SIZE": "10", "BATCH_SIZE_PER_GPU": "4"}
-    result = subprocess.run(["bash", str(ROOT / "scripts" / "test_finetune_lora.sh")], env=variables, capture_output=True, text=True)
+    result = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "test_finetune_lora.sh")], env=variables, capture_output=True, text=True
+    )
     assert result.returncode == 2 and "TOTAL_BATCH_SIZE 10 is no multiple" in result.stderr
 
 

@@ -17,8 +17,8 @@ from open_instruct.errors import InputError
 from open_instruct.methods import METHODS, MethodSettings
 from open_instruct.model import backends, shared_prefix
 from open_instruct.model.backends import BACKENDS
-from open_instruct.model.loss import PackedModel, PaddedModel, TrainingModel
 from open_instruct.model.shared_prefix import Segments
+from open_instruct.model.training_model import PackedModel, PaddedModel, TrainingModel
 
 P, VOCAB = 5, 120
 COMMON = {
@@ -39,7 +39,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"attention_dropout": 0.0},
     "granite": {"num_key_value_heads": 2, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
 }  # fmt: skip
-SETTINGS = MethodSettings(num_virtual_tokens=P, prompt_tuning_init="random", prefix_init="random", lora_rank=4, lora_dropout=0.0)
+SETTINGS = MethodSettings(
+    num_virtual_tokens=P, prompt_tuning_init="random", prefix_init="random", lora_rank=4, lora_dropout=0.0
+)
 VARIANTS = ["full", "lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "projected prefix"]
 
 
@@ -58,7 +60,9 @@ def random_model(architecture: str) -> Any:
 def wrap(variant: str, base: Any) -> tuple[Any, Any]:
     """(adapted model that is not at its neutral start, its method)."""
     method = METHODS["prefix_tuning" if variant == "projected prefix" else variant]
-    tokenizer = SimpleNamespace(all_special_ids=[0], added_tokens_decoder={}, get_vocab=lambda: {str(i): i for i in range(VOCAB)})
+    tokenizer = SimpleNamespace(
+        all_special_ids=[0], added_tokens_decoder={}, get_vocab=lambda: {str(i): i for i in range(VOCAB)}
+    )
     torch.manual_seed(1)
     model = method.wrap(base, tokenizer, replace(SETTINGS, prefix_projection=variant == "projected prefix"))
     with torch.no_grad():
@@ -87,7 +91,9 @@ def step(model: TrainingModel, batch: dict[str, Any]) -> tuple[float, torch.Tens
     model.zero_grad()
     loss, count = model(**batch)
     loss.backward()
-    assert count == sum(len(range(*e["spans"][i : i + 2])) for e in examples() for i in range(0, len(e["spans"]), 2)) - 1
+    assert (
+        count == sum(len(range(*e["spans"][i : i + 2])) for e in examples() for i in range(0, len(e["spans"]), 2)) - 1
+    )
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
@@ -97,7 +103,9 @@ def padded_token_losses(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
     batch = collate.pad(rows, 0)
     logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     logits, targets = logits[:, -batch["labels"].shape[1] :][:, :-1], batch["labels"][:, 1:]
-    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=collate.IGNORE)[targets != collate.IGNORE]
+    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=collate.IGNORE)[
+        targets != collate.IGNORE
+    ]
 
 
 @torch.no_grad()
@@ -110,7 +118,9 @@ def packed_token_losses(model: PackedModel, rows: list[dict[str, Any]]) -> torch
     return F.cross_entropy(torch.cat(seen), batch["targets"], reduction="none")
 
 
-def differences(architecture: str, variant: str, backend: str = "blocked", checkpointing: bool = False) -> tuple[float, float, float]:
+def differences(
+    architecture: str, variant: str, backend: str = "blocked", checkpointing: bool = False
+) -> tuple[float, float, float]:
     """Largest relative difference of a token's loss, difference of the loss, and relative error of the gradient."""
     base = random_model(architecture)
     model, method = wrap(variant, base)
@@ -130,7 +140,12 @@ def differences(architecture: str, variant: str, backend: str = "blocked", check
     )
 
 
-PAIRS = [(architecture, variant) for architecture in ARCHITECTURES for variant in VARIANTS if (architecture, variant) != ("phi3", "ia3")]
+PAIRS = [
+    (architecture, variant)
+    for architecture in ARCHITECTURES
+    for variant in VARIANTS
+    if (architecture, variant) != ("phi3", "ia3")
+]
 
 
 @pytest.mark.parametrize("architecture, variant", PAIRS)
@@ -190,7 +205,12 @@ def reference_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap):
     """
     outputs = []
     groups = q.shape[1] // k.shape[1]
-    assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max() and cu_q[-1] == len(q) and cu_k[-1] == len(k) == len(v)
+    assert (
+        max_q == cu_q.diff().max()
+        and max_k == cu_k.diff().max()
+        and cu_q[-1] == len(q)
+        and cu_k[-1] == len(k) == len(v)
+    )
     for i in range(len(cu_q) - 1):
         qi, ki, vi = q[cu_q[i] : cu_q[i + 1]], k[cu_k[i] : cu_k[i + 1]], v[cu_k[i] : cu_k[i + 1]]
         ki, vi = ki.repeat_interleave(groups, 1), vi.repeat_interleave(groups, 1)
@@ -204,7 +224,9 @@ def reference_kernel(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap):
 
 
 def test_the_index_arithmetic_of_variable_length_attention():
-    inside = backends.varlen_index(Segments(((0, 2), (2, 5), (5, 6)), num_head=2, num_shared=2), False, torch.device("cpu"))
+    inside = backends.varlen_index(
+        Segments(((0, 2), (2, 5), (5, 6)), num_head=2, num_shared=2), False, torch.device("cpu")
+    )
     assert inside[0].tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5]
     assert [inside[1].tolist(), inside[2].tolist(), *inside[3:]] == [[0, 2, 5, 6], [0, 2, 7, 10], 3, 5]
     outside = backends.varlen_index(Segments(((0, 3), (3, 4)), num_head=0, num_shared=2), True, torch.device("cpu"))
@@ -230,7 +252,9 @@ def test_positions_that_are_off_by_one_are_noticed(variant, monkeypatch):
 
 def test_positions_that_do_not_restart_are_noticed(monkeypatch):
     pack = collate.pack
-    monkeypatch.setattr(collate, "pack", lambda rows: (b := pack(rows)) | {"position_ids": torch.arange(b["input_ids"].numel())[None]})
+    monkeypatch.setattr(
+        collate, "pack", lambda rows: (b := pack(rows)) | {"position_ids": torch.arange(b["input_ids"].numel())[None]}
+    )
     assert max(differences("llama", "prompt_tuning")) > 1e-3
 
 
@@ -256,7 +280,7 @@ def test_without_the_adapter_it_is_the_base_model(variant):
 def test_a_process_without_examples_adds_nothing_but_takes_part(variant):
     model, method = wrap(variant, random_model("llama"))
     packed = packed_model(model, method)
-    total, count = packed(**collate.Packing(64).tensors([]))
+    total, count = packed(**collate.Packing(64).collate([]))
     total.backward()
     assert total.item() == 0 and count.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)

@@ -8,15 +8,24 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from open_instruct.adapters.scoring import answer_losses
 from open_instruct.data.chat import set_chat_template
 from open_instruct.data.plan import Plan
 from open_instruct.methods import METHODS, MethodSettings
-from open_instruct.model.scoring import answer_losses
 from open_instruct.training import auto_rate
 from open_instruct.training.screening import JUDGED_ON, STARTS
 from tests.conftest import TINY_MODEL, method_flags
 
-SHORT = ["--max_train_steps", "8", "--per_device_train_batch_size", "4", "--eval_steps", "0", "--num_virtual_tokens", "6"]
+SHORT = [
+    "--max_train_steps",
+    "8",
+    "--per_device_train_batch_size",
+    "4",
+    "--eval_steps",
+    "0",
+    "--num_virtual_tokens",
+    "6",
+]
 
 
 def conversations(path, tokenizer) -> list[tuple[list[int], list[tuple[int, int]]]]:
@@ -48,7 +57,10 @@ def test_the_start_with_the_lowest_loss_is_taken(method, train, data_file):
         losses.append(sum(loss for loss, _ in found) / sum(count for _, count in found))
     best = min(range(STARTS), key=losses.__getitem__)
     what = "the text's" if best == 0 else f"draw {best} of random tokens"
-    assert f"start: {what}, of 16 the lowest loss, {losses[best]:.4f} (the text's {losses[0]:.4f}, worst {max(losses):.4f})" in run.out
+    assert (
+        f"start: {what}, of 16 the lowest loss, {losses[best]:.4f} (the text's {losses[0]:.4f}, worst {max(losses):.4f})"
+        in run.out
+    )
     assert losses[best] < losses[0]
     if method == "prompt_tuning":
         assert torch.equal(load_file(run.folder / "soft_prompt_start.safetensors")["embeddings"], starts[best])
@@ -63,7 +75,9 @@ def test_a_range_test_leaves_no_trace_but_the_rate(method, train):
     found = json.loads((run.folder / "auto_lr.json").read_text())
     assert record == {"value": found["chosen"], "origin": "auto_lr"}
     assert f"auto_lr: {found['chosen']:.3g}, the recipe's is {found['rates'][2]:.3g}; {found['why']}" in run.out
-    assert (run.folder / "auto_lr.png").read_bytes().startswith(b"\x89PNG") and len(found["rates"]) == len(found["losses"]) == 5
+    assert (run.folder / "auto_lr.png").read_bytes().startswith(b"\x89PNG") and len(found["rates"]) == len(
+        found["losses"]
+    ) == 5
     by_hand = train("hand", *method_flags(method), *steps, "--learning_rate", str(found["chosen"]))
     assert not (by_hand.folder / "auto_lr.png").exists()
     contents = [(folder / "adapter_model.safetensors").read_bytes() for folder in (run.folder, by_hand.folder)]
@@ -75,7 +89,9 @@ def test_a_resumed_run_keeps_the_rate_that_was_found(train):
     whole = train("run", *flags)
     content = (whole.folder / "adapter_model.safetensors").read_bytes()
     elsewhere = train("other", *flags, "--resume_from_checkpoint", str(whole.folder / "checkpoints" / "step_5"))
-    assert elsewhere.code == 0 and (elsewhere.folder / "adapter_model.safetensors").read_bytes() == content, elsewhere.err
+    assert elsewhere.code == 0 and (elsewhere.folder / "adapter_model.safetensors").read_bytes() == content, (
+        elsewhere.err
+    )
     for name in ("summary.json", "adapter_model.safetensors"):
         (whole.folder / name).unlink()
     resumed = train("run", *flags, "--resume_from_checkpoint")

@@ -18,8 +18,8 @@ import yaml
 
 from open_instruct import study_peft
 from open_instruct.finetune_peft import main as finetune
-from open_instruct.report import study_figures
 from open_instruct.study import config, search
+from open_instruct.study import figures as study_figures
 from tests.conftest import ROOT, TINY_MODEL, write_conversations
 
 
@@ -47,7 +47,13 @@ def write_study(folder: Path, data: Path, **changes) -> Path:
             "per_device_train_batch_size": 8,
             "eval_steps": 3,
         },
-        "methods": {"lora": None, "full": None, "ia3": None, "prompt_tuning": {"num_virtual_tokens": 5}, "prefix_tuning": None},
+        "methods": {
+            "lora": None,
+            "full": None,
+            "ia3": None,
+            "prompt_tuning": {"num_virtual_tokens": 5},
+            "prefix_tuning": None,
+        },
         "search": {"kind": "grid", "space": {"learning_rate_factor": [1]}},
         "seeds": [1],
         "report": {"questions": 6, "max_new_tokens": 12, "other_text": str(data / "other.jsonl")},
@@ -95,7 +101,9 @@ def test_figures_are_those_of_the_trials(finished):
         summary = json.loads((Path(row["folder"]) / "summary.json").read_text())
         rows = summary["study"]["rows"]
         whole = sum(loss for loss, _ in rows) / sum(count for _, count in rows)
-        assert whole == pytest.approx(summary["final_eval_loss"], rel=1e-4)  # PEFT's padded forward pass and the packed one
+        assert whole == pytest.approx(
+            summary["final_eval_loss"], rel=1e-4
+        )  # PEFT's padded forward pass and the packed one
         assert method["test"]["value"] == pytest.approx(sum(rows[i][0] for i in base["test"]) / tokens)
         assert method["forgetting"] == pytest.approx(study_figures.other_loss(summary) - report["base"]["other"])
     values = [method["test"]["value"] for method in report["methods"]]
@@ -146,9 +154,18 @@ def test_a_kill_costs_one_trial(data, tmp_path):
         kept = done
     assert study_peft.main(["--config", str(path)]) == 0
     assert all(one.stat().st_mtime_ns == when for one, when in kept.items())
-    whole = write_study(tmp_path, data, methods={"prompt_tuning": None, "lora": None}, seeds=[1, 2, 3], output_dir=str(tmp_path / "whole"))
+    whole = write_study(
+        tmp_path,
+        data,
+        methods={"prompt_tuning": None, "lora": None},
+        seeds=[1, 2, 3],
+        output_dir=str(tmp_path / "whole"),
+    )
     assert study_peft.main(["--config", str(whole)]) == 0
-    ends = [[(row["method"], row["seed"], row["test_loss"]) for row in trials_of(tmp_path / name)] for name in ("study", "whole")]
+    ends = [
+        [(row["method"], row["seed"], row["test_loss"]) for row in trials_of(tmp_path / name)]
+        for name in ("study", "whole")
+    ]
     assert ends[0] == ends[1] and len(ends[0]) == 6
 
 
@@ -162,7 +179,10 @@ def test_shards_and_workers_make_the_same_study(data, tmp_path):
     other = write_study(tmp_path, data, methods=methods, seeds=[1, 2], output_dir=str(tmp_path / "two"))
     words = [sys.executable, str(ROOT / "open_instruct" / "study_peft.py"), "--config", str(other), "--workers", "2"]
     subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
-    losses = [{row["folder"].split("/")[-1]: float(row["test_loss"]) for row in trials_of(tmp_path / name)} for name in ("study", "two")]
+    losses = [
+        {row["folder"].split("/")[-1]: float(row["test_loss"]) for row in trials_of(tmp_path / name)}
+        for name in ("study", "two")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
 
 
@@ -173,9 +193,13 @@ def test_a_stopped_study_says_so_and_goes_on_within_its_trial(workers, data, tmp
     path = write_study(tmp_path, data, methods={"prompt_tuning": None}, flags=flags, seeds=[1, 2])
     words = [sys.executable, str(ROOT / "open_instruct" / "study_peft.py"), "--config", str(path), "--workers", workers]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     end = time.monotonic() + 90
-    while not any(len(metrics.read_text().splitlines()) > 5 for metrics in tmp_path.glob("study/trials/*/metrics.jsonl")):
+    while not any(
+        len(metrics.read_text().splitlines()) > 5 for metrics in tmp_path.glob("study/trials/*/metrics.jsonl")
+    ):
         assert process.poll() is None and time.monotonic() < end, process.communicate()
         time.sleep(0.05)
     process.terminate()
@@ -185,7 +209,9 @@ def test_a_stopped_study_says_so_and_goes_on_within_its_trial(workers, data, tmp
     while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).stdout:
         assert time.monotonic() < end, "a worker outlived the study"
         time.sleep(0.2)
-    assert list(tmp_path.glob("study/trials/*/checkpoints/step_*")) and not list(tmp_path.glob("study/trials/*/summary.json"))
+    assert list(tmp_path.glob("study/trials/*/checkpoints/step_*")) and not list(
+        tmp_path.glob("study/trials/*/summary.json")
+    )
     assert study_peft.main(["--config", str(path)]) == 0
     logs = [log.read_text() for log in tmp_path.glob("study/trials/*/log.txt")]
     assert any("resuming after step" in log for log in logs) and len(trials_of(tmp_path / "study")) == 2
@@ -195,7 +221,16 @@ def test_ray_runs_a_study(data, tmp_path):
     """On a cluster of this machine alone."""
     pytest.importorskip("ray")
     path = write_study(tmp_path, data, methods={"prompt_tuning": None, "ia3": None})
-    words = [sys.executable, str(ROOT / "open_instruct" / "study_peft.py"), "--config", str(path), "--engine", "ray", "--workers", "2"]
+    words = [
+        sys.executable,
+        str(ROOT / "open_instruct" / "study_peft.py"),
+        "--config",
+        str(path),
+        "--engine",
+        "ray",
+        "--workers",
+        "2",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=180)
     assert found.returncode == 0, found.stderr
@@ -226,7 +261,12 @@ def test_points_are_spread_over_the_logarithm_and_depend_on_nothing_else(data, t
     settings = {"kind": "random", "points": 200, "space": {}}
     one = config.read(write_study(tmp_path, data, methods={"prompt_tuning": {"space": space}}, search=settings))
     two = config.read(
-        write_study(tmp_path, data, methods={"lora": {"space": {"lora_rank": [4, 8]}}, "prompt_tuning": {"space": space}}, search=settings)
+        write_study(
+            tmp_path,
+            data,
+            methods={"lora": {"space": {"lora_rank": [4, 8]}}, "prompt_tuning": {"space": space}},
+            search=settings,
+        )
     )
     found = search.points(one, one.entries[0])
     assert found == search.points(two, two.entries[1])
@@ -245,7 +285,9 @@ BAD = {
     "seeds [1, 1]": {"seeds": [1, 1]},
     "a grid needs a list": {"search": {"kind": "grid", "space": {"learning_rate": {"low": 1e-3, "high": 1.0}}}},
     "(1.0e-3, not 1e-3)": {"search": {"kind": "random", "space": {"learning_rate": {"low": "1e-3", "high": 1.0}}}},
-    "ia3 (learning_rate_factor 1, seed 1): --num_virtual_tokens has no meaning for ia3": {"methods": {"ia3": {"num_virtual_tokens": 3}}},
+    "ia3 (learning_rate_factor 1, seed 1): --num_virtual_tokens has no meaning for ia3": {
+        "methods": {"ia3": {"num_virtual_tokens": 3}}
+    },
     "report.other_text nowhere.txt: no such file": {"report": {"other_text": "nowhere.txt"}},
 }
 
@@ -271,7 +313,9 @@ def test_what_all_trials_share_is_not_a_failed_trial(data, tmp_path, capsys):
     words = ["--config", str(write_study(tmp_path, data, flags=flags, methods={"ia3": None}))]
     assert study_peft.main(words) == 2
     error = capsys.readouterr().err
-    assert "known forms are" in error and error.count("\n") == 1 and not list(tmp_path.glob("study/trials/*/failed.json"))
+    assert (
+        "known forms are" in error and error.count("\n") == 1 and not list(tmp_path.glob("study/trials/*/failed.json"))
+    )
     write_conversations(train, "reverse", 40)
     assert study_peft.main(words) == 0
 
@@ -320,13 +364,18 @@ def test_intervals_hold_what_they_promise():
     wrong = 0
     for _ in range(200):
         rows = rng.gamma(2, 5, 60)
-        wrong += any(figures({"a": (rows + rng.normal(0, 1, 60))[None], "b": (rows + rng.normal(0, 1, 60))[None]}).values())
+        wrong += any(
+            figures({"a": (rows + rng.normal(0, 1, 60))[None], "b": (rows + rng.normal(0, 1, 60))[None]}).values()
+        )
     assert wrong <= 15  # one side of a two-sided 5 %: about 5 to 10
 
 
 def test_a_front_holds_what_nothing_beats():
     points = {"cheap": (1, 5.0), "good": (9, 1.0), "beaten": (9, 2.0), "middle": (4, 3.0)}
-    methods = [{"name": name, "works": True, "trained": cost, "test": {"value": value}} for name, (cost, value) in points.items()]
+    methods = [
+        {"name": name, "works": True, "trained": cost, "test": {"value": value}}
+        for name, (cost, value) in points.items()
+    ]
     assert study_figures.front(methods, "trained") == ["cheap", "middle", "good"]
 
 

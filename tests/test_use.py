@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import open_instruct
 from open_instruct import InputError, Sampling
+from open_instruct.adapters.generation import generate
 from open_instruct.evaluate_peft import main as evaluate_main
 from open_instruct.finetune_peft import main as finetune
 from open_instruct.generate_peft import main as generate_main
 from open_instruct.inspect_peft import main as inspect_main
-from open_instruct.model.generation import generate
 from tests.conftest import ADAPTERS, ROOT, TINY_MODEL, asked
 
 
@@ -34,15 +34,21 @@ def test_adapters_of_all_methods_share_a_base_and_answer_as_alone(trained, quest
     ids = torch.tensor([tokenizer("green red blue")["input_ids"]])
     alone = {"base": AutoModelForCausalLM.from_pretrained(TINY_MODEL)(ids).logits}
     for method in ADAPTERS:
-        alone[method] = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY_MODEL), trained / method)(ids).logits
+        alone[method] = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY_MODEL), trained / method)(
+            ids
+        ).logits
     with torch.no_grad():
         for name in ["ia3", "lora", "base", "prefix_tuning", "lora", "prompt_tuning", "base", "p_tuning", "ia3"]:
             torch.testing.assert_close(mixed.adapters.use(name)(ids).logits, alone[name], rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(alone["lora"], alone["base"], atol=1e-2) and not torch.allclose(alone["ia3"], alone["base"], atol=1e-2)
+    assert not torch.allclose(alone["lora"], alone["base"], atol=1e-2) and not torch.allclose(
+        alone["ia3"], alone["base"], atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "lora"])
-@pytest.mark.parametrize("sampling", [Sampling(16), Sampling(16, do_sample=True, temperature=3.0, top_p=0.9, num_return_sequences=3)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(16), Sampling(16, do_sample=True, temperature=3.0, top_p=0.9, num_return_sequences=3)]
+)
 def test_answers_do_not_depend_on_the_batch(method, sampling, trained, questions_file):
     served = open_instruct.load(str(trained / method))
     texts = asked(questions_file, 12)
@@ -58,7 +64,10 @@ def test_answers_do_not_depend_on_the_batch(method, sampling, trained, questions
 
 def test_drawing_by_noise_draws_from_the_softmax():
     """Frequencies of first tokens against the probabilities that transformers' own warpers leave."""
-    tokenizer, model = AutoTokenizer.from_pretrained(TINY_MODEL), AutoModelForCausalLM.from_pretrained(TINY_MODEL).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(TINY_MODEL),
+        AutoModelForCausalLM.from_pretrained(TINY_MODEL).eval(),
+    )
     ids = tokenizer("green red")["input_ids"]
     sampling = Sampling(1, do_sample=True, temperature=1.5, top_k=5, num_return_sequences=2000)
     ((_, found),) = list(generate(model, tokenizer, [ids], sampling, batch_size=2000))[-1:]
@@ -71,7 +80,14 @@ def test_drawing_by_noise_draws_from_the_softmax():
 
 def test_a_file_is_answered_by_each_adapter_and_votes(trained, questions_file, tmp_path, capsys):
     out = tmp_path / "answers.jsonl"
-    words = ["--adapter", f"a={trained / 'prompt_tuning'}", "--adapter", f"b={trained / 'lora'}", "--max_new_tokens", "16"]
+    words = [
+        "--adapter",
+        f"a={trained / 'prompt_tuning'}",
+        "--adapter",
+        f"b={trained / 'lora'}",
+        "--max_new_tokens",
+        "16",
+    ]
     files = ["--input_file", str(questions_file), "--output_file", str(out)]
     assert generate_main([*words, *files, "--combine", "vote", "--batch_size", "2"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -90,7 +106,16 @@ def test_a_killed_file_goes_on_where_it_was(trained, questions_file, tmp_path):
     lines = questions_file.read_text().splitlines() * 10
     many = tmp_path / "many.jsonl"
     many.write_text("\n".join(lines) + "\n")
-    words = ["--adapter", str(trained / "prefix_tuning"), "--input_file", str(many), "--batch_size", "4", "--max_new_tokens", "8"]
+    words = [
+        "--adapter",
+        str(trained / "prefix_tuning"),
+        "--input_file",
+        str(many),
+        "--batch_size",
+        "4",
+        "--max_new_tokens",
+        "8",
+    ]
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     assert generate_main([*words, "--output_file", str(whole)]) == 0
     command = [sys.executable, str(ROOT / "open_instruct" / "generate_peft.py"), *words, "--output_file", str(killed)]
@@ -113,11 +138,16 @@ def test_a_chat_streams_switches_and_compares(trained):
     lines = "red green blue\n/use lora\nred green blue\n/reset\n/compare tall small\n/use nobody\n/what\n/quit\n"
     command = [sys.executable, str(ROOT / "open_instruct" / "generate_peft.py"), "--max_new_tokens", "12"]
     command += ["--adapter", str(trained / "prompt_tuning"), "--adapter", str(trained / "lora")]
-    result = subprocess.run(command, input=lines, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    result = subprocess.run(
+        command, input=lines, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     served = open_instruct.load([str(trained / "prompt_tuning"), str(trained / "lora")])
     names = ("base", "prompt_tuning", "lora")
-    first, compared = ([served.answers([text], name, Sampling(12))[0][0] for name in names] for text in ("red green blue", "tall small"))
+    first, compared = (
+        [served.answers([text], name, Sampling(12))[0][0] for name in names]
+        for text in ("red green blue", "tall small")
+    )
     assert f"prompt_tuning> {first[1]}" in result.stdout
     assert f"base: {compared[0]}\nprompt_tuning: {compared[1]}\nlora: {compared[2]}\n" in result.stdout
     assert "no adapter 'nobody': there are base, prompt_tuning, lora" in result.stdout
@@ -148,8 +178,12 @@ def test_wrong_input_is_one_line(words, says, trained, tmp_path, capsys):
         shutil.copytree(trained / "lora", tmp_path / name, ignore=shutil.ignore_patterns("checkpoints"))
         (tmp_path / name / "adapter_model.safetensors").unlink()
     torch.save({}, tmp_path / "pickled" / "adapter_model.bin")
-    (tmp_path / "cut" / "adapter_model.safetensors").write_bytes((trained / "lora" / "adapter_model.safetensors").read_bytes()[:5000])
-    places = {name: tmp_path / name for name in ("other", "pickled", "cut", "empty")} | {m: trained / m for m in ADAPTERS}
+    (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(
+        (trained / "lora" / "adapter_model.safetensors").read_bytes()[:5000]
+    )
+    places = {name: tmp_path / name for name in ("other", "pickled", "cut", "empty")} | {
+        m: trained / m for m in ADAPTERS
+    }
     try:
         code = generate_main([word.format(**places) for word in words])
     except SystemExit as stop:
@@ -165,7 +199,8 @@ def test_an_adapter_that_another_tool_made_will_do(tmp_path):
 
     torch.manual_seed(3)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(TINY_MODEL), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        AutoModelForCausalLM.from_pretrained(TINY_MODEL),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
     )
     folder = tmp_path / "v1.5 lora"
     model.save_pretrained(folder)
@@ -193,14 +228,24 @@ def test_training_goes_on_from_an_adapter(method, trained, tmp_path, capsys):
     if method == "projected":
         first = tmp_path / "first"
         AcceleratorState._reset_state(reset_partial_state=True)
-        model = ["--model_name_or_path", str(TINY_MODEL), "--use_prefix_tuning", "--prefix_projection", "--encoder_hidden_size", "48"]
+        model = [
+            "--model_name_or_path",
+            str(TINY_MODEL),
+            "--use_prefix_tuning",
+            "--prefix_projection",
+            "--encoder_hidden_size",
+            "48",
+        ]
         model += ["--num_virtual_tokens", "20"]
         assert finetune([*common, *model, "--output_dir", str(first)]) == 0
     AcceleratorState._reset_state(reset_partial_state=True)
     assert finetune([*common, "--adapter_name_or_path", str(first), "--output_dir", str(tmp_path / "on")]) == 0
     before, after = [json.loads((folder / "summary.json").read_text()) for folder in (first, tmp_path / "on")]
     assert after["initial_eval_loss"] == pytest.approx(before["final_eval_loss"], rel=1e-6)
-    assert after["final_eval_loss"] < after["initial_eval_loss"] and after["trainable_parameters"] == before["trainable_parameters"]
+    assert (
+        after["final_eval_loss"] < after["initial_eval_loss"]
+        and after["trainable_parameters"] == before["trainable_parameters"]
+    )
 
 
 def test_going_on_is_refused_where_it_would_not_be_the_same(trained, tmp_path, capsys):
@@ -209,9 +254,18 @@ def test_going_on_is_refused_where_it_would_not_be_the_same(trained, tmp_path, c
     shutil.copytree(trained / "p_tuning", foreign)
     (foreign / "trained.safetensors").unlink()
     for words, says in [
-        (["--adapter_name_or_path", str(trained / "lora"), "--use_prompt_tuning"], "is LoRA, and the method is prompt_tuning"),
-        (["--adapter_name_or_path", str(trained / "prompt_tuning"), "--use_lora"], "is prompt tuning, and the method is lora"),
-        (["--adapter_name_or_path", str(trained / "ia3"), "--use_prefix_tuning"], "is IA3, and the method is prefix_tuning"),
+        (
+            ["--adapter_name_or_path", str(trained / "lora"), "--use_prompt_tuning"],
+            "is LoRA, and the method is prompt_tuning",
+        ),
+        (
+            ["--adapter_name_or_path", str(trained / "prompt_tuning"), "--use_lora"],
+            "is prompt tuning, and the method is lora",
+        ),
+        (
+            ["--adapter_name_or_path", str(trained / "ia3"), "--use_prefix_tuning"],
+            "is IA3, and the method is prefix_tuning",
+        ),
         (["--adapter_name_or_path", str(trained / "prompt_tuning"), "--num_virtual_tokens", "7"], "is not the 20 of"),
         (["--adapter_name_or_path", str(foreign)], "does not hold its network"),
         (["--adapter_name_or_path", str(TINY_MODEL)], "it holds a whole model"),
@@ -219,9 +273,21 @@ def test_going_on_is_refused_where_it_would_not_be_the_same(trained, tmp_path, c
         assert finetune([*common, *words]) == 2
         assert says in capsys.readouterr().err
     AcceleratorState._reset_state(reset_partial_state=True)
-    small = ["--max_train_steps", "1", "--num_sample_answers", "0", "--validation_fraction", "0.1", "--dataset_skip_cache"]
-    assert finetune([*common, *small, "--adapter_name_or_path", str(foreign), "--use_prompt_tuning"]) == 0  # its vectors, as prompt tuning
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (trained / "p_tuning", tmp_path / "on")]
+    small = [
+        "--max_train_steps",
+        "1",
+        "--num_sample_answers",
+        "0",
+        "--validation_fraction",
+        "0.1",
+        "--dataset_skip_cache",
+    ]
+    assert (
+        finetune([*common, *small, "--adapter_name_or_path", str(foreign), "--use_prompt_tuning"]) == 0
+    )  # its vectors, as prompt tuning
+    summaries = [
+        json.loads((folder / "summary.json").read_text()) for folder in (trained / "p_tuning", tmp_path / "on")
+    ]
     assert summaries[1]["initial_eval_loss"] == pytest.approx(summaries[0]["final_eval_loss"], rel=1e-6)
 
 
@@ -238,7 +304,9 @@ def test_layers_that_an_adapter_replaces_are_switched_too(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(3)
-    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["norm"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=2, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["norm"], task_type="CAUSAL_LM"
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY_MODEL), config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -259,7 +327,9 @@ def test_an_answer_ends_where_training_ended_turns(trained, tmp_path):
     served = open_instruct.load(str(trained / "prompt_tuning"))
     model, tokenizer = served.adapters.use("base"), served.tokenizer
     ids = tokenizer("red green blue stone", add_special_tokens=False)["input_ids"]
-    said = served.tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :])
+    said = served.tokenizer.decode(
+        model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
+    )
     word = said.split()[1]
     for end in (f" {word}", f"{word}"):
         template = "{% for m in messages %}{% generation %}{{ m['content'] }}END{% endgeneration %}{% endfor %}"
@@ -269,9 +339,18 @@ def test_an_answer_ends_where_training_ended_turns(trained, tmp_path):
 
 
 def test_the_adapter_that_is_gone_on_from_is_never_overwritten(trained, tmp_path, capsys):
-    words = ["--train_file", str(trained / "train.jsonl"), "--adapter_name_or_path", str(trained / "lora"), "--overwrite_output_dir"]
+    words = [
+        "--train_file",
+        str(trained / "train.jsonl"),
+        "--adapter_name_or_path",
+        str(trained / "lora"),
+        "--overwrite_output_dir",
+    ]
     assert finetune([*words, "--output_dir", str(trained / "lora")]) == 2
-    assert "is the adapter's own folder" in capsys.readouterr().err and (trained / "lora" / "adapter_model.safetensors").exists()
+    assert (
+        "is the adapter's own folder" in capsys.readouterr().err
+        and (trained / "lora" / "adapter_model.safetensors").exists()
+    )
     assert finetune([*words, "--output_dir", str(tmp_path / "on"), "--lora_rank", "3"]) == 2
     assert "--lora_rank 3 is not the 64 of" in capsys.readouterr().err
 
@@ -303,11 +382,22 @@ def test_wrong_input_of_the_tools_is_one_line(tool, words, says, trained, questi
 
 def test_an_output_that_other_settings_made_is_not_gone_on_with(trained, questions_file, tmp_path, capsys):
     out = tmp_path / "answers.jsonl"
-    words = ["--adapter", str(trained / "lora"), "--input_file", str(questions_file), "--output_file", str(out), "--max_new_tokens", "4"]
+    words = [
+        "--adapter",
+        str(trained / "lora"),
+        "--input_file",
+        str(questions_file),
+        "--output_file",
+        str(out),
+        "--max_new_tokens",
+        "4",
+    ]
     assert generate_main(words) == 0
     out.write_text("".join(out.read_text().splitlines(keepends=True)[:1]))
     assert generate_main([*words, "--resume", "--chat_template_name", "zephyr"]) == 2
     assert "chat_template_name was None and is now 'zephyr'" in capsys.readouterr().err
     other = tmp_path / "other.jsonl"
     assert generate_main([*words[:1], str(tmp_path / "missing"), *words[2:4], "--output_file", str(other)]) == 2
-    assert generate_main([*words[:4], "--output_file", str(other), "--max_new_tokens", "4"]) == 0  # a failed start blocks nothing
+    assert (
+        generate_main([*words[:4], "--output_file", str(other), "--max_new_tokens", "4"]) == 0
+    )  # a failed start blocks nothing

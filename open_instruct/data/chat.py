@@ -66,7 +66,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, add_bos: bo
     elif Path(name).is_file():
         template = Path(name).read_text(encoding="utf-8")
     else:
-        raise InputError(f"no chat template {name!r}: use {', '.join(CHAT_TEMPLATES)}, tokenizer, or the path of a Jinja file")
+        raise InputError(
+            f"no chat template {name!r}: use {', '.join(CHAT_TEMPLATES)}, tokenizer, or the path of a Jinja file"
+        )
     if "eos_token" in template and tokenizer.eos_token is None:
         raise InputError(
             f"chat template {name} ends turns with the end-of-sequence token, and the tokenizer has none: use another template"
@@ -92,7 +94,9 @@ def render(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages]) -> tup
     template = str(tokenizer.chat_template)
     if re.search(r"\{%-?\s*generation\s*-?%\}", template):
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        texts, spans = render_jinja_template(list(batch), chat_template=template, return_assistant_tokens_mask=True, **special)
+        texts, spans = render_jinja_template(
+            list(batch), chat_template=template, return_assistant_tokens_mask=True, **special
+        )
         return texts, spans
     texts = [tokenizer.apply_chat_template(list(messages), tokenize=False) for messages in batch]
     return texts, [spans_by_prefix(tokenizer, messages, text) for messages, text in zip(batch, texts, strict=True)]
@@ -115,7 +119,9 @@ def spans_by_prefix(tokenizer: PreTrainedTokenizerBase, messages: Messages, text
     return spans
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages], max_length: int) -> tuple[list[list[int]], list[Spans]]:
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages], max_length: int
+) -> tuple[list[list[int]], list[Spans]]:
     """Token ids of each conversation, cut at max_length, and the token spans [start, end) that count in the loss.
 
     Raises:
@@ -124,10 +130,17 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages], max_
     try:
         texts, character_spans = render(tokenizer, batch)
     except TemplateError as error:
-        raise InputError(f"the chat template refuses a conversation ({error}): change the rows, or --chat_template_name") from None
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+        raise InputError(
+            f"the chat template refuses a conversation ({error}): change the rows, or --chat_template_name"
+        ) from None
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
     ids = [row[:max_length] for row in encoded["input_ids"]]
-    spans = [token_spans(offsets[:max_length], wanted) for offsets, wanted in zip(encoded["offset_mapping"], character_spans, strict=True)]
+    spans = [
+        token_spans(offsets[:max_length], wanted)
+        for offsets, wanted in zip(encoded["offset_mapping"], character_spans, strict=True)
+    ]
     return ids, spans
 
 

@@ -68,7 +68,7 @@ def pack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class Batching(Protocol):
     """How the examples of a step become micro-batches."""
 
-    def cut(self, indices: Sequence[int], lengths: np.ndarray, rank: int, num_ranks: int) -> list[list[int]]:
+    def micro_batches(self, indices: Sequence[int], lengths: np.ndarray, rank: int, num_ranks: int) -> list[list[int]]:
         """Micro-batches of one process; every process has the same number of them, of which some may be empty."""
 
     def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_virtual_tokens: int) -> int:
@@ -77,7 +77,7 @@ class Batching(Protocol):
     def halved(self, indices: Sequence[int], lengths: np.ndarray) -> Packing | None:
         """Rows of half the length that these examples fill now, or None where rows can't be made shorter."""
 
-    def tensors(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What the forward pass takes. No example: a micro-batch without a label, for a process that has nothing left."""
 
 
@@ -88,7 +88,7 @@ class Padding:
     size: int
     pad_token_id: int
 
-    def cut(self, indices: Sequence[int], lengths: np.ndarray, rank: int, num_ranks: int) -> list[list[int]]:
+    def micro_batches(self, indices: Sequence[int], lengths: np.ndarray, rank: int, num_ranks: int) -> list[list[int]]:
         """See `Batching`."""
         return plan.micro_batches(indices, lengths, self.size, rank, num_ranks)
 
@@ -100,7 +100,7 @@ class Padding:
         """See `Batching`."""
         return None
 
-    def tensors(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """input_ids, attention_mask, labels, each [B, T]."""
         return pad(examples or NOTHING, self.pad_token_id)
 
@@ -111,7 +111,7 @@ class Packing:
 
     max_tokens: int
 
-    def cut(self, indices: Sequence[int], lengths: np.ndarray, rank: int, num_ranks: int) -> list[list[int]]:
+    def micro_batches(self, indices: Sequence[int], lengths: np.ndarray, rank: int, num_ranks: int) -> list[list[int]]:
         """See `Batching`."""
         return plan.balanced_rows(indices, lengths, self.max_tokens, rank, num_ranks)
 
@@ -121,11 +121,11 @@ class Packing:
 
     def halved(self, indices: Sequence[int], lengths: np.ndarray) -> Packing | None:
         """See `Batching`. The longest example of the data set must fit."""
-        largest = max(int(lengths[row].sum()) for row in self.cut(indices, lengths, 0, 1))
+        largest = max(int(lengths[row].sum()) for row in self.micro_batches(indices, lengths, 0, 1))
         bound = max(largest // 2, int(lengths.max()))
         return Packing(bound) if bound < largest else None
 
-    def tensors(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """See `pack`."""
         return pack(examples or NOTHING)
 
@@ -135,4 +135,7 @@ NOTHING = [{"input_ids": [0, 0], "spans": []}]
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The tensors of a micro-batch on a device."""
-    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }

@@ -62,7 +62,9 @@ class Examples:
 
     def subset(self, indices: np.ndarray) -> Examples:
         """The examples at `indices`, in that order."""
-        return Examples(self.table, self.rows[indices], self.fingerprint, self.num_read, self.num_truncated, self.num_skipped)
+        return Examples(
+            self.table, self.rows[indices], self.fingerprint, self.num_read, self.num_truncated, self.num_skipped
+        )
 
     def describe(self, name: str) -> str:
         """One line of statistics."""
@@ -101,7 +103,9 @@ def build(
     entry = cache_dir / fingerprint if cache_dir else None
     if entry is None:
         counts = new_counts()
-        table = pa.concat_tables([SCHEMA.empty_table(), *tokenize_all(named_conversations, tokenizer, max_length, counts)])
+        table = pa.concat_tables(
+            [SCHEMA.empty_table(), *tokenize_all(named_conversations, tokenizer, max_length, counts)]
+        )
     else:
         if overwrite_cache or not (entry / "counts.json").exists():
             fill_cache(entry, named_conversations, tokenizer, max_length)
@@ -114,7 +118,14 @@ def build(
             f"none of the {counts['num_read']} conversations has a labelled token within --max_seq_length {max_length}: raise it "
             f"(the assistant's first answer begins after {counts['first_label']} tokens at the earliest)"
         )
-    return Examples(table, np.arange(table.num_rows), fingerprint, counts["num_read"], counts["num_truncated"], counts["num_skipped"])
+    return Examples(
+        table,
+        np.arange(table.num_rows),
+        fingerprint,
+        counts["num_read"],
+        counts["num_truncated"],
+        counts["num_skipped"],
+    )
 
 
 def new_counts() -> dict[str, int]:
@@ -161,7 +172,10 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def fill_cache(
-    entry: Path, named_conversations: Iterable[tuple[str, list[dict[str, Any]]]], tokenizer: PreTrainedTokenizerBase, max_length: int
+    entry: Path,
+    named_conversations: Iterable[tuple[str, list[dict[str, Any]]]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
 ) -> None:
     """Tokenise into a folder of its own and rename it, so that processes that start together can't see half a cache."""
     entry.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +205,9 @@ def hold_out(examples: Examples, fraction: float, most: int, seed: int) -> tuple
     if fraction == 0:
         return examples, None
     if len(examples) < 2:
-        raise InputError("only one conversation can be trained on: set --validation_fraction 0 or give a --validation_file")
+        raise InputError(
+            "only one conversation can be trained on: set --validation_fraction 0 or give a --validation_file"
+        )
     count = max(1, min(most, round(fraction * len(examples))))
     mixed = np.random.default_rng([seed, 0x5EED]).permutation(len(examples))
     return examples.subset(np.sort(mixed[count:])), examples.subset(np.sort(mixed[:count]))
@@ -209,5 +225,7 @@ def file_key(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else file.read())
+            digest.update(
+                hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else file.read()
+            )
     return digest.hexdigest()

@@ -67,7 +67,9 @@ def to_messages(place: str, row: dict[str, Any], key: str = "messages", answered
         messages = row[key]
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise InputError(f"{place}: `{key}` must be a list of {{role, content}} objects that is not empty")
-    messages = [check_message(f"{place}: message {number}", message) for number, message in enumerate(messages, start=1)]
+    messages = [
+        check_message(f"{place}: message {number}", message) for number, message in enumerate(messages, start=1)
+    ]
     roles = [message["role"] for message in messages]
     if answered and "assistant" not in roles:
         raise InputError(f"{place}: no assistant message: there is nothing to learn from it; remove the row")
@@ -82,7 +84,9 @@ def sharegpt(place: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     for number, turn in enumerate(row["conversations"], start=1):
         speaker = turn.get("from") if isinstance(turn, dict) else None
         if speaker not in SHAREGPT_ROLES:
-            raise InputError(f"{place}: message {number} is from {speaker!r}: known speakers are {', '.join(SHAREGPT_ROLES)}")
+            raise InputError(
+                f"{place}: message {number} is from {speaker!r}: known speakers are {', '.join(SHAREGPT_ROLES)}"
+            )
         messages.append({"role": SHAREGPT_ROLES[speaker], "content": turn.get("value")})
     return messages
 
@@ -103,11 +107,15 @@ def check_message(place: str, message: dict[str, Any]) -> dict[str, Any]:
     if role not in ROLES:
         raise InputError(f"{place} has role {role!r}: known roles are {', '.join(ROLES)}")
     if role == "assistant" and message.get("loss_weight") not in (None, 1):
-        raise InputError(f"{place} has loss_weight {message['loss_weight']}: weights are not supported; remove the key or the row")
+        raise InputError(
+            f"{place} has loss_weight {message['loss_weight']}: weights are not supported; remove the key or the row"
+        )
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         other = [str(part.get("type")) for part in content if part.get("type") != "text"]
         if other:
-            raise InputError(f"{place} ({role}) has a content part of type {other[0]}: only text parts are known; write it as text")
+            raise InputError(
+                f"{place} ({role}) has a content part of type {other[0]}: only text parts are known; write it as text"
+            )
         content = "".join(str(part.get("text", part.get("value", ""))) for part in content)
     if not isinstance(content, str) or not content.strip():
         seen = "null" if content is None else "empty" if isinstance(content, str) else f"a {type(content).__name__}"

@@ -138,7 +138,9 @@ def array_rows(path: Path) -> Iterator[bytes]:
             try:
                 text, pending = decode_prefix(pending + data, at_end)
             except UnicodeDecodeError as error:
-                raise InputError(f"{path}: not UTF-8 after row {number} ({error.reason}): convert the file to UTF-8") from None
+                raise InputError(
+                    f"{path}: not UTF-8 after row {number} ({error.reason}): convert the file to UTF-8"
+                ) from None
             window += text
             return not at_end
 

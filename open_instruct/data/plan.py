@@ -44,7 +44,9 @@ class Plan:
     def examples(self, step: int) -> np.ndarray:
         """Indices of the examples of step `step` (counted from 0), in shuffled order."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        return order(self.num_examples, self.seed, epoch)[within * self.examples_per_step : (within + 1) * self.examples_per_step]
+        return order(self.num_examples, self.seed, epoch)[
+            within * self.examples_per_step : (within + 1) * self.examples_per_step
+        ]
 
 
 @lru_cache(maxsize=2)
@@ -53,7 +55,9 @@ def order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
-def micro_batches(examples: Sequence[int], lengths: Sequence[int] | np.ndarray, size: int, rank: int, num_ranks: int) -> list[list[int]]:
+def micro_batches(
+    examples: Sequence[int], lengths: Sequence[int] | np.ndarray, size: int, rank: int, num_ranks: int
+) -> list[list[int]]:
     """Cut a step's examples into the micro-batches of one process.
 
     Examples of similar length stand together, so that little is padded. Every process gets the same number of

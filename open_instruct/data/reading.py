@@ -93,9 +93,13 @@ def parse_line(place: str, line: bytes) -> Iterator[Row]:
     try:
         yield place, as_row(place, json.loads(line.decode("utf-8")))
     except UnicodeDecodeError as error:
-        raise InputError(f"{place}: not UTF-8 ({error.reason} at byte {error.start}): convert the file to UTF-8") from None
+        raise InputError(
+            f"{place}: not UTF-8 ({error.reason} at byte {error.start}): convert the file to UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{place}: malformed JSON ({error.msg} at column {error.colno}): one object a line is needed") from None
+        raise InputError(
+            f"{place}: malformed JSON ({error.msg} at column {error.colno}): one object a line is needed"
+        ) from None
 
 
 def read_json_array(path: Path) -> Iterator[Row]:
@@ -128,7 +132,9 @@ def read_hub_rows(name: str, configuration: str | None, split: str) -> Iterator[
     try:
         rows = datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # `datasets` and the Hub raise dozens of types; each means that the name can't be loaded
-        raise InputError(f"data set {name} can't be loaded ({shards.one_line(error)}): check the name, or give a file") from None
+        raise InputError(
+            f"data set {name} can't be loaded ({shards.one_line(error)}): check the name, or give a file"
+        ) from None
     for number, row in enumerate(rows, start=1):
         yield f"{name} row {number}", row
 

@@ -78,7 +78,9 @@ def open_shard(path: Path) -> Shard:
                 rows = sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
                 return Shard(path, "file", rows, reader.schema)
             if not head.startswith(b"\xff\xff\xff\xff"):
-                raise InputError(f"{path} is neither Arrow nor Parquet: name a .arrow, .feather or .parquet file, or a folder of them")
+                raise InputError(
+                    f"{path} is neither Arrow nor Parquet: name a .arrow, .feather or .parquet file, or a folder of them"
+                )
             stream = pa.ipc.open_stream(source)
             rows = sum(batch.num_rows for batch in stream)
             if tail != END_OF_STREAM:  # a stream that stops between two batches reads without an error
@@ -146,12 +148,16 @@ def folder_files(folder: Path, split: str) -> list[Path]:
     if splits:
         found = [p for p in found if (match := SPLIT_NAME.search(p.name)) and match.group(1) == split]
         if not found:
-            raise InputError(f"{folder} has the splits {', '.join(sorted(splits))}, not {split}: choose one with --split")
+            raise InputError(
+                f"{folder} has the splits {', '.join(sorted(splits))}, not {split}: choose one with --split"
+            )
     if not found:
         raise InputError(f"{folder} holds no .arrow, .feather or .parquet file")
     parents = sorted({p.parent for p in found})
     if len(parents) > 1:
-        raise InputError(f"{folder} holds several tables ({', '.join(str(p.relative_to(folder)) for p in parents[:4])}): name one of them")
+        raise InputError(
+            f"{folder} holds several tables ({', '.join(str(p.relative_to(folder)) for p in parents[:4])}): name one of them"
+        )
     return sorted(found, key=natural)
 
 
@@ -176,7 +182,9 @@ def check_sequence(paths: Sequence[Path]) -> None:
         missing = sorted(set(range(int(count))) - indices)
         if missing:
             names = ", ".join(f"{stem}-{index:05d}-of-{count}" for index in missing[:3])
-            raise InputError(f"{len(missing)} of {int(count)} shards are missing in {parent} (the first: {names}): fetch them")
+            raise InputError(
+                f"{len(missing)} of {int(count)} shards are missing in {parent} (the first: {names}): fetch them"
+            )
 
 
 def natural(path: Path) -> list[Any]:

@@ -8,6 +8,8 @@ from open_instruct.methods.p_tuning import PTuning
 from open_instruct.methods.prefix_tuning import PrefixTuning
 from open_instruct.methods.prompt_tuning import PromptTuning
 
-METHODS: dict[str, Method] = {method.name: method for method in (Full(), Lora(), QLora(), PrefixTuning(), PromptTuning(), PTuning(), Ia3())}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (Full(), Lora(), QLora(), PrefixTuning(), PromptTuning(), PTuning(), Ia3())
+}
 
 __all__ = ["METHODS", "Method", "MethodSettings", "ModelFacts", "Recipe", "model_facts"]

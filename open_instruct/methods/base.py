@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -13,8 +12,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.errors import InputError
 from open_instruct.model.shared_prefix import SoftPrompt
+from open_instruct.model.tokens import ordinary_tokens
 
 DEFAULT_TEXT = "Read what the user wrote and give the answer that is wanted, in the form that is wanted."
 
@@ -26,7 +25,9 @@ class ModelFacts:
     hidden_size: int
     embedding_std: float  # of all entries of the token embeddings of ordinary tokens
     embedding_norm: float  # median length of one
-    key_std: float = math.nan  # of the entries of a text's keys, median over layers; measured for methods that `wants_keys`
+    key_std: float = (
+        math.nan
+    )  # of the entries of a text's keys, median over layers; measured for methods that `wants_keys`
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ class Method(ABC):
         """What the wrapped model puts before every example, differentiable; None where the method has no such thing."""
         return None
 
-    def starts(self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings, number: int) -> list[torch.Tensor]:
+    def starts(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings, number: int
+    ) -> list[torch.Tensor]:
         """Values of the soft prompt's own parameter to choose a start from, the first as `wrap` left it; none where that has no choice."""
         return []
 
@@ -142,7 +145,8 @@ def key_std(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float
     """Standard deviation of the entries of the keys that the base computes for a text, median over layers; nan where it keeps none."""
     try:
         return median(
-            keys.float().std().item() for keys, _ in cached(model, tokenizer(DEFAULT_TEXT, add_special_tokens=False)["input_ids"])
+            keys.float().std().item()
+            for keys, _ in cached(model, tokenizer(DEFAULT_TEXT, add_special_tokens=False)["input_ids"])
         )
     except (ValueError, RuntimeError, AttributeError, TypeError):
         return math.nan
@@ -154,26 +158,6 @@ def cached(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, t
     cache = DynamicCache()  # of its own making, a model keeps no more than the window
     model.eval()(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that stand for text, in order: no special and no unused ones, whose embeddings may never have been trained."""
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    return sorted(set(tokenizer.get_vocab().values()) - special)
-
-
-def random_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
-    """`count` ids that stand for text, drawn by torch's global generator."""
-    known = ordinary_tokens(tokenizer)
-    return [known[i] for i in torch.randint(0, len(known), (count,)).tolist()]
-
-
-def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
-    """Exactly `count` ids: the text's, repeated or cut."""
-    ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise InputError(f"--prompt_tuning_init_text {text!r} has no token: give a text")
-    return [ids[i % len(ids)] for i in range(count)]
 
 
 def between(narrow: float, wide: float, hidden_size: int) -> float:

@@ -35,6 +35,10 @@ class Ia3(Method):
         except ValueError as error:
             names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
             if not set(USUAL_LAYERS) <= names:
-                raise InputError(f"IA3 does not know the layers of a {model.config.model_type} model ({error}): use --use_lora") from None
-        config = IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=USUAL_LAYERS, feedforward_modules=USUAL_LAYERS[2:])
+                raise InputError(
+                    f"IA3 does not know the layers of a {model.config.model_type} model ({error}): use --use_lora"
+                ) from None
+        config = IA3Config(
+            task_type=TaskType.CAUSAL_LM, target_modules=USUAL_LAYERS, feedforward_modules=USUAL_LAYERS[2:]
+        )
         return get_peft_model(model, config)

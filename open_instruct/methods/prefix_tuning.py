@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from open_instruct.errors import InputError
-from open_instruct.methods.base import DEFAULT_TEXT, Method, MethodSettings, ModelFacts, Recipe, between, cached, random_tokens, text_tokens
+from open_instruct.methods.base import DEFAULT_TEXT, Method, MethodSettings, ModelFacts, Recipe, between, cached
 from open_instruct.model.shared_prefix import SoftPrompt
+from open_instruct.model.tokens import random_tokens, text_tokens
 
 
 class PrefixTuning(Method):
@@ -58,11 +59,16 @@ class PrefixTuning(Method):
             self.begin_at(wrapped, start)
         return wrapped
 
-    def starts(self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings, number: int) -> list[torch.Tensor]:
+    def starts(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings, number: int
+    ) -> list[torch.Tensor]:
         """Keys and values of the text, and of random tokens, as PEFT's encoder holds them."""
         assert settings.num_virtual_tokens is not None
         first = model.prompt_encoder["default"].embedding.weight.detach().clone()
-        base, others = model.get_base_model(), [random_tokens(tokenizer, settings.num_virtual_tokens) for _ in range(number - 1)]
+        base, others = (
+            model.get_base_model(),
+            [random_tokens(tokenizer, settings.num_virtual_tokens) for _ in range(number - 1)],
+        )
         return [first, *(keys_and_values(base, ids) for ids in others)]
 
     def soft_prompt(self, model: Any) -> SoftPrompt:
@@ -84,5 +90,7 @@ def keys_and_values(base: PreTrainedModel, ids: list[int]) -> torch.Tensor:
         found: torch.Tensor = prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=len(ids))
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:
         kind, reason = base.config.model_type, " ".join(str(error).split())[:200]
-        raise InputError(f"a prefix can't start from tokens on a {kind} model ({reason}): use --prefix_init zero") from error
+        raise InputError(
+            f"a prefix can't start from tokens on a {kind} model ({reason}): use --prefix_init zero"
+        ) from error
     return found.float()

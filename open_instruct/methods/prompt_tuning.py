@@ -9,7 +9,8 @@ from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.methods.base import DEFAULT_TEXT, EmbeddingPrompt, MethodSettings, ModelFacts, Recipe, random_tokens, text_tokens
+from open_instruct.methods.base import DEFAULT_TEXT, EmbeddingPrompt, MethodSettings, ModelFacts, Recipe
+from open_instruct.model.tokens import random_tokens, text_tokens
 
 
 class PromptTuning(EmbeddingPrompt):
@@ -58,7 +59,9 @@ class PromptTuning(EmbeddingPrompt):
             wrapped.prompt_encoder["default"].embedding.weight.copy_(start)
         return wrapped
 
-    def starts(self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings, number: int) -> list[torch.Tensor]:
+    def starts(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings, number: int
+    ) -> list[torch.Tensor]:
         """Embeddings [P, D] of the text, and of random tokens."""
         assert settings.num_virtual_tokens is not None
         embedding = model.get_base_model().get_input_embeddings()

@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from open_instruct.errors import InputError
 from open_instruct.model.shared_prefix import Backend, Segments
 
-BLOCK = 256  # queries whose scores exist at once: they stay in the cache of a CPU, and memory does not grow with the square
+BLOCK = (
+    256  # queries whose scores exist at once: they stay in the cache of a CPU, and memory does not grow with the square
+)
 TOGETHER = 128  # tokens up to which short segments are computed in one product, masked from each other: calls cost more than they
 
 
@@ -102,7 +104,9 @@ class _Blocked(torch.autograd.Function):
     """softmax(q kᵀ · scale + mask) v for each block of queries; only the inputs are kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, shared_key: Any, shared_value: Any, segments: Any, *settings: Any) -> Any:
+    def forward(
+        ctx: Any, query: Any, key: Any, value: Any, shared_key: Any, shared_value: Any, segments: Any, *settings: Any
+    ) -> Any:
         ctx.save_for_backward(query, key, value, shared_key, shared_value)
         ctx.segments, ctx.settings = segments, settings
         num_heads, num_kv = query.shape[1], key.shape[1]
@@ -121,12 +125,19 @@ class _Blocked(torch.autograd.Function):
         query, key, value, shared_key, shared_value = ctx.saved_tensors
         scale, window, softcap = ctx.settings
         num_kv, shared = key.shape[1], (shared_key.float(), shared_value.float())
-        grads = [torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), *map(torch.zeros_like, shared)]
+        grads = [
+            torch.empty_like(query),
+            torch.empty_like(key),
+            torch.empty_like(value),
+            *map(torch.zeros_like, shared),
+        ]
         for start, end, num_shared, lengths in _groups(ctx.segments, window):
             keys, values = _own_and_shared(key, value, shared_key, shared_value, start, end, num_shared)
             blocks = _blocks(lengths, num_shared, window)
             grad_keys = torch.zeros(keys.shape, dtype=torch.float32, device=keys.device) if len(blocks) > 1 else None
-            grad_values = torch.zeros(values.shape, dtype=torch.float32, device=keys.device) if len(blocks) > 1 else None
+            grad_values = (
+                torch.zeros(values.shape, dtype=torch.float32, device=keys.device) if len(blocks) > 1 else None
+            )
             for first, last, lowest, own in blocks:
                 seen = slice(lowest, num_shared + last)
                 queries = query[0, :, start + first : start + last].reshape(num_kv, -1, query.shape[-1])
@@ -148,14 +159,19 @@ class _Blocked(torch.autograd.Function):
                     grad_keys[:, seen] += to_keys
                     grad_values[:, seen] += to_values
             assert grad_keys is not None and grad_values is not None
-            grads[1][0, :, start:end], grads[2][0, :, start:end] = grad_keys[:, num_shared:], grad_values[:, num_shared:]
+            grads[1][0, :, start:end], grads[2][0, :, start:end] = (
+                grad_keys[:, num_shared:],
+                grad_values[:, num_shared:],
+            )
             if num_shared:
                 grads[3][0] += grad_keys[:, :num_shared]
                 grads[4][0] += grad_values[:, :num_shared]
         return *grads[:3], grads[3].to(key.dtype), grads[4].to(key.dtype), None, None, None, None
 
 
-def _own_and_shared(key: Any, value: Any, shared_key: Any, shared_value: Any, start: int, end: int, num_shared: int) -> tuple[Any, Any]:
+def _own_and_shared(
+    key: Any, value: Any, shared_key: Any, shared_value: Any, start: int, end: int, num_shared: int
+) -> tuple[Any, Any]:
     """Keys and values [K, S + n, E] that a segment sees."""
     keys, values = key[0, :, start:end], value[0, :, start:end]
     if num_shared:
@@ -178,12 +194,16 @@ def _groups(segments: Segments, window: int | None) -> list[tuple[int, int, int,
     return groups
 
 
-def _blocks(lengths: tuple[int, ...], num_shared: int, window: int | None) -> list[tuple[int, int, int, tuple[int, ...]]]:
+def _blocks(
+    lengths: tuple[int, ...], num_shared: int, window: int | None
+) -> list[tuple[int, int, int, tuple[int, ...]]]:
     """(first query, last query + 1, first key that any of them sees, lengths of its segments) of each block of a group."""
     if len(lengths) > 1:
         return [(0, sum(lengths), 0, lengths)]
     ends = [(first, min(first + BLOCK, lengths[0])) for first in range(0, lengths[0], BLOCK)]
-    return [(first, last, max(0, num_shared + first - window + 1) if window else 0, (last - first,)) for first, last in ends]
+    return [
+        (first, last, max(0, num_shared + first - window + 1) if window else 0, (last - first,)) for first, last in ends
+    ]
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
@@ -192,7 +212,12 @@ def _product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Ten
 
 
 def _weights(
-    queries: torch.Tensor, keys: torch.Tensor, lengths: tuple[int, ...], scale: float, window: int | None, softcap: float | None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention weights [K, H/K · n, m] of n queries, in segments of these lengths, the last of m keys; and tanh of capped scores."""
     scores = _product(queries, keys.transpose(1, 2), scale)
@@ -210,7 +235,9 @@ def _weights(
 
 
 @lru_cache(maxsize=8)
-def varlen_index(segments: Segments, from_outside: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
+def varlen_index(
+    segments: Segments, from_outside: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
     """Index arithmetic of variable-length attention: each segment's keys are the shared ones and its own, in that order.
 
     Args:
@@ -230,7 +257,13 @@ def varlen_index(segments: Segments, from_outside: bool, device: torch.device) -
         num_queries.append(end - start)
         num_keys.append(num_shared + end - start)
     cumulative = [torch.tensor(n).cumsum(0).int().to(device, non_blocking=True) for n in (num_queries, num_keys)]
-    return torch.cat(positions).to(device, non_blocking=True), cumulative[0], cumulative[1], max(num_queries), max(num_keys)
+    return (
+        torch.cat(positions).to(device, non_blocking=True),
+        cumulative[0],
+        cumulative[1],
+        max(num_queries),
+        max(num_keys),
+    )
 
 
 def varlen(
@@ -253,41 +286,74 @@ def varlen(
     outside = segments.num_shared > 0 and segments.num_head == 0
     if outside:
         key, value = torch.cat([shared_key, key], 2), torch.cat([shared_value, value], 2)
-    positions, cumulative_queries, cumulative_keys, longest_query, longest_key = varlen_index(segments, outside, query.device)
+    positions, cumulative_queries, cumulative_keys, longest_query, longest_key = varlen_index(
+        segments, outside, query.device
+    )
     rows = (tensor[0].transpose(0, 1) for tensor in (key, value))
     keys, values = (tensor.index_select(0, positions) if segments.num_shared else tensor for tensor in rows)
     queries = query[0].transpose(0, 1)
-    return kernel(queries, keys, values, cumulative_queries, cumulative_keys, longest_query, longest_key, scale, window, softcap)[None]
+    return kernel(
+        queries, keys, values, cumulative_queries, cumulative_keys, longest_query, longest_key, scale, window, softcap
+    )[None]
 
 
-def torch_kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, scale: float, window: Any, softcap: Any) -> Any:
+def torch_kernel(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, scale: float, window: Any, softcap: Any
+) -> Any:
     """`torch.nn.attention.varlen`; it has no soft cap, which `torch_varlen` minds."""
     from torch.nn.attention.varlen import varlen_attn
 
     assert not softcap
     left = (window - 1) if window else -1
-    return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
+    return varlen_attn(
+        q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
-def flash_kernel(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, scale: float, window: Any, softcap: Any) -> Any:
+def flash_kernel(
+    q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, scale: float, window: Any, softcap: Any
+) -> Any:
     """The flash-attn package, version 2.6 or newer (soft cap; bottom-right since 2.1)."""
     from flash_attn import flash_attn_varlen_func
 
     left = (window - 1) if window else -1
     return flash_attn_varlen_func(
-        q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True, window_size=(left, 0), softcap=softcap or 0.0
+        q,
+        k,
+        v,
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(left, 0),
+        softcap=softcap or 0.0,
     )
 
 
 def torch_varlen(
-    query: Any, key: Any, value: Any, shared_key: Any, shared_value: Any, segments: Segments, scale: float, window: Any, softcap: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    shared_key: Any,
+    shared_value: Any,
+    segments: Segments,
+    scale: float,
+    window: Any,
+    softcap: Any,
 ) -> torch.Tensor:
     """`torch.nn.attention.varlen` (GPU, 16 bits); layers with a soft cap go to `blocked`."""
     rest = (query, key, value, shared_key, shared_value, segments, scale, window, softcap)
     return blocked(*rest) if softcap else varlen(torch_kernel, *rest)
 
 
-BACKENDS: dict[str, Backend] = {"blocked": blocked, "sdpa": sdpa, "varlen": torch_varlen, "flash_attn": partial(varlen, flash_kernel)}
+BACKENDS: dict[str, Backend] = {
+    "blocked": blocked,
+    "sdpa": sdpa,
+    "varlen": torch_varlen,
+    "flash_attn": partial(varlen, flash_kernel),
+}
 
 
 def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -299,7 +365,11 @@ def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in 16 bits, and the base is {str(dtype).removeprefix('torch.')}: use sdpa, or --dtype bfloat16"
     if name == "flash_attn":
-        return None if importlib.util.find_spec("flash_attn") else "the package flash-attn is not installed: pip install '.[flash]'"
+        return (
+            None
+            if importlib.util.find_spec("flash_attn")
+            else "the package flash-attn is not installed: pip install '.[flash]'"
+        )
     if importlib.util.find_spec("torch.nn.attention.varlen"):
         from torch.nn.attention.varlen import varlen_attn
 

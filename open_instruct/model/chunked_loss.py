@@ -16,7 +16,9 @@ CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 MIN_ROWS_OF_A_TRAINED_HEAD = 1024  # each piece adds a gradient as large as the head
 
 
-def chunked_cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, head: Head, vocab_size: int, trained: list[nn.Parameter]) -> Any:
+def chunked_cross_entropy(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, vocab_size: int, trained: list[nn.Parameter]
+) -> Any:
     """Summed cross-entropy of head(hidden) against the targets.
 
     Each piece's gradient is computed with its loss, in the forward pass, and only the gradient is kept: one pass over the
@@ -34,7 +36,9 @@ def chunked_cross_entropy(hidden: torch.Tensor, targets: torch.Tensor, head: Hea
     Returns:
         Scalar, float32, in nats.
     """
-    return _ChunkedCrossEntropy.apply(hidden, targets, head, rows_at_once(hidden.device, vocab_size, bool(trained)), *trained)
+    return _ChunkedCrossEntropy.apply(
+        hidden, targets, head, rows_at_once(hidden.device, vocab_size, bool(trained)), *trained
+    )
 
 
 def rows_at_once(device: torch.device, vocab_size: int, trained: bool) -> int:
@@ -45,7 +49,9 @@ def rows_at_once(device: torch.device, vocab_size: int, trained: bool) -> int:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, rows: int, *trained: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, rows: int, *trained: torch.Tensor
+    ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         wanted = any(ctx.needs_input_grad)
         grad_hidden = torch.empty_like(hidden) if wanted else None

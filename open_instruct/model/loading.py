@@ -91,7 +91,9 @@ class readable:
         """Whatever loading raises (safetensors, pickle, the Hub and JSON have types of their own), it could not be loaded."""
         if isinstance(error, Exception) and not isinstance(error, InputError):
             text = " ".join(str(error).split())[:400]
-            raise InputError(f"{self.what} can't be loaded ({text}): check the name, the folder and the network") from error
+            raise InputError(
+                f"{self.what} can't be loaded ({text}): check the name, the folder and the network"
+            ) from error
 
 
 def choose_dtype(name: str) -> torch.dtype:
@@ -108,7 +110,9 @@ def choose_attention(use_flash_attn: bool | None) -> str | None:
     """
     available = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
     if use_flash_attn and not available:
-        raise InputError("--use_flash_attn needs a GPU and the flash extra (pip install '.[flash]'): drop the flag to use SDPA")
+        raise InputError(
+            "--use_flash_attn needs a GPU and the flash extra (pip install '.[flash]'): drop the flag to use SDPA"
+        )
     return "flash_attention_2" if available and use_flash_attn is not False else None
 
 
@@ -140,7 +144,9 @@ def load_model(
             raise InputError("a quantised base needs bitsandbytes: pip install '.[quant]', or load it without")
         four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
         options["quantization_config"] = (
-            BitsAndBytesConfig(load_in_8bit=True) if quantise == "8bit" else BitsAndBytesConfig(load_in_4bit=True, **four_bits)
+            BitsAndBytesConfig(load_in_8bit=True)
+            if quantise == "8bit"
+            else BitsAndBytesConfig(load_in_4bit=True, **four_bits)
         )
     if not allow_pickle:
         options["use_safetensors"] = True

@@ -21,7 +21,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "shared_prefix"
 # Keyword arguments that transformers passes along and that say nothing about the scores.
-HARMLESS = {"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions", "output_hidden_states", "past_key_values"}
+HARMLESS = {
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "past_key_values",
+}
 
 
 class CannotPack(Exception):
@@ -145,4 +153,6 @@ def attention(
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # unregistered names get no mask either, but log a warning
+AttentionMaskInterface.register(
+    NAME, lambda *args, **kwargs: None
+)  # unregistered names get no mask either, but log a warning

@@ -28,11 +28,18 @@ def plot_losses(rows: list[dict[str, Any]], base_loss: float | None, title: str,
     if train:
         axes.plot(*zip(*train, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="training, each step")
     if len(train) >= 20:
-        axes.plot([step for step, _ in train], smoothed([loss for _, loss in train]), color="tab:blue", label="training, smoothed")
+        axes.plot(
+            [step for step, _ in train],
+            smoothed([loss for _, loss in train]),
+            color="tab:blue",
+            label="training, smoothed",
+        )
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
     if base_loss is not None:
-        axes.axhline(base_loss, color="black", linestyle="--", linewidth=1, label=f"held out, base model ({base_loss:.3f})")
+        axes.axhline(
+            base_loss, color="black", linestyle="--", linewidth=1, label=f"held out, base model ({base_loss:.3f})"
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per labelled token)")
     axes.set_title(title)

@@ -20,7 +20,9 @@ def loss_text(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"
 
 
-def summary_lines(summary: dict[str, Any], samples: list[dict[str, str]], exact: dict[str, float] | None, output_dir: str) -> str:
+def summary_lines(
+    summary: dict[str, Any], samples: list[dict[str, str]], exact: dict[str, float] | None, output_dir: str
+) -> str:
     """The readable end of a run.
 
     Args:
@@ -40,7 +42,9 @@ def summary_lines(summary: dict[str, Any], samples: list[dict[str, str]], exact:
         f"({summary['tokens_per_second']:,.0f} tokens/s), peak memory {summary['peak_memory_mb']:,.0f} MB",
     ]
     if exact:
-        lines.append(f"exact match         base {exact['base']:.0%} | tuned {exact['tuned']:.0%} of {exact['number']:.0f} held-out answers")
+        lines.append(
+            f"exact match         base {exact['base']:.0%} | tuned {exact['tuned']:.0%} of {exact['number']:.0f} held-out answers"
+        )
     for number, sample in enumerate(samples[:3], start=1):
         lines += [
             f"question {number}          {one_line(sample['question'])}",

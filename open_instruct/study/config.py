@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from open_instruct.adapters.answer_metrics import NORMALISERS
 from open_instruct.arguments import METHOD_FLAGS
 from open_instruct.errors import InputError
-from open_instruct.report.metrics import NORMALISERS
 
 KINDS = ("grid", "random", "halving")
 METHOD_NAMES = ("full", *(name.removeprefix("use_") for name in METHOD_FLAGS))
@@ -97,13 +97,17 @@ def read(path: Path) -> Study:
     search = mapping(content, "search", problems)
     report = mapping(content, "report", problems)
     unknown_keys(search, {"kind", "points", "eta", "seed", "space"}, "search.", problems)
-    unknown_keys(report, {"questions", "max_new_tokens", "answer_regex", "normalise", "other_text"}, "report.", problems)
+    unknown_keys(
+        report, {"questions", "max_new_tokens", "answer_regex", "normalise", "other_text"}, "report.", problems
+    )
     for name in OURS:
         if name in flags:
             problems.append(f"flags.{name} is decided by the study: remove it")
     kind = one_of(search.get("kind", "grid"), KINDS, "search.kind", problems)
     shared = axes(mapping(search, "space", problems, "search."), "search.space", kind, problems)
-    entries = tuple(entry(name, given, shared, kind, problems) for name, given in mapping(content, "methods", problems).items())
+    entries = tuple(
+        entry(name, given, shared, kind, problems) for name, given in mapping(content, "methods", problems).items()
+    )
     if not entries:
         problems.append(f"methods is empty: name at least one of {', '.join(METHOD_NAMES)}")
     name = str(content.get("name", path.stem))
@@ -137,7 +141,9 @@ def check(study: Study, problems: list[str]) -> None:
         counts = {entry.name: math.prod(len(axis.values) for axis in entry.space) for entry in study.entries}
         if len(set(counts.values())) > 1:
             seen = ", ".join(f"{name} {count}" for name, count in counts.items())
-            problems.append(f"methods have unequal tuning budgets ({seen} points): give each as many, or use search.kind random")
+            problems.append(
+                f"methods have unequal tuning budgets ({seen} points): give each as many, or use search.kind random"
+            )
     else:
         bare = [entry.name for entry in study.entries if not entry.space]
         if bare:
@@ -154,7 +160,9 @@ def entry(name: str, given: Any, shared: tuple[Axis, ...], kind: str, problems: 
     if not isinstance(given, dict):
         problems.append(f"methods.{name} is {given!r}: it must map flags to values")
         given = {}
-    method = one_of(given.get("method", name), METHOD_NAMES, f"methods.{name}" + (".method" if "method" in given else ""), problems)
+    method = one_of(
+        given.get("method", name), METHOD_NAMES, f"methods.{name}" + (".method" if "method" in given else ""), problems
+    )
     own = mapping(given, "space", problems, f"methods.{name}.")
     flags = {key: value for key, value in given.items() if key not in ("method", "space")}
     for key in (*SAME_FOR_ALL, *OURS):
@@ -176,9 +184,16 @@ def axes(given: dict[str, Any], place: str, kind: str, problems: list[str]) -> t
         elif not isinstance(value, dict) or set(value) != {"low", "high"}:
             problems.append(f"{place}.{name} is {value!r}: give a list of values, or {{low: …, high: …}}")
         elif kind == "grid":
-            problems.append(f"{place}.{name} is a range: a grid needs a list of values; ranges are for random and halving")
-        elif not all(isinstance(number, int | float) and number > 0 for number in value.values()) or not value["low"] < value["high"]:
-            problems.append(f"{place}.{name} {value}: both bounds must be positive numbers (1.0e-3, not 1e-3), low below high")
+            problems.append(
+                f"{place}.{name} is a range: a grid needs a list of values; ranges are for random and halving"
+            )
+        elif (
+            not all(isinstance(number, int | float) and number > 0 for number in value.values())
+            or not value["low"] < value["high"]
+        ):
+            problems.append(
+                f"{place}.{name} {value}: both bounds must be positive numbers (1.0e-3, not 1e-3), low below high"
+            )
         else:
             found.append(Axis(name, low=value["low"], high=value["high"]))
     return tuple(found)
@@ -201,7 +216,8 @@ def unknown_keys(content: dict[str, Any], known: set[str], place: str, problems:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             problems.append(
-                f"unknown {place}{name}" + (f", did you mean {near[0]}?" if near else f": known are {', '.join(sorted(known))}")
+                f"unknown {place}{name}"
+                + (f", did you mean {near[0]}?" if near else f": known are {', '.join(sorted(known))}")
             )
 
 

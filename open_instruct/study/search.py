@@ -53,7 +53,13 @@ def trial(study: Study, entry: Entry, point: dict[str, Any], seed: int, num_step
     flags["keep_best"] = False  # it would choose by the test rows too
     if num_steps:
         flags["max_train_steps"] = num_steps
-    return Trial(entry.name, tuple(point.items()), seed, tuple(flags.items()), num_steps in (None, study.flags.get("max_train_steps")))
+    return Trial(
+        entry.name,
+        tuple(point.items()),
+        seed,
+        tuple(flags.items()),
+        num_steps in (None, study.flags.get("max_train_steps")),
+    )
 
 
 def points(study: Study, entry: Entry) -> list[dict[str, Any]]:

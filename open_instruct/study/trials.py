@@ -15,16 +15,16 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 
+from open_instruct.adapters.answer_metrics import exact_matches
+from open_instruct.adapters.generation import greedy_answers
+from open_instruct.adapters.scoring import answer_losses
 from open_instruct.arguments import FinetuneArguments, check_arguments
 from open_instruct.command_line import parse
 from open_instruct.data import dataset, reading
-from open_instruct.data.writing import write_json
 from open_instruct.errors import InputError
+from open_instruct.files import write_json
 from open_instruct.finetune_peft import run
 from open_instruct.model import loading
-from open_instruct.model.generation import greedy_answers
-from open_instruct.model.scoring import answer_losses
-from open_instruct.report.metrics import exact_matches
 from open_instruct.study.config import Study
 from open_instruct.study.search import Trial
 from open_instruct.training import model_setup, setup
@@ -109,7 +109,11 @@ def run_trial(task: Task, bases: model_setup.Bases) -> dict[str, Any]:
         a.resume_from_checkpoint = "newest"
     else:
         a.overwrite_output_dir = True
-    with (task.folder / "log.txt").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        (task.folder / "log.txt").open("a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision per process
         base_figures(task, a, bases)  # wrong data or a wrong model end the study
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -172,7 +176,9 @@ def model_length(model: Any) -> int:
 def scored(model: Any, examples: list[dict[str, Any]]) -> list[list[float]]:
     """[summed loss, labelled tokens] of each example, by PEFT's own forward pass."""
     spans = [list(zip(example["spans"][::2], example["spans"][1::2], strict=True)) for example in examples]
-    return [[loss, count] for loss, count in answer_losses(model, [e["input_ids"] for e in examples], spans, SCORED_AT_ONCE)]
+    return [
+        [loss, count] for loss, count in answer_losses(model, [e["input_ids"] for e in examples], spans, SCORED_AT_ONCE)
+    ]
 
 
 def halves(number: int) -> tuple[list[int], list[int]]:
@@ -203,7 +209,9 @@ def base_figures(task: Task, a: FinetuneArguments, bases: model_setup.Bases) -> 
         fill_virtual_tokens(a, config)
         data = load_data(a, accelerator, tokenizer, config)
         if data.held_out is None or len(data.held_out) < 4:
-            raise InputError("a study needs 4 held-out rows at least, half of them for choosing: give a longer validation_file")
+            raise InputError(
+                "a study needs 4 held-out rows at least, half of them for choosing: give a longer validation_file"
+            )
         with torch.no_grad():
             base = bases.take(a, config, tokenizer, accelerator)
             write_json(path, {"quantised": model_setup.quantisation(a), **measure(task, base, tokenizer, data)})

@@ -19,7 +19,9 @@ from open_instruct.errors import InputError
 from open_instruct.study.trials import Task, run_trial
 from open_instruct.training.model_setup import Bases
 
-Runner = Callable[[list[Task]], Iterator[tuple[Task, dict[str, Any]]]]  # yields a task and its result as soon as it is done
+Runner = Callable[
+    [list[Task]], Iterator[tuple[Task, dict[str, Any]]]
+]  # yields a task and its result as soon as it is done
 
 _bases = Bases()  # of a worker process
 
@@ -63,7 +65,9 @@ def with_processes(workers: int) -> Iterator[Runner]:
 
         try:
             yield run
-        except BaseException:  # the study is stopped: its workers are told, and save where their trials keep checkpoints
+        except (
+            BaseException
+        ):  # the study is stopped: its workers are told, and save where their trials keep checkpoints
             pool.shutdown(wait=False, cancel_futures=True)
             for child in active_children():
                 child.terminate()

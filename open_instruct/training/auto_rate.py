@@ -129,6 +129,9 @@ def choose(rates: Sequence[float], losses: Sequence[float], before: float, recip
         curvature = (right - left) / (x[2] - x[0])
         if curvature > 0:
             middle = (x[0] + x[1]) / 2 - left / (2 * curvature)
-            chosen, how = math.exp(min(max(middle, x[0]), x[2])), "the lowest point of the parabola through the three best"
+            chosen, how = (
+                math.exp(min(max(middle, x[0]), x[2])),
+                "the lowest point of the parabola through the three best",
+            )
     chosen = float(f"{chosen:.3g}")
     return chosen, f"{how}: {usable[best]:.4f} after {STEPS} steps at {rates[best]:.3g}, from {before:.4f}"

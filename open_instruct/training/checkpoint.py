@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from open_instruct.data.writing import flush, write_json
 from open_instruct.errors import InputError
+from open_instruct.files import flush, write_json
 from open_instruct.training import engines
 
 MARK = "COMPLETED"
@@ -132,7 +132,9 @@ def save_checkpoint(
             torch.save(state, working / part)
         except WRITE_ERRORS as error:
             problem = problem or " ".join(str(error).split())
-    failed = accelerator.reduce(torch.tensor(float(problem is not None), device=accelerator.device), reduction="sum").item()
+    failed = accelerator.reduce(
+        torch.tensor(float(problem is not None), device=accelerator.device), reduction="sum"
+    ).item()
     if rank == 0 and not failed:
         try:
             _finish(working, folder / f"step_{progress.step}")
@@ -202,8 +204,12 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Path | None:
     path = Path(wanted)
     reason = damage(path) if path.is_dir() else "it does not exist"
     if reason:
-        known = ", ".join(p.name for p in complete_checkpoints(output_dir / "checkpoints") if damage(p) is None) or "none"
-        raise InputError(f"checkpoint {path} can't be used ({reason}): whole ones in {output_dir / 'checkpoints'} are {known}")
+        known = (
+            ", ".join(p.name for p in complete_checkpoints(output_dir / "checkpoints") if damage(p) is None) or "none"
+        )
+        raise InputError(
+            f"checkpoint {path} can't be used ({reason}): whole ones in {output_dir / 'checkpoints'} are {known}"
+        )
     return path
 
 
@@ -222,9 +228,15 @@ def check_identity(path: Path, saved: dict[str, Any], current: dict[str, Any]) -
     Raises:
         InputError: naming what differs, with both values.
     """
-    different = [f"{name} was {saved.get(name)!r} and is now {value!r}" for name, value in current.items() if saved.get(name) != value]
+    different = [
+        f"{name} was {saved.get(name)!r} and is now {value!r}"
+        for name, value in current.items()
+        if saved.get(name) != value
+    ]
     if different:
-        raise InputError(f"checkpoint {path} belongs to another run ({'; '.join(different)}): give the same values, or a new --output_dir")
+        raise InputError(
+            f"checkpoint {path} belongs to another run ({'; '.join(different)}): give the same values, or a new --output_dir"
+        )
 
 
 def resume(path: Path, model: nn.Module, identity: dict[str, Any], part: str | None) -> Progress:
@@ -254,7 +266,9 @@ def resume(path: Path, model: nn.Module, identity: dict[str, Any], part: str | N
         raise InputError(f"checkpoint {path} is damaged ({error}): resume from an earlier one") from None
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
-        raise InputError(f"checkpoint {path} holds other parameters than this run trains: give the same method and sizes")
+        raise InputError(
+            f"checkpoint {path} holds other parameters than this run trains: give the same method and sizes"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])

@@ -36,7 +36,9 @@ class Patient:
     labelled_share: float  # of the training tokens
     embedding_std: float = math.nan  # of the vocabulary's entries
     vocabulary_norm: float = math.nan  # median length of a token's embedding
-    prompt_norm: float = math.nan  # median length of a virtual token at the start; nan where there is none of embeddings
+    prompt_norm: float = (
+        math.nan
+    )  # median length of a virtual token at the start; nan where there is none of embeddings
 
 
 @dataclass
@@ -211,8 +213,15 @@ class Doctor:
 
     def _too_low(self, step: int, loss: float) -> Finding | None:
         done = step / self.patient.num_steps
-        gain = self.initial - min(value for _, value in self.evaluations)  # what was lost again is no sign of a low rate
-        if done < 0.3 or step < 20 or self.said & {"start off the embeddings", "rate too high", "gap"} or loss < 0.98 * self.base:
+        gain = self.initial - min(
+            value for _, value in self.evaluations
+        )  # what was lost again is no sign of a low rate
+        if (
+            done < 0.3
+            or step < 20
+            or self.said & {"start off the embeddings", "rate too high", "gap"}
+            or loss < 0.98 * self.base
+        ):
             return None
         if not 0 <= gain / done < 0.02 * self.initial:
             return None
@@ -224,7 +233,13 @@ class Doctor:
         )
 
     def _above_base(self, step: int, loss: float) -> Finding | None:
-        if step <= self.patient.warmup_steps or step < 0.5 * self.patient.num_steps or step < 20 or self.said or not loss >= self.base:
+        if (
+            step <= self.patient.warmup_steps
+            or step < 0.5 * self.patient.num_steps
+            or step < 20
+            or self.said
+            or not loss >= self.base
+        ):
             return None
         return Finding(
             "above the base",

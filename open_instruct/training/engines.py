@@ -112,14 +112,18 @@ def place(unit: nn.Module, accelerator: Accelerator) -> None:
         unit: a part of a model.
         accelerator: for the device.
     """
-    known: dict[nn.Parameter, nn.Parameter] = {}  # new for old ones: tied ones stay tied. Kept longer, it would hold whole weights
+    known: dict[
+        nn.Parameter, nn.Parameter
+    ] = {}  # new for old ones: tied ones stay tied. Kept longer, it would hold whole weights
     for module in unit.modules():
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if isinstance(old, DTensor) or hasattr(old, "ds_id"):
                 continue
             if old not in known:
                 value = (
-                    old.detach().to(accelerator.device) if accelerator.is_main_process else torch.empty_like(old, device=accelerator.device)
+                    old.detach().to(accelerator.device)
+                    if accelerator.is_main_process
+                    else torch.empty_like(old, device=accelerator.device)
                 )
                 dist.broadcast(value, src=0)
                 known[old] = nn.Parameter(value, requires_grad=old.requires_grad)
@@ -153,7 +157,11 @@ def whole_tensor(tensor: Any) -> Any:
 def zero_optimizer(optimizer: Any) -> Any | None:
     """DeepSpeed's optimizer, of which each process holds a part, inside accelerate's wrapper; None where there is none."""
     inner = getattr(optimizer, "optimizer", None)
-    return inner if hasattr(inner, "single_partition_of_fp32_groups") or hasattr(inner, "fp32_partitioned_groups_flat") else None
+    return (
+        inner
+        if hasattr(inner, "single_partition_of_fp32_groups") or hasattr(inner, "fp32_partitioned_groups_flat")
+        else None
+    )
 
 
 def part_name(accelerator: Accelerator) -> str | None:
@@ -166,7 +174,9 @@ def part_name(accelerator: Accelerator) -> str | None:
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
     """State of a torch optimizer with full tensors. Every process calls this."""
     state = optimizer.state_dict()
-    moments = {key: {name: whole_tensor(value) for name, value in values.items()} for key, values in state["state"].items()}
+    moments = {
+        key: {name: whole_tensor(value) for name, value in values.items()} for key, values in state["state"].items()
+    }
     return {**state, "state": moments}
 
 
@@ -191,7 +201,10 @@ def zero_state(zero: Any) -> dict[str, Any]:
             "parameters": [part.detach().cpu() for part in zero.single_partition_of_fp32_groups],
         }
     state = zero.state_dict()
-    return {"optimizer": state["optimizer_state_dict"], "parameters": [part.detach().cpu() for part in state["fp32_flat_groups"]]}
+    return {
+        "optimizer": state["optimizer_state_dict"],
+        "parameters": [part.detach().cpu() for part in state["fp32_flat_groups"]],
+    }
 
 
 def load_zero_state(zero: Any, state: dict[str, Any]) -> None:
@@ -226,6 +239,11 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> tuple
     and lose tied weights on the way.
     """
     engine = engine_of(accelerator)
-    if engine in (capabilities.ZERO_2, capabilities.ZERO_3, capabilities.FSDP) and accelerator.mixed_precision == "bf16":
-        model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(model.forward)  # as accelerate does for DDP
+    if (
+        engine in (capabilities.ZERO_2, capabilities.ZERO_3, capabilities.FSDP)
+        and accelerator.mixed_precision == "bf16"
+    ):
+        model.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(
+            model.forward
+        )  # as accelerate does for DDP
     return (model, optimizer) if engine == capabilities.FSDP else accelerator.prepare(model, optimizer)

@@ -31,10 +31,14 @@ def held_out_loss(
     was_training = training_model.training
     training_model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    batches = batching.cut(range(len(examples)), examples.lengths, accelerator.process_index, accelerator.num_processes)
+    batches = batching.micro_batches(
+        range(len(examples)), examples.lengths, accelerator.process_index, accelerator.num_processes
+    )
     with nullcontext() if adapter else inner.without_adapter():
         for chosen in batches:
-            loss, count = training_model(**to_device(batching.tensors([examples[i] for i in chosen]), accelerator.device))
+            loss, count = training_model(
+                **to_device(batching.collate([examples[i] for i in chosen]), accelerator.device)
+            )
             total += torch.stack([loss.double(), count.double()])
     total = accelerator.reduce(total, reduction="sum")
     training_model.train(was_training)

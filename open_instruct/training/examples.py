@@ -67,7 +67,9 @@ class Data:
         return {"train": self.train.fingerprint, "held_out": self.held_out and self.held_out.fingerprint}
 
 
-def load_data(a: FinetuneArguments, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Data:
+def load_data(
+    a: FinetuneArguments, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> Data:
     """Read, check, tokenise and split. The main process goes first, and the others find its cache."""
     length = max_sequence_length(a, config)
     if a.preprocessing_num_workers:
@@ -78,7 +80,9 @@ def load_data(a: FinetuneArguments, accelerator: Accelerator, tokenizer: PreTrai
         held_out = None
         if a.validation_file:
             if any(Path(a.validation_file).resolve() == Path(name).resolve() for name in a.train_file or []):
-                raise InputError(f"--validation_file {a.validation_file} is the training file: name another, or use --validation_fraction")
+                raise InputError(
+                    f"--validation_file {a.validation_file} is the training file: name another, or use --validation_fraction"
+                )
             files = reading.files_of(a.validation_file)
             held_out = build_examples(a, reading.read_files(files), dataset.file_key(files), tokenizer, length)
             held_out = dataset.draw(held_out, a.max_eval_samples, a.data_seed)
@@ -107,7 +111,9 @@ def training_source(a: FinetuneArguments) -> tuple[Any, str | None]:
     else:
         words = a.dataset_mixer_list or []
         if len(words) % 2:
-            raise InputError(f"--dataset_mixer_list has {len(words)} words: give pairs of NAME_OR_FILE and COUNT_OR_SHARE")
+            raise InputError(
+                f"--dataset_mixer_list has {len(words)} words: give pairs of NAME_OR_FILE and COUNT_OR_SHARE"
+            )
         members = list(zip(words[::2], words[1::2], strict=True))
     splits = a.dataset_mixer_list_splits
     files = [path for name, _ in members for path in reading.files_of(name, splits[0])] if len(splits) == 1 else []
@@ -115,7 +121,9 @@ def training_source(a: FinetuneArguments) -> tuple[Any, str | None]:
     return reading.read_mixture(members, splits, a.data_seed), key
 
 
-def build_examples(a: FinetuneArguments, rows: Any, key: str | None, tokenizer: PreTrainedTokenizerBase, length: int) -> Examples:
+def build_examples(
+    a: FinetuneArguments, rows: Any, key: str | None, tokenizer: PreTrainedTokenizerBase, length: int
+) -> Examples:
     """Rows → examples, through the cache where the content is known."""
     cache = Path(a.dataset_local_cache_dir) if key and not a.dataset_skip_cache else None
     named = reading.conversations(rows, a.sft_messages_key)

@@ -19,19 +19,35 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
+from open_instruct.adapters.inspection import START
 from open_instruct.arguments import FinetuneArguments
-from open_instruct.data.writing import flush, write_json
-from open_instruct.methods.continuing import TRAINED
-from open_instruct.model.inspection import START
+from open_instruct.files import flush, write_json
 from open_instruct.report.plots import plot_losses, plot_rates
 from open_instruct.training.auto_rate import RangeTest
 from open_instruct.training.checkpoint import Progress, trained_parameters
+from open_instruct.training.continuing import TRAINED
 from open_instruct.training.tracking import read_rows
 
 RATES, RATES_PLOT = "auto_lr.json", "auto_lr.png"
 RUN_FILES = ("run.json", "metrics.jsonl", "summary.json", "loss.png", "checkpoints", START, TRAINED, RATES, RATES_PLOT)
-MODEL_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors*")
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "deepspeed", "flash_attn")
+MODEL_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+)
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "bitsandbytes",
+    "deepspeed",
+    "flash_attn",
+)
 
 
 def run_record(
@@ -51,7 +67,9 @@ def run_record(
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "flags": {name: {"value": value, "origin": origins.get(name, "default")} for name, value in sorted(asdict(a).items())},
+        "flags": {
+            name: {"value": value, "origin": origins.get(name, "default")} for name, value in sorted(asdict(a).items())
+        },
         "method": a.method,
         "recipe_sources": sources,
         "command": sys.argv,
@@ -70,7 +88,9 @@ def git_commit() -> str | None:
     """Commit of the code that runs, or None outside a repository."""
     folder = Path(__file__).resolve().parent
     try:
-        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
@@ -81,8 +101,12 @@ def start_trackers(accelerator: Any, a: FinetuneArguments) -> None:
     if not a.with_tracking:
         return
     name = a.run_name or f"{a.exp_name}__{a.method}__{a.seed}__{int(time.time())}"
-    flags = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in asdict(a).items()}
-    accelerator.init_trackers(a.wandb_project_name, config=flags, init_kwargs={"wandb": {"name": name, "entity": a.wandb_entity}})
+    flags = {
+        key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in asdict(a).items()
+    }
+    accelerator.init_trackers(
+        a.wandb_project_name, config=flags, init_kwargs={"wandb": {"name": name, "entity": a.wandb_entity}}
+    )
 
 
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path, keep_network: bool = False) -> int:
@@ -98,7 +122,8 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path,
         size = sum(path.stat().st_size for path in Path(working).glob("*.safetensors"))
         if keep_network:
             save_file(
-                {name: value.detach().contiguous().cpu() for name, value in trained_parameters(model).items()}, Path(working) / TRAINED
+                {name: value.detach().contiguous().cpu() for name, value in trained_parameters(model).items()},
+                Path(working) / TRAINED,
             )
         for path in Path(working).iterdir():
             if path.is_file():
@@ -108,7 +133,12 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, output_dir: Path,
 
 
 def open_output_dir(
-    a: FinetuneArguments, accelerator: Any, record: dict[str, Any], start: torch.Tensor | None, rates: RangeTest | None, keep: bool
+    a: FinetuneArguments,
+    accelerator: Any,
+    record: dict[str, Any],
+    start: torch.Tensor | None,
+    rates: RangeTest | None,
+    keep: bool,
 ) -> None:
     """Create the folder with its run.json, a soft prompt's start and what --auto_lr found, and open the trackers.
 
@@ -140,7 +170,12 @@ def clear(folder: Path) -> None:
 def finish(a: FinetuneArguments, progress: Progress, summary: dict[str, Any]) -> None:
     """Plot the losses; write summary.json, which marks the run as finished; drop checkpoints and upload, if asked for."""
     output_dir = Path(a.output_dir)
-    plot_losses(read_rows(output_dir / "metrics.jsonl"), progress.base_eval_loss, f"{a.method}: {output_dir.name}", output_dir / "loss.png")
+    plot_losses(
+        read_rows(output_dir / "metrics.jsonl"),
+        progress.base_eval_loss,
+        f"{a.method}: {output_dir.name}",
+        output_dir / "loss.png",
+    )
     write_json(output_dir / "summary.json", summary)
     if a.clean_checkpoints_at_end:
         shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
@@ -157,7 +192,9 @@ def upload(a: FinetuneArguments, output_dir: Path) -> None:
     try:
         api = HfApi()
         repository = api.create_repo(repository, exist_ok=True, private=True).repo_id
-        api.upload_folder(repo_id=repository, folder_path=output_dir, revision=a.hf_repo_revision, ignore_patterns=["checkpoints/*"])
+        api.upload_folder(
+            repo_id=repository, folder_path=output_dir, revision=a.hf_repo_revision, ignore_patterns=["checkpoints/*"]
+        )
         print(f"uploaded to {repository} (private)")
     except Exception as error:  # the network and the Hub fail in many ways; none may cost the finished run
         print(f"warning: upload to {repository} failed ({error}); everything is in {output_dir}", file=sys.stderr)

@@ -68,7 +68,14 @@ def out_of_memory(accelerator: Any, step: int) -> InputError:
 
 def is_lost_contact(error: BaseException) -> bool:
     """Whether a collective failed because another process ended or did not come in time."""
-    words = ("connection closed by peer", "connection reset by peer", "timed out", "broken pipe", "socket", "remote process exited")
+    words = (
+        "connection closed by peer",
+        "connection reset by peer",
+        "timed out",
+        "broken pipe",
+        "socket",
+        "remote process exited",
+    )
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 

@@ -83,9 +83,13 @@ def fit(
             started = time.perf_counter()
             indices = plan.examples(step)
             label_tokens = int(examples.label_counts[indices].sum())
-            loss_sum, settings = gradient_within_memory(accelerator, model, optimizer, examples, step, indices, settings, metrics)
+            loss_sum, settings = gradient_within_memory(
+                accelerator, model, optimizer, examples, step, indices, settings, metrics
+            )
             # One exchange for two facts: a signal may have reached only some of the processes.
-            totals = accelerator.reduce(torch.stack([loss_sum, loss_sum.new_tensor(float(stop.name is not None))]), reduction="sum")
+            totals = accelerator.reduce(
+                torch.stack([loss_sum, loss_sum.new_tensor(float(stop.name is not None))]), reduction="sum"
+            )
             learning_rate, loss = schedule.get_last_lr()[0], totals[0].item() / label_tokens
             bound = settings.clip_grad_norm if settings.clip_grad_norm > 0 else math.inf
             grad_norm = float(engines.whole_tensor(accelerator.clip_grad_norm_(parameters, bound)))
@@ -96,9 +100,13 @@ def fit(
                 skipped += 1
                 reason = f"loss {loss}, gradient norm {grad_norm} at learning rate {learning_rate:.3g}"
                 metrics.write({"step": step + 1, "skipped": reason, "example_indices": indices.tolist()})
-                metrics.say(f"step {step + 1}/{plan.num_steps} | not applied: {reason}; its examples are in metrics.jsonl")
+                metrics.say(
+                    f"step {step + 1}/{plan.num_steps} | not applied: {reason}; its examples are in metrics.jsonl"
+                )
                 if skipped >= settings.max_skipped_steps or accelerator.distributed_type == DistributedType.DEEPSPEED:
-                    raise InputError(f"step {step + 1}: {reason}, {skipped} in a row: lower --learning_rate or set --clip_grad_norm")
+                    raise InputError(
+                        f"step {step + 1}: {reason}, {skipped} in a row: lower --learning_rate or set --clip_grad_norm"
+                    )
             schedule.step()
             optimizer.zero_grad()
 
@@ -111,7 +119,9 @@ def fit(
                 observe(loss, grad_norm)
             logged = progress.step % settings.logging_steps == 0 or progress.step == plan.num_steps
             if logged and not skipped:
-                metrics.step_row(progress, plan.epoch(progress.step), loss, learning_rate, grad_norm, window_tokens / window_seconds)
+                metrics.step_row(
+                    progress, plan.epoch(progress.step), loss, learning_rate, grad_norm, window_tokens / window_seconds
+                )
                 window_seconds, window_tokens = 0.0, 0
             if (settings.eval_steps and progress.step % settings.eval_steps == 0) or progress.step == plan.num_steps:
                 evaluate()
@@ -153,7 +163,9 @@ def gradient_within_memory(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    metrics.say(f"step {step + 1} | out of memory: going on with rows of {halved.max_tokens:,} tokens (--max_tokens_per_microbatch)")
+    metrics.say(
+        f"step {step + 1} | out of memory: going on with rows of {halved.max_tokens:,} tokens (--max_tokens_per_microbatch)"
+    )
     settings = replace(settings, batching=halved, halved=True)
     return gradient_within_memory(accelerator, model, optimizer, examples, step, indices, settings, metrics)
 
@@ -167,16 +179,22 @@ def step_gradient(
     Each process sums its own micro-batches. DDP averages over processes, so each sum is multiplied by R.
     """
     # Dropout is a function of seed, step and process: a resumed run draws what the uninterrupted one draws.
-    torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, accelerator.process_index]).generate_state(1)[0]))
+    torch.manual_seed(
+        int(np.random.SeedSequence([settings.seed, step, accelerator.process_index]).generate_state(1)[0])
+    )
     label_tokens = int(examples.label_counts[indices].sum())
-    batches = settings.batching.cut(indices.tolist(), examples.lengths, accelerator.process_index, accelerator.num_processes)
+    batches = settings.batching.micro_batches(
+        indices.tolist(), examples.lengths, accelerator.process_index, accelerator.num_processes
+    )
     divisor = label_tokens
     if settings.sum_loss:
         divisor = settings.accumulation_steps * accelerator.num_processes
     total = torch.zeros((), device=accelerator.device)
     for number, chosen in enumerate(batches, start=1):
-        batch = to_device(settings.batching.tensors([examples[i] for i in chosen]), accelerator.device)
-        accelerator.sync_gradients = number == len(batches)  # DeepSpeed steps inside the backward pass where this is set
+        batch = to_device(settings.batching.collate([examples[i] for i in chosen]), accelerator.device)
+        accelerator.sync_gradients = number == len(
+            batches
+        )  # DeepSpeed steps inside the backward pass where this is set
         exchange = accelerator.sync_gradients or settings.sync_each_batch
         with nullcontext() if exchange else accelerator.no_sync(model):
             loss, _ = model(**batch)

@@ -12,11 +12,12 @@ from accelerate import Accelerator, init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from open_instruct.adapters import folders as adapters
 from open_instruct.arguments import FinetuneArguments
 from open_instruct.errors import InputError
-from open_instruct.methods import METHODS, MethodSettings, ModelFacts, Recipe, continuing, model_facts
-from open_instruct.model import adapters, loading
-from open_instruct.training import engines, packing
+from open_instruct.methods import METHODS, MethodSettings, ModelFacts, Recipe, model_facts
+from open_instruct.model import loading
+from open_instruct.training import continuing, engines, packing
 
 
 def adopt_adapter(a: FinetuneArguments, origins: dict[str, str]) -> None:
@@ -57,7 +58,9 @@ def adopt_adapter(a: FinetuneArguments, origins: dict[str, str]) -> None:
     a.model_name_or_path = adapters.base_name(a.model_name_or_path, [folder])
 
 
-def load_base(a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Any:
+def load_base(
+    a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> Any:
     """The base model on this process's device; where weights are shared out, whole on the main process's CPU, and empty elsewhere."""
     assert a.model_name_or_path
     shared = engines.shares_weights(engines.engine_of(accelerator))
@@ -92,7 +95,13 @@ class Bases:
         """None yet."""
         self.kept: dict[str, tuple[Any, list[float]]] = {}
 
-    def take(self, a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator) -> Any:
+    def take(
+        self,
+        a: FinetuneArguments,
+        config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        accelerator: Accelerator,
+    ) -> Any:
         """The base that these flags name, for one run at a time."""
         if a.method == "full":  # its weights will be others
             return load_base(a, config, tokenizer, accelerator)
@@ -150,7 +159,9 @@ def skeleton(a: FinetuneArguments, config: PretrainedConfig) -> Any:
     return model
 
 
-def empty_copy(a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tensors: dict[str, torch.Tensor]) -> Any:
+def empty_copy(
+    a: FinetuneArguments, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, tensors: dict[str, torch.Tensor]
+) -> Any:
     """The model on the meta device with true values where it was trained: enough to be saved, at no cost in memory."""
     model = wrapped(a, skeleton(a, config), tokenizer)
     problems = model.load_state_dict(tensors, strict=False, assign=True)
@@ -170,7 +181,10 @@ def method_settings(a: FinetuneArguments) -> MethodSettings:
 def fill_from_recipe(a: FinetuneArguments, recipe: Recipe, origins: dict[str, str]) -> None:
     """Fill the hyperparameters that the user left unset, and note their origin."""
     if a.learning_rate is None and a.learning_rate_factor != 1:
-        a.learning_rate, origins["learning_rate"] = a.learning_rate_factor * recipe.learning_rate, f"recipe × {a.learning_rate_factor:g}"
+        a.learning_rate, origins["learning_rate"] = (
+            a.learning_rate_factor * recipe.learning_rate,
+            f"recipe × {a.learning_rate_factor:g}",
+        )
     for item in fields(recipe):
         if item.name == "sources" or getattr(recipe, item.name) is None or getattr(a, item.name) is not None:
             continue

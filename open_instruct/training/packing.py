@@ -18,8 +18,8 @@ from open_instruct.data.collate import Batching, Packing, Padding
 from open_instruct.errors import InputError
 from open_instruct.methods import Method
 from open_instruct.model import backends
-from open_instruct.model.loss import PackedModel, PaddedModel, TrainingModel
 from open_instruct.model.shared_prefix import CannotPack
+from open_instruct.model.training_model import PackedModel, PaddedModel, TrainingModel
 
 ROW_TOKENS = 4096  # tokens that keep a GPU busy, and make 200 virtual tokens 5 % of a row
 
@@ -129,7 +129,9 @@ def choose_forward(
         if settings.asked_for:
             raise InputError(f"--packing is not possible: {reason}: use --packing False")
     if settings.gradient_checkpointing and method.name == "prefix_tuning":
-        raise InputError(f"--gradient_checkpointing with prefix tuning needs the packed forward pass, but: {reason}: drop one of the flags")
+        raise InputError(
+            f"--gradient_checkpointing with prefix tuning needs the packed forward pass, but: {reason}: drop one of the flags"
+        )
     if settings.compile_layers:
         raise InputError(f"--compile needs the packed forward pass, but: {reason}: drop one of the flags")
     because = f"because the packed one can't serve this model exactly: {reason}" if settings.packing else "PEFT's own"
@@ -141,7 +143,9 @@ def choose_forward(
     )
 
 
-def try_packed(model: Any, soft_prompt: Callable[[], Any], backend: str, dtype: torch.dtype) -> tuple[PackedModel | None, str]:
+def try_packed(
+    model: Any, soft_prompt: Callable[[], Any], backend: str, dtype: torch.dtype
+) -> tuple[PackedModel | None, str]:
     """A packed model that passes a probe, or None and what is in the way.
 
     The probe is a row of three examples: its loss must be the model's own for each example alone, and the last two
@@ -149,7 +153,10 @@ def try_packed(model: Any, soft_prompt: Callable[[], Any], backend: str, dtype: 
     """
     causal = base_of(model)
     if not getattr(causal, "_supports_attention_backend", False):
-        return None, f"the attention of a {causal.config.model_type} model does not go through transformers' AttentionInterface"
+        return (
+            None,
+            f"the attention of a {causal.config.model_type} model does not go through transformers' AttentionInterface",
+        )
     generator = torch.Generator().manual_seed(0)
     vocabulary = causal.get_input_embeddings().weight.shape[0]
     draws = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (5, 16, 9)]
@@ -164,7 +171,9 @@ def try_packed(model: Any, soft_prompt: Callable[[], Any], backend: str, dtype: 
         with torch.no_grad():
             together = packed(**batch)[0].item()
         model.train()  # so that attention dropout shows
-        leak, within = sensitivity(packed, collate.to_device(collate.pack([{**rows[0], "spans": []}, *rows[1:]]), causal.device))
+        leak, within = sensitivity(
+            packed, collate.to_device(collate.pack([{**rows[0], "spans": []}, *rows[1:]]), causal.device)
+        )
     except CannotPack as problem:
         packed.release()
         return None, str(problem)
@@ -228,7 +237,9 @@ def start(forward: Forward, gradient_checkpointing: bool, compile_layers: bool) 
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     if compile_layers:
         if causal.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-            raise InputError("--compile needs a C++ compiler on CPU, and g++ is not on the PATH: install one, set CXX, or drop the flag")
+            raise InputError(
+                "--compile needs a C++ compiler on CPU, and g++ is not on the PATH: install one, set CXX, or drop the flag"
+            )
         for layer in decoder_layers(causal):
             layer.compile(dynamic=True)  # rows of any length use one graph
 

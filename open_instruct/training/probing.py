@@ -24,7 +24,10 @@ def first_examples(plan: Plan, number: int) -> list[int]:
 
 def micro_batches(batching: Batching, examples: Examples, indices: Sequence[int]) -> list[dict[str, Any]]:
     """Examples as tensors, in as many micro-batches as they need."""
-    return [batching.tensors([examples[i] for i in rows]) for rows in batching.cut(indices, examples.lengths, 0, 1)]
+    return [
+        batching.collate([examples[i] for i in rows])
+        for rows in batching.micro_batches(indices, examples.lengths, 0, 1)
+    ]
 
 
 @torch.no_grad()

@@ -49,5 +49,7 @@ def choose_start(
             losses.append(mean_loss(accelerator, forward.model, batches))
         best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
         what = "the text's" if best == 0 else f"draw {best} of random tokens"
-        print(f"start: {what}, of {len(losses)} the lowest loss, {losses[best]:.4f} (the text's {losses[0]:.4f}, worst {max(losses):.4f})")
+        print(
+            f"start: {what}, of {len(losses)} the lowest loss, {losses[best]:.4f} (the text's {losses[0]:.4f}, worst {max(losses):.4f})"
+        )
     method.begin_at(model, found[engines.told(best)])

@@ -15,13 +15,14 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, get_scheduler, set_seed
 
+from open_instruct.adapters import folders as adapters
 from open_instruct.arguments import FinetuneArguments
 from open_instruct.data import chat
 from open_instruct.data.collate import Batching, Packing
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
 from open_instruct.methods import METHODS, ModelFacts
-from open_instruct.model import adapters, loading, memory
+from open_instruct.model import loading, memory
 from open_instruct.model.chunked_loss import rows_at_once
 from open_instruct.quiet import silence_transformers
 from open_instruct.training import capabilities, engines, packing
@@ -54,7 +55,9 @@ def make_accelerator(a: FinetuneArguments) -> Accelerator:
     except ValueError as error:
         if not a.with_tracking:
             raise
-        raise InputError(f"--report_to {' '.join(a.report_to)} can't be used ({error}): install the tracker or name another") from None
+        raise InputError(
+            f"--report_to {' '.join(a.report_to)} can't be used ({error}): install the tracker or name another"
+        ) from None
     set_seed(a.seed)
     engines.start(accelerator)
     return accelerator
@@ -78,17 +81,25 @@ def check_capabilities(a: FinetuneArguments, engine: str | None) -> None:
         engine: engine is not None,
     }
     reasons = {feature: capabilities.obstacle(method, feature) for feature, on in wanted.items() if feature and on}
-    problems = [f"{method.title} does not work with {feature}: {reason}" for feature, reason in reasons.items() if reason]
+    problems = [
+        f"{method.title} does not work with {feature}: {reason}" for feature, reason in reasons.items() if reason
+    ]
     if engines.shares_weights(engine) and (a.load_in_4bit or a.load_in_8bit):
         problems.append(
             f"quantised weights can't be shared out by {engine}: use DDP or ZeRO-2, or drop --load_in_{4 if a.load_in_4bit else 8}bit"
         )
     if engines.shares_weights(engine) and "screened" in (a.prompt_tuning_init, a.prefix_init):
-        problems.append(f"a screened start needs a whole model, which no process holds under {engine}: use the initialisation text")
+        problems.append(
+            f"a screened start needs a whole model, which no process holds under {engine}: use the initialisation text"
+        )
     if engines.shares_weights(engine) and a.auto_lr:
-        problems.append(f"--auto_lr needs a whole model, which no process holds under {engine}: use DDP or ZeRO-2, or run it alone first")
+        problems.append(
+            f"--auto_lr needs a whole model, which no process holds under {engine}: use DDP or ZeRO-2, or run it alone first"
+        )
     if engine == capabilities.FSDP and a.use_8bit_optimizer:
-        problems.append("--use_8bit_optimizer does not know the shared parameters of FSDP: drop it, or use another engine")
+        problems.append(
+            "--use_8bit_optimizer does not know the shared parameters of FSDP: drop it, or use another engine"
+        )
     if problems:
         raise InputError("; ".join(problems))
 
@@ -98,7 +109,9 @@ def check_wandb() -> None:
     import wandb
 
     if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.login(prompt=False):
-        raise InputError("wandb has no key: run `wandb login`, set WANDB_MODE=offline, or name another tracker with --report_to")
+        raise InputError(
+            "wandb has no key: run `wandb login`, set WANDB_MODE=offline, or name another tracker with --report_to"
+        )
 
 
 def check_output_dir(a: FinetuneArguments) -> Path | None:
@@ -114,9 +127,13 @@ def check_output_dir(a: FinetuneArguments) -> Path | None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file: name a folder")
     if a.model_name_or_path and folder.resolve() == Path(a.model_name_or_path).resolve():
-        raise InputError(f"--output_dir {folder} is the base model's own folder, which a run would overwrite: name another folder")
+        raise InputError(
+            f"--output_dir {folder} is the base model's own folder, which a run would overwrite: name another folder"
+        )
     if a.adapter_name_or_path and folder.resolve() == Path(a.adapter_name_or_path).resolve():
-        raise InputError(f"--output_dir {folder} is the adapter's own folder, which a run would overwrite: name another folder")
+        raise InputError(
+            f"--output_dir {folder} is the adapter's own folder, which a run would overwrite: name another folder"
+        )
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     try:
         with tempfile.TemporaryFile(dir=existing):
@@ -126,7 +143,9 @@ def check_output_dir(a: FinetuneArguments) -> Path | None:
     if a.resume_from_checkpoint and a.overwrite_output_dir:
         raise InputError("--resume_from_checkpoint and --overwrite_output_dir contradict each other: drop one")
     if (folder / "summary.json").exists() and not a.overwrite_output_dir:
-        raise InputError(f"--output_dir {folder} holds a finished run: name another folder, or pass --overwrite_output_dir")
+        raise InputError(
+            f"--output_dir {folder} holds a finished run: name another folder, or pass --overwrite_output_dir"
+        )
     if a.resume_from_checkpoint:
         return find_checkpoint(a.resume_from_checkpoint, folder)
     if not a.overwrite_output_dir:
@@ -137,7 +156,9 @@ def check_output_dir(a: FinetuneArguments) -> Path | None:
                 "--resume_from_checkpoint, name another folder, or pass --overwrite_output_dir"
             )
         if any((folder / name).exists() for name in ("adapter_model.safetensors", "config.json", "model.safetensors")):
-            raise InputError(f"--output_dir {folder} holds a model: name another folder, or pass --overwrite_output_dir")
+            raise InputError(
+                f"--output_dir {folder} holds a model: name another folder, or pass --overwrite_output_dir"
+            )
     return None
 
 
@@ -150,14 +171,25 @@ def load_tokenizer_and_config(a: FinetuneArguments) -> tuple[PreTrainedTokenizer
     name = a.tokenizer_name_or_path or a.model_name_or_path
     tokenizer = loading.load_tokenizer(name, revision=a.tokenizer_revision or a.model_revision, **remote)
     chat.set_chat_template(tokenizer, a.chat_template_name, a.add_bos)
-    if a.adapter_name_or_path and (own := adapters.chat_template(Path(a.adapter_name_or_path))) not in (None, tokenizer.chat_template):
-        warn(f"the adapter was trained with another chat template (it starts with {str(own)[:60]!r}): see --chat_template_name")
+    if a.adapter_name_or_path and (own := adapters.chat_template(Path(a.adapter_name_or_path))) not in (
+        None,
+        tokenizer.chat_template,
+    ):
+        warn(
+            f"the adapter was trained with another chat template (it starts with {str(own)[:60]!r}): see --chat_template_name"
+        )
     loading.check_weights(a.model_name_or_path, a.allow_pickle)
     return tokenizer, config
 
 
 def choose_forward(
-    a: FinetuneArguments, origins: dict[str, str], data: Data, config: PretrainedConfig, model: Any, accelerator: Accelerator, pad: int
+    a: FinetuneArguments,
+    origins: dict[str, str],
+    data: Data,
+    config: PretrainedConfig,
+    model: Any,
+    accelerator: Accelerator,
+    pad: int,
 ) -> Forward:
     """Packed if the model allows it exactly. Says so, and why not otherwise."""
     settings = PackingSettings(
@@ -174,15 +206,22 @@ def choose_forward(
         gradient_checkpointing=a.gradient_checkpointing,
         compile_layers=a.compile,
     )
-    packing.check_rows(settings, max(int(examples.lengths.max()) for examples in (data.train, data.held_out) if examples))
+    packing.check_rows(
+        settings, max(int(examples.lengths.max()) for examples in (data.train, data.held_out) if examples)
+    )
     dtype = loading.choose_dtype(a.dtype)
     engine = engines.engine_of(accelerator)
 
     def tell(found: tuple[str, str | None]) -> tuple[str, str | None]:
         reason, head = engines.told(found) if engines.shares_weights(engine) else found
-        return reason, None if engine == capabilities.ZERO_3 else head  # which gathers the head in each piece, of which processes differ
+        return (
+            reason,
+            None if engine == capabilities.ZERO_3 else head,
+        )  # which gathers the head in each piece, of which processes differ
 
-    with torch.autocast(packing.base_of(model).device.type.replace("meta", "cpu"), dtype, enabled=dtype == torch.bfloat16):
+    with torch.autocast(
+        packing.base_of(model).device.type.replace("meta", "cpu"), dtype, enabled=dtype == torch.bfloat16
+    ):
         forward = packing.choose_forward(model, METHODS[a.method], settings, accelerator.device, dtype, tell)
     accelerator.print(f"forward pass: {forward.description}")
     return forward
@@ -207,7 +246,9 @@ def find_rate(
     else:
         packing.start(forward, a.gradient_checkpointing, False)
         if accelerator.is_main_process:
-            test = range_test(accelerator, forward.model, data.train, plan, forward.training, recipe_rate, a.clip_grad_norm, a.seed)
+            test = range_test(
+                accelerator, forward.model, data.train, plan, forward.training, recipe_rate, a.clip_grad_norm, a.seed
+            )
         test = engines.told(test)
         a.learning_rate = test.chosen
         accelerator.print(f"auto_lr: {test.chosen:.3g}, the recipe's is {recipe_rate:.3g}; {test.why}")
@@ -254,14 +295,27 @@ def fit_settings(a: FinetuneArguments, plan: Plan, batching: Batching) -> FitSet
 
 
 def dry_run_text(
-    a: FinetuneArguments, data: Data, plan: Plan, model: Any, config: PretrainedConfig, batching: Batching, sharing: memory.Sharing
+    a: FinetuneArguments,
+    data: Data,
+    plan: Plan,
+    model: Any,
+    config: PretrainedConfig,
+    batching: Batching,
+    sharing: memory.Sharing,
 ) -> str:
     """The plan of a run: steps, tokens, parameters, memory."""
     sizes = memory.counts(model)
     vocab_size, device = config.get_text_config().vocab_size, next(model.parameters()).device
-    batches = [batching.cut(plan.examples(step).tolist(), data.train.lengths, 0, 1) for step in range(min(plan.num_steps, 20))]
-    largest = max(batching.positions(rows, data.train.lengths, num_virtual_tokens(a)) for step in batches for rows in step)
-    logit_rows = min(largest, rows_at_once(device, vocab_size, a.method == "full")) if isinstance(batching, Packing) else largest
+    batches = [
+        batching.micro_batches(plan.examples(step).tolist(), data.train.lengths, 0, 1)
+        for step in range(min(plan.num_steps, 20))
+    ]
+    largest = max(
+        batching.positions(rows, data.train.lengths, num_virtual_tokens(a)) for step in batches for rows in step
+    )
+    logit_rows = (
+        min(largest, rows_at_once(device, vocab_size, a.method == "full")) if isinstance(batching, Packing) else largest
+    )
     estimate = memory.estimate_mb(
         model,
         config,
@@ -305,10 +359,14 @@ def make_optimizer(a: FinetuneArguments, model: torch.nn.Module, num_steps: int)
     schedule_steps = num_steps
     if a.final_lr_ratio:
         if a.lr_scheduler_type != "linear" or a.final_lr_ratio == 1:
-            raise InputError(f"--final_lr_ratio {a.final_lr_ratio} works with --lr_scheduler_type linear and below 1: drop one of them")
+            raise InputError(
+                f"--final_lr_ratio {a.final_lr_ratio} works with --lr_scheduler_type linear and below 1: drop one of them"
+            )
         schedule_steps = warmup + math.ceil((num_steps - warmup) / (1 - a.final_lr_ratio))
     try:
-        schedule = get_scheduler(a.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=schedule_steps)
+        schedule = get_scheduler(
+            a.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=schedule_steps
+        )
     except (ValueError, TypeError) as error:
         raise InputError(f"--lr_scheduler_type {a.lr_scheduler_type} can't be used: {error}") from None
     return optimizer, schedule

@@ -59,7 +59,9 @@ class Metrics:
         numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=row["step"])
 
-    def step_row(self, progress: Progress, epoch: float, loss: float, learning_rate: float, grad_norm: float, speed: float) -> None:
+    def step_row(
+        self, progress: Progress, epoch: float, loss: float, learning_rate: float, grad_norm: float, speed: float
+    ) -> None:
         """The row and line of a training step; `speed` is in tokens per second."""
         row = {
             "step": progress.step,

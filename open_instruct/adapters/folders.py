@@ -82,13 +82,17 @@ def parse_adapters(words: Sequence[str] | None) -> list[AdapterFolder]:
         if not separator or Path(word).is_dir():
             name = re.sub(r"[^\w.-]", "_", name)
         if not re.fullmatch(r"[\w.-]+", name):
-            raise InputError(f"--adapter {word} is named {name!r}: a name is made of letters, digits, points, dashes and underscores")
+            raise InputError(
+                f"--adapter {word} is named {name!r}: a name is made of letters, digits, points, dashes and underscores"
+            )
         if name == BASE:
             raise InputError(
                 f"--adapter {word} is named {BASE!r}, which stands for the plain model: give another name, --adapter NAME={place}"
             )
         if name in found:
-            raise InputError(f"two adapters are named {name!r} ({found[name].path} and {place}): give names, --adapter NAME={place}")
+            raise InputError(
+                f"two adapters are named {name!r} ({found[name].path} and {place}): give names, --adapter NAME={place}"
+            )
         found[name] = read_folder(name, place)
     return list(found.values())
 
@@ -106,10 +110,16 @@ def read_folder(name: str, place: str) -> AdapterFolder:
         from huggingface_hub import snapshot_download
 
         with loading.readable(f"adapter {place}"):
-            path = Path(snapshot_download(place, allow_patterns=["*.json", "*.jinja", "*.model", "adapter_model.safetensors"]))
+            path = Path(
+                snapshot_download(place, allow_patterns=["*.json", "*.jinja", "*.model", "adapter_model.safetensors"])
+            )
     if not (path / "adapter_config.json").is_file():
         full = (path / "config.json").is_file()
-        hint = "it holds a whole model, which is a base: use --model_name_or_path" if full else "name the folder that a run saved into"
+        hint = (
+            "it holds a whole model, which is a base: use --model_name_or_path"
+            if full
+            else "name the folder that a run saved into"
+        )
         raise InputError(f"adapter folder {place} has no adapter_config.json: {hint}")
     if not (path / WEIGHTS).is_file():
         if (path / "adapter_model.bin").is_file():
@@ -133,10 +143,14 @@ def base_name(asked: str | None, folders: Sequence[AdapterFolder], any_base: boo
     if asked is None:
         names = [name for name in recorded.values() if name]
         if not names:
-            raise InputError("no base model is known: give --model_name_or_path" + (", as the adapter names none" if folders else ""))
+            raise InputError(
+                "no base model is known: give --model_name_or_path" + (", as the adapter names none" if folders else "")
+            )
         asked = names[0]
         if Path(asked).is_absolute() and not Path(asked).is_dir():
-            raise InputError(f"the adapter's base model was at {asked}, which is not there: say where it is now, --model_name_or_path DIR")
+            raise InputError(
+                f"the adapter's base model was at {asked}, which is not there: say where it is now, --model_name_or_path DIR"
+            )
     for name, trained in recorded.items():
         if trained and not any_base and not same_base(asked, trained):
             raise InputError(
@@ -165,7 +179,10 @@ def quantisation(folders: Sequence[AdapterFolder]) -> str | None:
         forms.add("4bit" if four else "8bit" if folder.trained_on("load_in_8bit") else None)
     if len(forms) > 1:
         names = ", ".join(folder.name for folder in folders)
-        print(f"warning: {names} were trained on differently quantised bases, and share one of whole weights here", file=sys.stderr)
+        print(
+            f"warning: {names} were trained on differently quantised bases, and share one of whole weights here",
+            file=sys.stderr,
+        )
     return forms.pop() if len(forms) == 1 else None
 
 
@@ -185,17 +202,28 @@ class Adapters:
         self.base: Any = base
         self.folders = {folder.name: folder for folder in folders}
         self.models: dict[str, Any] = {BASE: base}
-        self.keys: dict[str, str] = {}  # inside PEFT, which allows no dots, and mistakes some names for parts of its own
+        self.keys: dict[
+            str, str
+        ] = {}  # inside PEFT, which allows no dots, and mistakes some names for parts of its own
         for folder in folders:
             if folder.method not in KNOWN:
-                raise InputError(f"adapter {folder.name} is {folder.title}, which can't be used here: known are {', '.join(KNOWN)}")
+                raise InputError(
+                    f"adapter {folder.name} is {folder.title}, which can't be used here: known are {', '.join(KNOWN)}"
+                )
             self.keys[folder.name] = f"adapter_{len(self.keys)}"
             check_shapes(folder, base)
             try:
-                self.models[folder.name] = PeftModel.from_pretrained(base, str(folder.path), adapter_name=self.keys[folder.name]).eval()
+                self.models[folder.name] = PeftModel.from_pretrained(
+                    base, str(folder.path), adapter_name=self.keys[folder.name]
+                ).eval()
             except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                text, trained = " ".join(str(error).split())[:300], folder.config.base_model_name_or_path or "another model"
-                raise InputError(f"adapter {folder.name}, trained on {trained}, does not fit the base {name_of(base)}: {text}") from None
+                text, trained = (
+                    " ".join(str(error).split())[:300],
+                    folder.config.base_model_name_or_path or "another model",
+                )
+                raise InputError(
+                    f"adapter {folder.name}, trained on {trained}, does not fit the base {name_of(base)}: {text}"
+                ) from None
         self.use(BASE)
 
     def use(self, name: str) -> Any:
@@ -257,7 +285,9 @@ def chat_template(path: Path) -> str | None:
     return loading.load_tokenizer(str(path)).chat_template
 
 
-def load_tokenizer(base: str, folders: Sequence[AdapterFolder], trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    base: str, folders: Sequence[AdapterFolder], trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The first adapter's own tokenizer, with the chat template that it was trained with, or the base's."""
     places = [str(folder.path) for folder in folders if (folder.path / "tokenizer_config.json").is_file()]
     tokenizer = loading.load_tokenizer(places[0] if places else base, trust_remote_code=trust_remote_code)
@@ -267,7 +297,11 @@ def load_tokenizer(base: str, folders: Sequence[AdapterFolder], trust_remote_cod
 
 
 def load_base(
-    name: str, dtype: str, folders: Sequence[AdapterFolder] = (), trust_remote_code: bool = False, allow_pickle: bool = False
+    name: str,
+    dtype: str,
+    folders: Sequence[AdapterFolder] = (),
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Any:
     """The base model as its adapters knew it, on the GPU if there is one, in evaluation mode. `dtype`: one of `--dtype`."""
     revisions = {folder.trained_on("model_revision") for folder in folders}
@@ -275,10 +309,17 @@ def load_base(
         raise InputError(
             f"the adapters were trained on different revisions of the base ({', '.join(map(str, revisions))}): use them one at a time"
         )
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revisions.pop() if revisions else None}
+    options: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "revision": revisions.pop() if revisions else None,
+    }
     quantise = quantisation(folders)
     config = loading.load_config(name, **options)
-    kind = (getattr(config.get_text_config(), "dtype", None) or torch.float32) if dtype == "stored" else loading.choose_dtype(dtype)
+    kind = (
+        (getattr(config.get_text_config(), "dtype", None) or torch.float32)
+        if dtype == "stored"
+        else loading.choose_dtype(dtype)
+    )
     model = loading.load_model(name, config, kind, loading.choose_attention(None), quantise, allow_pickle, **options)
     if not quantise:
         model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

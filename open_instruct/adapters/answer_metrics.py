@@ -51,7 +51,9 @@ def exact_matches(answers: Sequence[str], references: Sequence[str], regex: str 
         InputError: the expression does not match a reference.
     """
     pairs = [(final_answer(a, regex), final_answer(r, regex)) for a, r in zip(answers, references, strict=True)]
-    without = next((reference for reference, (_, r) in zip(references, pairs, strict=True) if regex is not None and not r), None)
+    without = next(
+        (reference for reference, (_, r) in zip(references, pairs, strict=True) if regex is not None and not r), None
+    )
     if without is not None:
         raise InputError(
             f"--answer_regex {regex!r} does not match the answer {without[:80]!r} of the file: give one that matches all answers"
@@ -85,7 +87,9 @@ class Bleu:
         except ImportError:
             raise InputError("BLEU needs sacrebleu: pip install '.[eval]', or leave bleu out of --metrics") from None
         metric = BLEU(effective_order=True)
-        rows = [metric.sentence_score(answer, [reference]) for answer, reference in zip(answers, references, strict=True)]
+        rows = [
+            metric.sentence_score(answer, [reference]) for answer, reference in zip(answers, references, strict=True)
+        ]
         return cls(np.array([[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows]))
 
     def score(self, rows: np.ndarray) -> float:
@@ -93,7 +97,9 @@ class Bleu:
         from sacrebleu.metrics import BLEU
 
         total = [int(number) for number in self.counts[rows].sum(0)]
-        return float(BLEU.compute_bleu(total[:4], total[4:8], sys_len=total[8], ref_len=total[9], smooth_method="exp").score)
+        return float(
+            BLEU.compute_bleu(total[:4], total[4:8], sys_len=total[8], ref_len=total[9], smooth_method="exp").score
+        )
 
 
 def resamples(number: int, seed: int) -> list[np.ndarray]:

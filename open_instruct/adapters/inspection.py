@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.methods.base import ordinary_tokens
-from open_instruct.model.adapters import AdapterFolder
+from open_instruct.adapters.folders import AdapterFolder
+from open_instruct.model.tokens import ordinary_tokens
 
 START = "soft_prompt_start.safetensors"  # beside the adapter: the vectors before the first step
 
@@ -67,7 +67,10 @@ def neighbours(
     count = min(count, len(ids))
 
     def named(top: Any) -> list[list[Any]]:
-        return [[tokenizer.decode([ids[i]]), round(value, 4)] for value, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
+        return [
+            [tokenizer.decode([ids[i]]), round(value, 4)]
+            for value, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        ]
 
     for number in range(len(prompt)):
         near, close = cosine[number].topk(count), distance[number].topk(count, largest=False)
@@ -88,7 +91,9 @@ def similarity(prompt: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def attention_mass(model: Any, base: Any, prompts: Sequence[Sequence[int]], num_virtual_tokens: int) -> dict[str, list[float]]:
+def attention_mass(
+    model: Any, base: Any, prompts: Sequence[Sequence[int]], num_virtual_tokens: int
+) -> dict[str, list[float]]:
     """Share of its attention that each layer gives to the virtual tokens, mean over heads, real positions and rows.
 
     Args:
@@ -108,7 +113,9 @@ def attention_mass(model: Any, base: Any, prompts: Sequence[Sequence[int]], num_
             rows = torch.tensor([list(ids)], device=base.device)
             # [1, H, queries, P + T] of each layer; soft prompts of embeddings are queries, too
             layers = model(input_ids=rows, attention_mask=torch.ones_like(rows), output_attentions=True).attentions
-            mass = torch.stack([layer[0, :, -len(ids) :, :num_virtual_tokens].float().sum(-1).mean(0).sum() for layer in layers])
+            mass = torch.stack(
+                [layer[0, :, -len(ids) :, :num_virtual_tokens].float().sum(-1).mean(0).sum() for layer in layers]
+            )
             total = mass if total is None else total + mass
             uniform += sum(num_virtual_tokens / (num_virtual_tokens + place) for place in range(1, len(ids) + 1))
             positions += len(ids)

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from open_instruct.data.writing import AtomicFile, write_json
-from open_instruct.report import study_plots, study_words
-from open_instruct.report.study_figures import Done, analyse, exact, loss, other_loss, point_name
+from open_instruct.files import AtomicFile, write_json
+from open_instruct.study import plots as study_plots
+from open_instruct.study import sentences as study_words
+from open_instruct.study.figures import Done, analyse, exact, loss, other_loss, point_name
 
 Block = tuple[
     Any, ...
@@ -30,7 +31,9 @@ def command(words: Sequence[str]) -> str:
     return "python open_instruct/finetune_peft.py " + shlex.join(words)
 
 
-def write(folder: Path, name: str, source: str, done: Sequence[Done], bases: dict[str, Any], missing: int, workers: int) -> str:
+def write(
+    folder: Path, name: str, source: str, done: Sequence[Done], bases: dict[str, Any], missing: int, workers: int
+) -> str:
     """Write report.html, report.md, trials.csv, report.json and pictures.
 
     Args:
@@ -50,7 +53,10 @@ def write(folder: Path, name: str, source: str, done: Sequence[Done], bases: dic
     captions = study_plots.draw_all(figures, folder)
     blocks = page(name, source, figures, sentences, captions, done)
     replace_text(folder / "trials.csv", csv_text(done))
-    write_json(folder / "report.json", {"name": name, "sentences": sentences, **figures, "trials": [trial_row(one) for one in done]})
+    write_json(
+        folder / "report.json",
+        {"name": name, "sentences": sentences, **figures, "trials": [trial_row(one) for one in done]},
+    )
     replace_text(folder / "report.md", markdown(blocks))
     replace_text(folder / "report.html", html_page(name, blocks, folder))
     return "\n".join(["", *sentences, f"the whole report: {folder / 'report.html'}"])
@@ -63,10 +69,19 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def page(
-    name: str, source: str, figures: dict[str, Any], sentences: list[str], captions: dict[str, str], done: Sequence[Done]
+    name: str,
+    source: str,
+    figures: dict[str, Any],
+    sentences: list[str],
+    captions: dict[str, str],
+    done: Sequence[Done],
 ) -> list[Block]:
     """The report's content, in the order in which it is read."""
-    blocks: list[Block] = [("heading", 1, f"Study: {name}"), ("list", sentences), ("heading", 2, "Methods at their chosen points")]
+    blocks: list[Block] = [
+        ("heading", 1, f"Study: {name}"),
+        ("list", sentences),
+        ("heading", 2, "Methods at their chosen points"),
+    ]
     blocks.append(("table", *methods_table(figures)))
     images = [("image", file, caption) for file, caption in captions.items()]
     blocks += [*images, ("heading", 2, "Are the differences larger than chance?")]
@@ -82,7 +97,10 @@ def page(
     ]
     if rows:
         blocks.append(("table", ["pair", "difference of test loss", "interval", "larger than chance"], rows))
-    blocks += [("heading", 2, "Every trial"), ("table", TRIAL_COLUMNS, [[str(v) for v in trial_row(one).values()] for one in done])]
+    blocks += [
+        ("heading", 2, "Every trial"),
+        ("table", TRIAL_COLUMNS, [[str(v) for v in trial_row(one).values()] for one in done]),
+    ]
     blocks += [
         ("heading", 2, "Reproduce"),
         ("text", "Each command repeats a trial at its method's chosen point, from the repository's root."),
@@ -117,10 +135,22 @@ def methods_table(figures: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         if not m["works"]:
             rows.append([m["name"], f"all {m['failed']} trials failed", *[""] * (len(head) - 2)])
             continue
-        row = [m["name"], point_name(m["point"]), f"{m['learning_rate']:.3g}", bounded(m["test"]), bounded(m["less_base"], "+")]
+        row = [
+            m["name"],
+            point_name(m["point"]),
+            f"{m['learning_rate']:.3g}",
+            bounded(m["test"]),
+            bounded(m["less_base"], "+"),
+        ]
         row += [f"{m['exact']:.0%}"] if figures["questions"] else []
         row += [f"{m['forgetting']:+.4f}"] if figures["other_tokens"] else []
-        row += [f"{m['trained']:,}", f"{m['bytes'] / 1e3:,.1f}", f"{m['seconds']:.1f}", f"{m['memory_mb']:,.0f}", str(len(m["seeds"]))]
+        row += [
+            f"{m['trained']:,}",
+            f"{m['bytes'] / 1e3:,.1f}",
+            f"{m['seconds']:.1f}",
+            f"{m['memory_mb']:,.0f}",
+            str(len(m["seeds"])),
+        ]
         rows.append(row)
     return head, rows
 
@@ -131,7 +161,19 @@ def bounded(figure: dict[str, Any], sign: str = "") -> str:
     return f"{figure['value']:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
 
 
-TRIAL_COLUMNS = ["method", "point", "seed", "steps", "learning rate", "loss for choosing", "test loss", "exact match", "s", "MB", "failed"]
+TRIAL_COLUMNS = [
+    "method",
+    "point",
+    "seed",
+    "steps",
+    "learning rate",
+    "loss for choosing",
+    "test loss",
+    "exact match",
+    "s",
+    "MB",
+    "failed",
+]
 
 
 def trial_row(one: Done) -> dict[str, Any]:
@@ -160,7 +202,8 @@ def csv_text(done: Sequence[Done]) -> str:
     for one in done:
         s = one.summary
         more = {
-            name: s.get(name, "") for name in ("trainable_parameters", "adapter_bytes", "tokens", "base_eval_loss", "initial_eval_loss")
+            name: s.get(name, "")
+            for name in ("trainable_parameters", "adapter_bytes", "tokens", "base_eval_loss", "initial_eval_loss")
         }
         other = "" if one.failed else f"{other_loss(s):.6f}"
         rows.append({**trial_row(one), **more, "other_loss": other, "folder": one.folder, "command": one.command})
@@ -200,7 +243,9 @@ def html_page(name: str, blocks: Sequence[Block], folder: Path) -> str:
             body.append("<ul>" + "".join(f"<li>{html.escape(text)}</li>" for text in parts[0]) + "</ul>")
         elif kind == "table":
             head = "".join(f"<th>{html.escape(cell)}</th>" for cell in parts[0])
-            rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in parts[1])
+            rows = "".join(
+                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in parts[1]
+            )
             body.append(f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>")
         elif kind == "image":
             content = base64.b64encode((folder / parts[0]).read_bytes()).decode()

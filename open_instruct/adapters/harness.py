@@ -10,15 +10,20 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+from open_instruct.adapters.folders import BASE
+from open_instruct.adapters.generation import Sampling
+from open_instruct.adapters.scoring import token_scores
+from open_instruct.adapters.served import Served
 from open_instruct.errors import InputError
-from open_instruct.model.adapters import BASE
-from open_instruct.model.generation import Sampling
-from open_instruct.model.scoring import token_scores
-from open_instruct.model.served import Served
 
 
 def evaluate(
-    served: Served, tasks: Sequence[str], path: str | None, limit: int | None, batch_size: int, apply_chat_template: bool
+    served: Served,
+    tasks: Sequence[str],
+    path: str | None,
+    limit: int | None,
+    batch_size: int,
+    apply_chat_template: bool,
 ) -> dict[str, Any]:
     """Run tasks for the base and each adapter.
 
@@ -44,7 +49,9 @@ def evaluate(
     manager = TaskManager(include_path=path, include_defaults=True)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        raise InputError(f"the harness has no task {', '.join(unknown)}: name others, or the folder that defines them with --lm_eval_path")
+        raise InputError(
+            f"the harness has no task {', '.join(unknown)}: name others, or the folder that defines them with --lm_eval_path"
+        )
     figures: dict[str, dict[str, Any]] = {}
     for name in [BASE, *served.names]:
         model = make_model(served, name, batch_size)
@@ -85,7 +92,11 @@ def make_model(served: Served, name: str, batch_size: int) -> Any:
 
         tokenizer = served.tokenizer
         eot_token_id = served.tokenizer.eos_token_id
-        prefix_token_id = served.tokenizer.bos_token_id if served.tokenizer.bos_token_id is not None else served.tokenizer.eos_token_id
+        prefix_token_id = (
+            served.tokenizer.bos_token_id
+            if served.tokenizer.bos_token_id is not None
+            else served.tokenizer.eos_token_id
+        )
         tokenizer_name = served.tokenizer.name_or_path.replace("/", "__")
         room = served.room(name) or 1 << 30
 
@@ -111,7 +122,9 @@ def make_model(served: Served, name: str, batch_size: int) -> Any:
             found = []
             for (text,) in (request.args for request in requests):
                 ids = self.tok_encode(text, add_special_tokens=False)
-                windows = map(make_disjoint_window, get_rolling_token_windows(ids, self.prefix_token_id, self.room - 1, 1))
+                windows = map(
+                    make_disjoint_window, get_rolling_token_windows(ids, self.prefix_token_id, self.room - 1, 1)
+                )
                 pieces = [(("", ""), list(context), list(continuation)) for context, continuation in windows]
                 found.append(sum(score for score, _ in self._loglikelihood_tokens(pieces)))
             return found
@@ -127,7 +140,10 @@ def make_model(served: Served, name: str, batch_size: int) -> Any:
                     raise InputError(
                         f"a task wants {sampling.max_new_tokens} new tokens, and there is room for {self.room}: choose another task"
                     )
-                prompts = [self.tok_encode(requests[i].args[0])[-max(self.room - sampling.max_new_tokens, 1) :] for i in numbers]
+                prompts = [
+                    self.tok_encode(requests[i].args[0])[-max(self.room - sampling.max_new_tokens, 1) :]
+                    for i in numbers
+                ]
                 for place, answers in served.stream(prompts, name, sampling, batch_size):
                     stops = requests[numbers[place]].args[1].get("until") or []
                     found[numbers[place]] = cut([stops] if isinstance(stops, str) else stops, answers[0])
@@ -135,7 +151,11 @@ def make_model(served: Served, name: str, batch_size: int) -> Any:
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             """A conversation as text."""
-            return str(served.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt))
+            return str(
+                served.tokenizer.apply_chat_template(
+                    chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
 
     return Model()
 

@@ -46,7 +46,9 @@ def token_scores(model: Any, rows: Sequence[Sequence[int]], batch_size: int) -> 
     return found
 
 
-def answer_losses(model: Any, rows: Sequence[Sequence[int]], spans: Sequence[Spans], batch_size: int) -> list[tuple[float, int]]:
+def answer_losses(
+    model: Any, rows: Sequence[Sequence[int]], spans: Sequence[Spans], batch_size: int
+) -> list[tuple[float, int]]:
     """(summed loss, number) of the labelled tokens of each row.
 
     Args:

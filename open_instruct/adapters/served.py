@@ -9,11 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from open_instruct.adapters import folders as adapters
+from open_instruct.adapters import generation
+from open_instruct.adapters.folders import BASE, Adapters
+from open_instruct.adapters.generation import Sampling
 from open_instruct.data import chat, questions
 from open_instruct.errors import InputError
-from open_instruct.model import adapters, generation, loading
-from open_instruct.model.adapters import BASE, Adapters
-from open_instruct.model.generation import Sampling
+from open_instruct.model import loading
 from open_instruct.quiet import silence_transformers
 
 
@@ -36,7 +38,12 @@ class Served:
         return context and context - (folder.num_virtual_tokens if folder else 0)
 
     def stream(
-        self, prompts: Sequence[Sequence[int]], name: str, sampling: Sampling, batch_size: int = 32, streamer: Any = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        name: str,
+        sampling: Sampling,
+        batch_size: int = 32,
+        streamer: Any = None,
     ) -> Iterator[tuple[int, list[str]]]:
         """Answers of one adapter to token ids, as they come; see `generation.generate`."""
         model = self.adapters.use(name)
@@ -101,7 +108,10 @@ def load(
         )
     if chat_template_name or not tokenizer.chat_template:
         if not chat_template_name:
-            print(f"warning: the tokenizer of {name} has no chat template: taking tulu's (--chat_template_name)", file=sys.stderr)
+            print(
+                f"warning: the tokenizer of {name} has no chat template: taking tulu's (--chat_template_name)",
+                file=sys.stderr,
+            )
         chat.set_chat_template(tokenizer, chat_template_name or "tulu")
     biased = next((folder.name for folder in folders if getattr(folder.config, "bias", "none") != "none"), None)
     if biased:

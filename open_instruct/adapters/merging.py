@@ -10,10 +10,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from open_instruct.adapters import prompt_tokens as vocabulary
+from open_instruct.adapters.folders import AdapterFolder, Adapters
+from open_instruct.adapters.generation import greedy_answers, turn_ends
 from open_instruct.errors import InputError
-from open_instruct.model import loading, vocabulary
-from open_instruct.model.adapters import AdapterFolder, Adapters
-from open_instruct.model.generation import greedy_answers, turn_ends
+from open_instruct.model import loading
 
 PROBES = ("The sum of seven and five is", "Write one sentence about the sea.", "x")
 NEW_TOKENS = 16  # of the greedy text that is compared
@@ -46,7 +47,9 @@ def check_mergeable(folders: Sequence[AdapterFolder]) -> None:
             )
     if len(folders) > 1 and any(not folder.num_virtual_tokens for folder in folders):
         others = ", ".join(f"{folder.name} ({folder.title})" for folder in folders if not folder.num_virtual_tokens)
-        raise InputError(f"{others} would change the weights that the others share: merge it alone, only soft prompts go together")
+        raise InputError(
+            f"{others} would change the weights that the others share: merge it alone, only soft prompts go together"
+        )
 
 
 @torch.no_grad()
@@ -56,7 +59,10 @@ def expected(adapters: Adapters, tokenizer: PreTrainedTokenizerBase) -> Expected
     for name in adapters.folders:
         model = adapters.use(name)
         probes = [tokenizer(text)["input_ids"] for text in PROBES]
-        logits[name] = [model(input_ids=torch.tensor([ids], device=adapters.base.device)).logits[0, -len(ids) :].float() for ids in probes]
+        logits[name] = [
+            model(input_ids=torch.tensor([ids], device=adapters.base.device)).logits[0, -len(ids) :].float()
+            for ids in probes
+        ]
         texts[name] = greedy_answers(model, tokenizer, probes, NEW_TOKENS)
     return Expected(logits, texts)
 
@@ -96,7 +102,9 @@ def add_end(base: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     base.generation_config.eos_token_id = turn_ends(base, tokenizer)[0]
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, sets: Sequence[vocabulary.NewTokens], templates: dict[str, str | None]) -> None:
+def check_template(
+    tokenizer: PreTrainedTokenizerBase, sets: Sequence[vocabulary.NewTokens], templates: dict[str, str | None]
+) -> None:
     """A chat must be what the adapter was trained with, after its tokens.
 
     Raises:
@@ -105,8 +113,12 @@ def check_template(tokenizer: PreTrainedTokenizerBase, sets: Sequence[vocabulary
     chat = [{"role": "user", "content": "question"}]
     for new in sets:
         if templates[new.adapter]:
-            own = tokenizer.apply_chat_template(chat, chat_template=templates[new.adapter], tokenize=False, add_generation_prompt=True)
-            if tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, adapter=new.adapter) != new.text + str(own):
+            own = tokenizer.apply_chat_template(
+                chat, chat_template=templates[new.adapter], tokenize=False, add_generation_prompt=True
+            )
+            if tokenizer.apply_chat_template(
+                chat, tokenize=False, add_generation_prompt=True, adapter=new.adapter
+            ) != new.text + str(own):
                 raise InputError(
                     f"the chat template of adapter {new.adapter} can't be extended by its tokens: merge it alone, or serve it with PEFT"
                 )
@@ -114,7 +126,11 @@ def check_template(tokenizer: PreTrainedTokenizerBase, sets: Sequence[vocabulary
 
 @torch.no_grad()
 def verify(
-    model: Any, tokenizer: PreTrainedTokenizerBase, plain: PreTrainedTokenizerBase, sets: Sequence[vocabulary.NewTokens], wanted: Expected
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    plain: PreTrainedTokenizerBase,
+    sets: Sequence[vocabulary.NewTokens],
+    wanted: Expected,
 ) -> dict[str, Any]:
     """Compare a merged checkpoint, as reloaded, with base + adapter.
 
@@ -139,13 +155,17 @@ def verify(
         first = tokens_of.get(name, [])
         probes = [plain(text)["input_ids"] for text in PROBES]
         if number == 0 and [tokenizer(text)["input_ids"] for text in PROBES] != [first + ids for ids in probes]:
-            raise InputError("the tokenizer does not put the new tokens before plain text: this tokenizer can't be merged into")
+            raise InputError(
+                "the tokenizer does not put the new tokens before plain text: this tokenizer can't be merged into"
+            )
         for ids, own in zip(probes, wanted.logits[name], strict=True):
             logits = model(input_ids=torch.tensor([first + ids], device=model.device)).logits[0, len(first) :].float()
             width = own.shape[-1]
             worst = max(worst, ((logits[:, :width] - own).abs().max() / own.abs().max()).item())
             if first:
-                leaked = max(leaked, logits.softmax(-1)[:, [token for new in sets for token in new.ids]].sum(-1).max().item())
+                leaked = max(
+                    leaked, logits.softmax(-1)[:, [token for new in sets for token in new.ids]].sum(-1).max().item()
+                )
         if not worst <= tolerance:
             raise InputError(
                 f"the merged model's logits differ from base + {name} by {worst:.1e} of the largest (at most {tolerance:.0e} is rounding): "
@@ -155,7 +175,9 @@ def verify(
         equal, count = equal + sum(a == b for a, b in zip(texts, wanted.texts[name], strict=True)), count + len(texts)
         if texts != wanted.texts[name] and model.dtype == torch.float32:
             pair = next(both for both in zip(texts, wanted.texts[name], strict=True) if both[0] != both[1])
-            raise InputError(f"the merged model says {pair[0]!r} where base + {name} says {pair[1]!r}: serve the adapter with PEFT instead")
+            raise InputError(
+                f"the merged model says {pair[0]!r} where base + {name} says {pair[1]!r}: serve the adapter with PEFT instead"
+            )
     return {"largest_difference": worst, "leaked_probability": leaked, "equal_texts": equal, "texts": count}
 
 
@@ -168,4 +190,6 @@ def check_room(base: Any, folders: Sequence[AdapterFolder]) -> None:
     context = loading.context_length(base.config)
     for folder in folders:
         if context and folder.num_virtual_tokens >= context:
-            raise InputError(f"adapter {folder.name} has {folder.num_virtual_tokens} virtual tokens, and the model has room for {context}")
+            raise InputError(
+                f"adapter {folder.name} has {folder.num_virtual_tokens} virtual tokens, and the model has room for {context}"
+            )

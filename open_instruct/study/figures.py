@@ -60,7 +60,11 @@ class Resampling:
     def __init__(self, tokens: np.ndarray) -> None:
         """`tokens`: labelled tokens of each test row."""
         self.tokens = tokens.astype(float)
-        self.rows = np.random.default_rng(0xB007).multinomial(len(tokens), [1 / len(tokens)] * len(tokens), RESAMPLES).astype(float)
+        self.rows = (
+            np.random.default_rng(0xB007)
+            .multinomial(len(tokens), [1 / len(tokens)] * len(tokens), RESAMPLES)
+            .astype(float)
+        )
 
     def draws(self, losses: np.ndarray) -> np.ndarray:
         """Bootstrapped mean losses from summed losses [seeds, rows]."""
@@ -111,7 +115,9 @@ def analyse(done: Sequence[Done], bases: dict[str, dict[str, Any]]) -> dict[str,
         "other_tokens": sum(row[1] for row in first_base["study"]["other"]),
         "methods": sorted(methods, key=lambda m: m["test"]["value"] if m["works"] else math.inf),
         "pairs": pairs(losses, resampling),
-        "quantised": {name: (base["quantised"], loss(base, "test")) for name, base in bases.items() if base["quantised"]},
+        "quantised": {
+            name: (base["quantised"], loss(base, "test")) for name, base in bases.items() if base["quantised"]
+        },
         "unequal_tokens": unequal_tokens(done),
         "on_cpu": any(one.summary["study"]["device"] == "cpu" for one in done if not one.failed),
     }
@@ -136,12 +142,21 @@ def choose(its: Sequence[Done]) -> list[Done]:
     if not sound:
         return []
     common = set.intersection(*({one.seed for one in found} for found in sound.values()))
-    best = min(sound.values(), key=lambda found: fmean(loss(one.summary, "choosing") for one in found if one.seed in common or not common))
+    best = min(
+        sound.values(),
+        key=lambda found: fmean(loss(one.summary, "choosing") for one in found if one.seed in common or not common),
+    )
     return sorted(best, key=lambda one: one.seed)
 
 
 def method_figures(
-    entry: str, its: Sequence[Done], chosen: Sequence[Done], losses: np.ndarray, base: np.ndarray, resampling: Resampling, base_summary: Any
+    entry: str,
+    its: Sequence[Done],
+    chosen: Sequence[Done],
+    losses: np.ndarray,
+    base: np.ndarray,
+    resampling: Resampling,
+    base_summary: Any,
 ) -> dict[str, Any]:
     """One method at its chosen point."""
     draws, base_draws = resampling.draws(losses), resampling.draws(base)
@@ -189,7 +204,9 @@ def rates(its: Sequence[Done]) -> list[tuple[float, float]]:
 def recipe_loss(its: Sequence[Done]) -> float | None:
     """Mean test loss of the point that changes nothing but the rate, and that by a factor of 1; None where it was not run."""
     found = [
-        loss(one.summary, "test") for one in its if one.full_length and not one.failed and one.point in ({}, {"learning_rate_factor": 1})
+        loss(one.summary, "test")
+        for one in its
+        if one.full_length and not one.failed and one.point in ({}, {"learning_rate_factor": 1})
     ]
     return fmean(found) if found else None
 

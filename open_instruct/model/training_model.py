@@ -39,7 +39,9 @@ class TrainingModel(nn.Module):
 class PaddedModel(TrainingModel):
     """PEFT's own forward on right-padded rows: the reference, and what serves models that can't be packed."""
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a batch of `collate.Padding`.
 
         Args:
@@ -58,7 +60,9 @@ class PaddedModel(TrainingModel):
 class PackedModel(TrainingModel):
     """One row without padding, one shared prefix, logits at labelled positions only."""
 
-    def __init__(self, model: Any, soft_prompt: Callable[[], SoftPrompt | None], backend: Backend, head: str | None = "find") -> None:
+    def __init__(
+        self, model: Any, soft_prompt: Callable[[], SoftPrompt | None], backend: Backend, head: str | None = "find"
+    ) -> None:
         """Switch the model's attention to the packed one; `release` switches it back.
 
         Args:
@@ -96,7 +100,12 @@ class PackedModel(TrainingModel):
             self.soft_prompt = own
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: tuple[int, ...], before: torch.Tensor, targets: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        lengths: tuple[int, ...],
+        before: torch.Tensor,
+        targets: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a batch of `collate.Packing`.
 

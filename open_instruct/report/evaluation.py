@@ -10,22 +10,39 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-UNITS = {"loss": "nats per labelled token", "perplexity": "per labelled token", "exact_match": "share of rows", "bleu": "0 to 100"}
+UNITS = {
+    "loss": "nats per labelled token",
+    "perplexity": "per labelled token",
+    "exact_match": "share of rows",
+    "bleu": "0 to 100",
+}
 
 
 def markdown(result: dict[str, Any]) -> str:
     """A row for each figure, a column for base and each adapter, then differences from the base and a few answers."""
     names = list(result["figures"])
     figures = list(result["figures"][names[0]])
-    lines = [f"{result['model']}, {result['rows']:,} rows, 95 % intervals" if "rows" in result else str(result["model"]), ""]
+    lines = [
+        f"{result['model']}, {result['rows']:,} rows, 95 % intervals" if "rows" in result else str(result["model"]),
+        "",
+    ]
     lines += ["| figure | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {figure} | " + " | ".join(cell(result["figures"][name][figure]) for name in names) + " |" for figure in figures]
+    lines += [
+        f"| {figure} | " + " | ".join(cell(result["figures"][name][figure]) for name in names) + " |"
+        for figure in figures
+    ]
     if result.get("truncated"):
         lines += ["", f"{result['truncated']} rows were cut to the model's context."]
     if result.get("unanswered"):
         lines += ["", f"{result['unanswered']} questions fill the model's context and have no answer."]
     for name, differences in result.get("differences_from_base", {}).items():
-        lines += ["", f"{name} less base, on the same rows:", "", "| figure | difference | interval without 0 |", "|---|---|---|"]
+        lines += [
+            "",
+            f"{name} less base, on the same rows:",
+            "",
+            "| figure | difference | interval without 0 |",
+            "|---|---|---|",
+        ]
         for figure, value in differences.items():
             low, high = value["interval"]
             lines.append(f"| {figure} | {cell(value, sign=True)} | {'yes' if low > 0 or high < 0 else 'no'} |")

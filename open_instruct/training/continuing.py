@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from open_instruct.adapters.folders import WEIGHTS, AdapterFolder, check_shapes
 from open_instruct.errors import InputError
 from open_instruct.methods.base import Method, MethodSettings
-from open_instruct.model.adapters import WEIGHTS, AdapterFolder, check_shapes
 
 # Which methods can start from which kinds of adapter. Prompt tuning takes P-tuning's vectors, without its network.
 STARTS = {
@@ -36,7 +36,9 @@ def method_of(folder: AdapterFolder) -> str:
     for name, kinds in STARTS.items():
         if folder.method in kinds and name != "qlora" and not (name == "prompt_tuning" and folder.method == "P_TUNING"):
             return name
-    raise InputError(f"--adapter_name_or_path {folder.path} is {folder.title}, which can't be trained here: use {', '.join(STARTS)}")
+    raise InputError(
+        f"--adapter_name_or_path {folder.path} is {folder.title}, which can't be trained here: use {', '.join(STARTS)}"
+    )
 
 
 def check_method(folder: AdapterFolder, method: str) -> None:
@@ -46,7 +48,9 @@ def check_method(folder: AdapterFolder, method: str) -> None:
         InputError: another one was chosen.
     """
     if folder.method not in STARTS.get(method, ()):
-        raise InputError(f"--adapter_name_or_path {folder.path} is {folder.title}, and the method is {method}: drop the method's flag")
+        raise InputError(
+            f"--adapter_name_or_path {folder.path} is {folder.title}, and the method is {method}: drop the method's flag"
+        )
 
 
 def check(folder: AdapterFolder, method: str, settings: MethodSettings) -> None:
@@ -62,11 +66,17 @@ def check(folder: AdapterFolder, method: str, settings: MethodSettings) -> None:
     network = method == "p_tuning" or (method == "prefix_tuning" and settings.prefix_projection)
     if network and not (folder.path / TRAINED).is_file():
         other = "--use_prompt_tuning" if method == "p_tuning" else "without --prefix_projection"
-        raise InputError(f"{folder.path} does not hold its network ({TRAINED}), which only runs of this project keep: go on with {other}")
+        raise InputError(
+            f"{folder.path} does not hold its network ({TRAINED}), which only runs of this project keep: go on with {other}"
+        )
 
 
 def wrap(
-    folder: AdapterFolder, method: Method, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings
+    folder: AdapterFolder,
+    method: Method,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: MethodSettings,
 ) -> nn.Module:
     """The base with the adapter, trainable. A base on the meta device gets one without values.
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from open_instruct.adapters.generation import greedy_answers
 from open_instruct.data.dataset import Examples
-from open_instruct.model.generation import greedy_answers
 
 MAX_NEW_TOKENS = 256
 
@@ -55,7 +55,9 @@ class Examination:
     base: list[str]
     room: int | None
 
-    def of(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, str]], dict[str, float] | None]:
+    def of(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[list[dict[str, str]], dict[str, float] | None]:
         """Question, reference and both answers of each; and the share of answers equal to the reference."""
         if not self.asked:
             return [], None

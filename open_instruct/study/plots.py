@@ -12,9 +12,14 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from open_instruct.report.study_figures import front
+from open_instruct.study.figures import front
 
-COSTS = {"trained": "trained parameters", "seconds": "training time (s)", "memory_mb": "peak memory (MB)", "bytes": "size on disk (bytes)"}
+COSTS = {
+    "trained": "trained parameters",
+    "seconds": "training time (s)",
+    "memory_mb": "peak memory (MB)",
+    "bytes": "size on disk (bytes)",
+}
 
 
 def draw_all(figures: dict[str, Any], folder: Path) -> dict[str, str]:
@@ -26,16 +31,31 @@ def draw_all(figures: dict[str, Any], folder: Path) -> dict[str, str]:
     methods = [method for method in figures["methods"] if method["works"]]
     colours = {method["name"]: f"C{number % 10}" for number, method in enumerate(methods)}
     wanted: dict[str, tuple[str, Callable[..., Any]]] = {
-        "losses.png": ("Test loss of each method at its chosen point: mean over seeds with 95 % interval, and each seed", losses),
-        "pareto_loss.png": ("Test loss against what it costs. The line joins methods that none beats in both", pareto_loss),
+        "losses.png": (
+            "Test loss of each method at its chosen point: mean over seeds with 95 % interval, and each seed",
+            losses,
+        ),
+        "pareto_loss.png": (
+            "Test loss against what it costs. The line joins methods that none beats in both",
+            pareto_loss,
+        ),
     }
     if figures["questions"]:
-        wanted["pareto_exact.png"] = ("Exact match against what it costs. The line joins methods that none beats in both", pareto_exact)
+        wanted["pareto_exact.png"] = (
+            "Exact match against what it costs. The line joins methods that none beats in both",
+            pareto_exact,
+        )
     wanted["curves.png"] = ("Held-out loss during training, all held-out rows, each seed of the chosen point", curves)
     if any(len(method["rates"]) > 1 for method in methods):
-        wanted["rates.png"] = ("Test loss at each learning rate that was tried, at the best of all else; the chosen one is ringed", rates)
+        wanted["rates.png"] = (
+            "Test loss at each learning rate that was tried, at the best of all else; the chosen one is ringed",
+            rates,
+        )
     if figures["other_tokens"]:
-        wanted["forgetting.png"] = ("Change of the loss on text that was not trained for, against the base model", forgetting)
+        wanted["forgetting.png"] = (
+            "Change of the loss on text that was not trained for, against the base model",
+            forgetting,
+        )
     for name, (_, draw) in wanted.items():
         picture = draw(methods, figures, colours)
         picture.tight_layout()
@@ -56,7 +76,9 @@ def losses(methods: list[dict[str, Any]], figures: dict[str, Any], colours: dict
         mean, (low, high) = method["test"]["value"], method["test"]["interval"]
         error = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
         axes.errorbar([mean], [place], xerr=error, fmt="o", color=colours[method["name"]], capsize=4)
-        axes.plot(method["by_seed"], [place + 0.18] * len(method["by_seed"]), "|", color=colours[method["name"]], markersize=9)
+        axes.plot(
+            method["by_seed"], [place + 0.18] * len(method["by_seed"]), "|", color=colours[method["name"]], markersize=9
+        )
     axes.axvline(figures["base"]["loss"], color="black", linestyle="--", linewidth=1, label="base model")
     axes.set_yticks(range(len(methods)), [method["name"] for method in reversed(methods)])
     axes.set_ylim(-0.6, len(methods) - 0.3)
@@ -71,12 +93,16 @@ def losses(methods: list[dict[str, Any]], figures: dict[str, Any], colours: dict
 def pareto_loss(methods: list[dict[str, Any]], figures: dict[str, Any], colours: dict[str, str]) -> Any:
     """Test loss over each cost."""
     values = {method["name"]: (method["test"]["value"], method["test"]["interval"]) for method in methods}
-    return pareto(methods, figures, colours, values, "loss", "test loss (nats per labelled token)", figures["base"]["loss"])
+    return pareto(
+        methods, figures, colours, values, "loss", "test loss (nats per labelled token)", figures["base"]["loss"]
+    )
 
 
 def pareto_exact(methods: list[dict[str, Any]], figures: dict[str, Any], colours: dict[str, str]) -> Any:
     """Exact match over each cost."""
-    values: dict[str, tuple[float, list[float] | None]] = {method["name"]: (method["exact"], None) for method in methods}
+    values: dict[str, tuple[float, list[float] | None]] = {
+        method["name"]: (method["exact"], None) for method in methods
+    }
     return pareto(methods, figures, colours, values, "exact", "exact match of test questions", figures["base"]["exact"])
 
 
@@ -100,7 +126,9 @@ def pareto(
             axes.annotate(method["name"], (method[cost], value), xytext=(5, 4), textcoords="offset points", fontsize=8)
         best = front(methods, cost, gain)
         place = {method["name"]: method[cost] for method in methods}
-        axes.plot([place[name] for name in best], [values[name][0] for name in best], color="gray", linewidth=1, zorder=0)
+        axes.plot(
+            [place[name] for name in best], [values[name][0] for name in best], color="gray", linewidth=1, zorder=0
+        )
         axes.axhline(base, color="black", linestyle="--", linewidth=1)
         if logarithmic([method[cost] for method in methods]):
             axes.set_xscale("log")
@@ -119,7 +147,12 @@ def curves(methods: list[dict[str, Any]], figures: dict[str, Any], colours: dict
     shown = []
     for method in methods:
         for number, curve in enumerate(method["curves"]):
-            axes.plot(*zip(*curve, strict=True), color=colours[method["name"]], alpha=0.8, label=None if number else method["name"])
+            axes.plot(
+                *zip(*curve, strict=True),
+                color=colours[method["name"]],
+                alpha=0.8,
+                label=None if number else method["name"],
+            )
             shown += [value for _, value in curve]
     axes.axhline(figures["base"]["loss"], color="black", linestyle="--", linewidth=1, label="base model (test rows)")
     if logarithmic(shown):

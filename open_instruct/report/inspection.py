@@ -17,8 +17,17 @@ def markdown(result: dict[str, Any]) -> str:
     if "norms" in result:
         names = list(result["norms"]["vocabulary"])
         lines += ["", "Length of vectors:", "", "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        lines += [f"| {who} | " + " | ".join(f"{values[name]:.3g}" for name in names) + " |" for who, values in result["norms"].items()]
-        lines += ["", "Nearest tokens:", "", "| | length | moved | by cosine | by distance | at the start, by cosine |", "|---" * 6 + "|"]
+        lines += [
+            f"| {who} | " + " | ".join(f"{values[name]:.3g}" for name in names) + " |"
+            for who, values in result["norms"].items()
+        ]
+        lines += [
+            "",
+            "Nearest tokens:",
+            "",
+            "| | length | moved | by cosine | by distance | at the start, by cosine |",
+            "|---" * 6 + "|",
+        ]
         for number, token in enumerate(result["end"]):
             moved = f"{result['moved'][number]:.3g}" if "moved" in result else ""
             before = listed(result["start"][number]["cosine"]) if "start" in result else "not kept"
@@ -42,7 +51,11 @@ def markdown(result: dict[str, Any]) -> str:
             own = f"{base['keys'][layer]:.3g} | {base['values'][layer]:.3g}" if base else "|"
             lines.append(f"| {layer} | {key:.3g} | {value:.3g} | {own} |")
     if "attention" in result:
-        lines += ["", f"Attention to the virtual tokens (all positions alike would give {result['attention']['uniform'][0]:.1%}):", ""]
+        lines += [
+            "",
+            f"Attention to the virtual tokens (all positions alike would give {result['attention']['uniform'][0]:.1%}):",
+            "",
+        ]
         lines += ["| layer | share |", "|---|---|"]
         lines += [f"| {layer} | {share:.1%} |" for layer, share in enumerate(result["attention"]["mass"])]
     return "\n".join(lines)
@@ -64,7 +77,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
             place.set_title("cosine between virtual tokens")
         elif name == "attention":
             place.bar(range(len(result[name]["mass"])), result[name]["mass"])
-            place.axhline(result[name]["uniform"][0], color="black", linestyle="--", linewidth=1, label="all positions alike")
+            place.axhline(
+                result[name]["uniform"][0], color="black", linestyle="--", linewidth=1, label="all positions alike"
+            )
             place.set(title="attention to virtual tokens", xlabel="layer", ylabel="share", ylim=(0, 1))
             place.legend()
         else:

@@ -6,9 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from open_instruct.report.study_figures import front, point_name
+from open_instruct.study.figures import front, point_name
 
-COSTS = {"trained": "trained parameters", "seconds": "training time", "memory_mb": "peak memory", "bytes": "size on disk"}
+COSTS = {
+    "trained": "trained parameters",
+    "seconds": "training time",
+    "memory_mb": "peak memory",
+    "bytes": "size on disk",
+}
 
 
 def sentences(figures: dict[str, Any], missing: int, workers: int) -> list[str]:
@@ -54,7 +59,9 @@ def winner(methods: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> str:
         parts.append(f"the difference is larger than chance would explain against {listed(clear)}")
     if unclear:
         parts.append(
-            f"{'but ' if clear else ''}not against {listed(unclear)}" if clear else f"no larger than chance against {listed(unclear)}"
+            f"{'but ' if clear else ''}not against {listed(unclear)}"
+            if clear
+            else f"no larger than chance against {listed(unclear)}"
         )
     return f"{text}; {', '.join(parts)}."
 
@@ -74,12 +81,14 @@ def against_base(methods: list[dict[str, Any]]) -> str:
 
 def chosen_rates(methods: list[dict[str, Any]]) -> str | None:
     """Methods whose best rate is at an end of what was searched: their optimum may lie outside."""
-    edge = [m["name"] for m in methods if len(m["rates"]) > 1 and m["learning_rate"] in (m["rates"][0][0], m["rates"][-1][0])]
+    edge = [
+        m["name"]
+        for m in methods
+        if len(m["rates"]) > 1 and m["learning_rate"] in (m["rates"][0][0], m["rates"][-1][0])
+    ]
     if not edge:
         return None
-    return (
-        f"The chosen learning rate of {listed(edge)} is the lowest or highest that was tried, so a better one may lie outside the search."
-    )
+    return f"The chosen learning rate of {listed(edge)} is the lowest or highest that was tried, so a better one may lie outside the search."
 
 
 def recipes(methods: list[dict[str, Any]]) -> str | None:
@@ -87,12 +96,18 @@ def recipes(methods: list[dict[str, Any]]) -> str | None:
     known = [(m["name"], m["recipe"] / m["test"]["value"] - 1) for m in methods if m["recipe"] is not None]
     if not known:
         return None
-    return "The recipe's own point, against the chosen one: " + ", ".join(f"{name} {gap:+.1%}" for name, gap in known) + " test loss."
+    return (
+        "The recipe's own point, against the chosen one: "
+        + ", ".join(f"{name} {gap:+.1%}" for name, gap in known)
+        + " test loss."
+    )
 
 
 def sensitivity(methods: list[dict[str, Any]]) -> str | None:
     """How much the worst of the tried rates costs."""
-    spread = {m["name"]: max(v for _, v in m["rates"]) / min(v for _, v in m["rates"]) for m in methods if len(m["rates"]) > 1}
+    spread = {
+        m["name"]: max(v for _, v in m["rates"]) / min(v for _, v in m["rates"]) for m in methods if len(m["rates"]) > 1
+    }
     if not spread:
         return None
     calm, wild = min(spread, key=spread.__getitem__), max(spread, key=spread.__getitem__)
@@ -143,14 +158,19 @@ def limits(figures: dict[str, Any], methods: list[dict[str, Any]], workers: int)
     counts = {m["trials"] for m in figures["methods"]}
     budget = {m["searched_tokens"] for m in methods}
     if len(counts) == 1 and len(budget) == 1 and not any(m["failed"] for m in figures["methods"]):
-        found.append(f"Every method had the same budget: {counts.pop()} trials, {budget.pop():,} trained tokens in all.")
+        found.append(
+            f"Every method had the same budget: {counts.pop()} trials, {budget.pop():,} trained tokens in all."
+        )
     else:
         seen = ", ".join(
-            f"{m['name']} {m['trials']} trials" + (f" ({m['failed']} failed)" if m["failed"] else "") for m in figures["methods"]
+            f"{m['name']} {m['trials']} trials" + (f" ({m['failed']} failed)" if m["failed"] else "")
+            for m in figures["methods"]
         )
         found.append(f"The budgets spent so far differ: {seen}.")
     for seed, tokens in figures["unequal_tokens"].items():
-        found.append(f"With seed {seed}, trials trained on different numbers of tokens: {', '.join(f'{number:,}' for number in tokens)}.")
+        found.append(
+            f"With seed {seed}, trials trained on different numbers of tokens: {', '.join(f'{number:,}' for number in tokens)}."
+        )
     for name, (bits, value) in figures["quantised"].items():
         found.append(f"{name} starts from a base quantised to {bits}, whose test loss is {value:.4f}.")
     if figures["on_cpu"]:
@@ -161,7 +181,9 @@ def limits(figures: dict[str, Any], methods: list[dict[str, Any]], workers: int)
     if broken:
         found.append(f"No point of {listed(broken)} finished: see trials/*/failed.json, and delete it to try again.")
     if workers > 1:
-        found.append(f"Times were measured with {workers} trials at once, which slow each other down on shared hardware.")
+        found.append(
+            f"Times were measured with {workers} trials at once, which slow each other down on shared hardware."
+        )
     if any(math.isclose(m["test"]["value"], 0, abs_tol=1e-3) for m in methods):
         found.append("Test losses near zero mean that the task is solved: ranks among such methods say nothing.")
     return found

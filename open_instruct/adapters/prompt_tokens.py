@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from open_instruct.adapters.folders import BASE
 from open_instruct.errors import InputError
-from open_instruct.model.adapters import BASE
 
 A, B = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
 EMPTY = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}
@@ -51,7 +51,9 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, adapter: str, count: int) -> 
     known = tokenizer.get_vocab()
     clash = next((token for token in tokens if token in known), None)
     if clash:
-        raise InputError(f"the tokenizer has a token {clash} already: give the adapter another name, --adapter NAME=DIR")
+        raise InputError(
+            f"the tokenizer has a token {clash} already: give the adapter another name, --adapter NAME=DIR"
+        )
     tokenizer.add_tokens(list(tokens), special_tokens=True)
     return NewTokens(adapter, tokens, tuple(tokenizer.convert_tokens_to_ids(list(tokens))))
 
@@ -115,7 +117,9 @@ def put_first(tokenizer: PreTrainedTokenizerBase, sets: Sequence[NewTokens], tem
     first = sets[0]
     backend = tokenizer._tokenizer  # transformers has no public way to a post-processor
     own = json.loads(backend.to_str())["post_processor"]
-    backend.post_processor = Tokenizer.from_str(json.dumps(EMPTY | {"post_processor": post_processor(own, first)})).post_processor
+    backend.post_processor = Tokenizer.from_str(
+        json.dumps(EMPTY | {"post_processor": post_processor(own, first)})
+    ).post_processor
     bodies = {new.adapter: without_generation_marks(templates[new.adapter] or "") for new in sets}
     if not any(bodies.values()):
         return
@@ -124,7 +128,10 @@ def put_first(tokenizer: PreTrainedTokenizerBase, sets: Sequence[NewTokens], tem
         tokens = "".join(branch(number, new.adapter, f"{{{{- {new.text!r} -}}}}") for number, new in enumerate(sets))
         text = f"{choice}{tokens}{otherwise(sets, '')}{{%- endif -%}}{bodies[first.adapter]}"
     else:
-        parts = "".join(branch(number, new.adapter, f"{{{{- {new.text!r} -}}}}{bodies[new.adapter]}") for number, new in enumerate(sets))
+        parts = "".join(
+            branch(number, new.adapter, f"{{{{- {new.text!r} -}}}}{bodies[new.adapter]}")
+            for number, new in enumerate(sets)
+        )
         text = f"{choice}{parts}{otherwise(sets, bodies[first.adapter])}{{%- endif -%}}"
     tokenizer.chat_template = text
 
@@ -137,7 +144,10 @@ def post_processor(own: dict[str, Any] | None, new: NewTokens) -> dict[str, Any]
         new: tokens to put first.
     """
     first = [{"SpecialToken": {"id": token, "type_id": 0}} for token in new.tokens]
-    known = {token: {"id": token, "ids": [number], "tokens": [token]} for token, number in zip(new.tokens, new.ids, strict=True)}
+    known = {
+        token: {"id": token, "ids": [number], "tokens": [token]}
+        for token, number in zip(new.tokens, new.ids, strict=True)
+    }
     if own is None:
         return {"type": "TemplateProcessing", "single": [*first, A], "pair": [*first, A, B], "special_tokens": known}
     if own["type"] == "TemplateProcessing":

@@ -43,7 +43,9 @@ class AtomicFile:
         self.worker = Thread(target=self._work, daemon=True)
 
     def _work(self) -> None:
-        data = self.queue.get()  # the file is created when the `with` block writes: an interrupt before it finds nothing to undo
+        data = (
+            self.queue.get()
+        )  # the file is created when the `with` block writes: an interrupt before it finds nothing to undo
         try:
             with ExitStack() as stack:
                 sink = stack.enter_context(pa.OSFile(str(self.working), "wb"))
@@ -71,7 +73,9 @@ class AtomicFile:
         self.worker.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Finish or undo."""
         try:
             self.queue.put(None)
@@ -87,7 +91,9 @@ class AtomicFile:
             self.working.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             size = f", about {self.needed() / 1e6:,.0f} MB are needed" if self.needed else ""
-            raise InputError(f"no space left for {self.path}{size}: free some, or write elsewhere; nothing was left behind") from None
+            raise InputError(
+                f"no space left for {self.path}{size}: free some, or write elsewhere; nothing was left behind"
+            ) from None
         if error is not None and kind is None:
             raise error
 
@@ -95,6 +101,15 @@ class AtomicFile:
     def sha256(self) -> str:
         """Of the content before compression; valid after the `with` block."""
         return self.hash.hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Return the checksum of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:
@@ -139,7 +154,9 @@ def check_result_folder(name: str | None, result: str) -> None:
         raise InputError(f"--output_dir {name} can't be made ({error.strerror}): name another folder") from None
 
 
-def write_result(name: str | None, kind: str, text: str, plot: Callable[[dict[str, Any], Path], None], result: dict[str, Any]) -> None:
+def write_result(
+    name: str | None, kind: str, text: str, plot: Callable[[dict[str, Any], Path], None], result: dict[str, Any]
+) -> None:
     """Text, picture and numbers of a result, into a folder that `check_result_folder` made; the numbers last, as they mark it as whole."""
     if name is None:
         return
