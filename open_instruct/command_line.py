@@ -1,4 +1,4 @@
-"""Command line and YAML file → typed arguments, with the origin of every value."""
+"""Command line and YAML file → flags, with the origin of every value that was given."""
 
 from __future__ import annotations
 
@@ -7,41 +7,34 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
-from open_instruct.arguments import GROUPS, AcceptedFlags, FinetuneArguments
-from open_instruct.errors import InputError
+from open_instruct.errors import InputError, one_line, warn
+from open_instruct.flags import FIELDS, GROUPS, AcceptedFlags, Flags
 
-
-class OneLineParser(HfArgumentParser):
-    """Transformers' dataclass parser with one-line errors."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line and exit with code 2."""
-        print(f"error: {message} (see --help)", file=sys.stderr)
-        sys.exit(2)
+TRUE, FALSE = ("true", "yes", "1", "t", "y"), ("false", "no", "0", "f", "n")
 
 
 class OneLineArgumentParser(argparse.ArgumentParser):
-    """argparse with one-line errors and no abbreviations."""
+    """An argparse parser with one-line errors and no abbreviations."""
 
     def __init__(self, **options: Any) -> None:
-        """As argparse's."""
+        """Take argparse's options."""
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
-        print(f"error: {message} (see --help)", file=sys.stderr)
+        print(f"error: {one_line(message, 2000)} (see --help)", file=sys.stderr)
         sys.exit(2)
 
 
 def add_model_flags(parser: argparse.ArgumentParser, dtype: str = "stored") -> None:
-    """The flags that name a base model and adapters, the same for every tool that uses them."""
+    """Add the flags that name a base model and adapters: the same for every tool that uses them."""
     parser.add_argument(
         "--adapter",
         action="append",
@@ -53,7 +46,7 @@ def add_model_flags(parser: argparse.ArgumentParser, dtype: str = "stored") -> N
     )
     parser.add_argument("--any_base", action="store_true", help="accept a base under another name than the adapter's")
     choices = ["stored", "auto", "float32", "bfloat16", "float16"]
-    text = "precision of the base; stored: as in its files; auto: bfloat16 on a GPU that has it, float32 elsewhere"
+    text = "precision of the base; stored: as in its files; auto: bfloat16 on a GPU that supports it, float32 elsewhere"
     parser.add_argument("--dtype", default=dtype, choices=choices, help=f"{text} (default: {dtype})")
     parser.add_argument(
         "--allow_pickle", action="store_true", help="load a base whose weights exist only as pickle files"
@@ -62,33 +55,75 @@ def add_model_flags(parser: argparse.ArgumentParser, dtype: str = "stored") -> N
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
-    """An argparse type: a whole number of at least so much."""
+    """Return an argparse type: a whole number that is not smaller than a bound."""
 
     def whole_number(text: str) -> int:
-        if not text.removeprefix("-").isdigit() or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {smallest}")
+        digits = text.removeprefix("-")
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 19) or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"{text[:80]} is not a whole number of at least {smallest}")
         return int(text)
 
     return whole_number
 
 
-def build_parser() -> OneLineParser:
-    """A parser with one group of options for each dataclass of `arguments.GROUPS`."""
-    for group in GROUPS:
-        group._argument_group_name = (group.__doc__ or "").split(". ")[0].split(":")[0].rstrip(".")
-    return OneLineParser(
-        list(GROUPS),
-        allow_abbrev=False,
+def boolean(text: str) -> bool:
+    """Parse a truth value as an argparse type."""
+    if text.lower() in TRUE:
+        return True
+    if text.lower() in FALSE:
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def build_parser() -> OneLineArgumentParser:
+    """Make a parser with one group of options for each class of flags."""
+    parser = OneLineArgumentParser(
         usage="%(prog)s [CONFIG.yaml] [--flag value …]",
         description="Fine-tune a causal language model on conversations. Flags override the values of CONFIG.yaml.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    for group in GROUPS:
+        title = (group.__doc__ or "").split(". ")[0].split(":")[0].split("\n")[0].rstrip(".")
+        section, types = parser.add_argument_group(title), get_type_hints(group)
+        for item in fields(group):
+            add_flag(section, item, types[item.name])
+    return parser
 
 
-def parse(argv: Sequence[str]) -> tuple[FinetuneArguments, dict[str, str]]:
+def add_flag(section: Any, item: Field[Any], kind: Any) -> None:
+    """Add one flag. Its spelling with dashes works as well, and is left out of the help.
+
+    A truth value may stand without an argument; one that is true by default has a `--no_` form as well.
+    """
+    kinds = [one for one in get_args(kind) if one is not NoneType] if NoneType in get_args(kind) else [kind]
+    kind = kinds[0]
+    default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+    options: dict[str, Any] = {"help": item.metadata["description"].replace("%", "%%"), "default": default}
+    if get_origin(kind) is Literal:
+        options["choices"] = get_args(kind)
+    elif get_origin(kind) is list:
+        options |= {"type": get_args(kind)[0], "nargs": "+", "metavar": "TEXT"}
+    elif kind is bool:
+        options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+    else:
+        options |= {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "TEXT")}
+        if item.metadata["optional_value"] is not None:
+            options |= {"nargs": "?", "const": item.metadata["optional_value"]}
+    section.add_argument(f"--{item.name}", **options)
+    hidden = {"dest": item.name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    dashed = item.name.replace("_", "-")
+    if dashed != item.name:
+        section.add_argument(f"--{dashed}", **{**options, **hidden})
+    if default is True:
+        negations = dict.fromkeys([f"--no_{item.name}", f"--no-{item.name}", f"--no-{dashed}"])
+        section.add_argument(*negations, action="store_false", **hidden)
+
+
+def parse(argv: Sequence[str]) -> tuple[Flags, dict[str, str]]:
     """Parse `[CONFIG.yaml] --flag value …`.
 
     Returns:
-        The arguments, and for each flag that was given where it came from: `flag` or `config`.
+        The flags, and for each flag that was given where it came from: `flag` or `config`.
 
     Raises:
         InputError: unreadable or unknown configuration keys.
@@ -101,21 +136,31 @@ def parse(argv: Sequence[str]) -> tuple[FinetuneArguments, dict[str, str]]:
     elif argv and argv[0] == "--config" and len(argv) > 1:
         from_config, argv = read_config(Path(argv[1])), argv[2:]
     parser = build_parser()
-    names = {field.name for field in fields(FinetuneArguments)}
     namespace, unknown = parser.parse_known_args([*from_config, *argv])
     if unknown:
-        parser.error(describe_unknown(unknown, names))
-    arguments = FinetuneArguments(**{name: getattr(namespace, name) for name in names})
-    origins = dict.fromkeys(flags_in(from_config, names), "config") | dict.fromkeys(flags_in(argv, names), "flag")
-    return arguments, origins
+        parser.error(describe_unknown(unknown))
+    flags = Flags(**{name: getattr(namespace, name) for name in FIELDS})
+    origins = dict.fromkeys(flags_in(from_config), "config") | dict.fromkeys(flags_in(argv), "flag")
+    return without_aliases(flags), origins
+
+
+def without_aliases(flags: Flags) -> Flags:
+    """Give older names and zero values that mean "unset" their present form."""
+    return replace(
+        flags,
+        tokenizer_name_or_path=flags.tokenizer_name_or_path or flags.tokenizer_name,
+        num_virtual_tokens=flags.num_virtual_tokens or None,
+        push_to_hub=flags.push_to_hub or bool(flags.save_to_hub),
+        hf_repo_id=flags.hf_repo_id or flags.save_to_hub,
+    )
 
 
 def read_config(path: Path) -> list[str]:
-    """The YAML (or JSON) mapping of a file as command-line words, so that both go through the same checks."""
+    """Read the YAML (or JSON) mapping of a file as command-line words, so that both go through the same checks."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"configuration {path} can't be read: {' '.join(str(error).split())}") from None
+        raise InputError(f"configuration {path} can't be read: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"configuration {path} holds a {type(values).__name__}: it must map flag names to values")
     words: list[str] = []
@@ -126,7 +171,7 @@ def read_config(path: Path) -> list[str]:
 
 
 def config_words(value: Any) -> list[str]:
-    """One YAML value as command-line words."""
+    """Return one YAML value as command-line words."""
     if isinstance(value, dict):
         return [json.dumps(value)]
     if isinstance(value, list):
@@ -134,26 +179,25 @@ def config_words(value: Any) -> list[str]:
     return [str(value).lower() if isinstance(value, bool) else str(value)]
 
 
-def flags_in(words: Sequence[str], names: set[str]) -> list[str]:
-    """The flag names that a list of command-line words sets."""
-    found = [word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")]
-    return [name if name in names else name.removeprefix("no_") for name in found]
+def flags_in(words: Sequence[str]) -> list[str]:
+    """Return the names of the flags that a list of command-line words sets."""
+    names = [word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+    return [name if name in FIELDS else name.removeprefix("no_") for name in names]
 
 
-def describe_unknown(unknown: Sequence[str], names: set[str]) -> str:
+def describe_unknown(unknown: Sequence[str]) -> str:
     """Name the unknown words, with the nearest flag for each that looks like a flag."""
     parts = []
     for word in unknown:
         name = word.lstrip("-").split("=")[0].replace("-", "_")
-        near = difflib.get_close_matches(name, names, n=1) if word.startswith("-") else []
+        near = difflib.get_close_matches(name, FIELDS, n=1) if word.startswith("-") else []
         parts.append(f"unknown {word}" + (f", did you mean --{near[0]}?" if near else ""))
     return "; ".join(parts)
 
 
 def warn_without_effect(origins: dict[str, str]) -> None:
     """Name on one line the flags that were given but do nothing here, each with its reason."""
-    reasons = {field.name: field.metadata["help"] for field in fields(AcceptedFlags)}
+    reasons = {item.name: item.metadata["description"] for item in fields(AcceptedFlags)}
     given = [name for name in origins if name in reasons]
     if given:
-        text = "; ".join(f"--{name} ({reasons[name]})" for name in given)
-        print(f"warning: without effect here: {text}", file=sys.stderr)
+        warn("without effect here: " + "; ".join(f"--{name} ({reasons[name]})" for name in given))

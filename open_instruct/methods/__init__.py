@@ -1,6 +1,8 @@
 """The fine-tuning methods, one module each, and their registry."""
 
-from open_instruct.methods.base import Method, MethodSettings, ModelFacts, Recipe, model_facts
+from open_instruct.methods.base import Method, Recipe
+from open_instruct.methods.facts import ModelFacts, model_facts
+from open_instruct.methods.features import Feature
 from open_instruct.methods.full import Full
 from open_instruct.methods.ia3 import Ia3
 from open_instruct.methods.lora import Lora, QLora
@@ -12,4 +14,11 @@ METHODS: dict[str, Method] = {
     method.name: method for method in (Full(), Lora(), QLora(), PrefixTuning(), PromptTuning(), PTuning(), Ia3())
 }
 
-__all__ = ["METHODS", "Method", "MethodSettings", "ModelFacts", "Recipe", "model_facts"]
+
+def method_of_type(peft_type: str) -> Method | None:
+    """Return the method that makes adapters of PEFT's type, or None; the one that leaves the base as it is, if two do."""
+    makers = [method for method in METHODS.values() if peft_type in method.peft_types]
+    return min(makers, key=lambda method: method.quantises_base is not None, default=None)
+
+
+__all__ = ["METHODS", "Feature", "Method", "ModelFacts", "Recipe", "method_of_type", "model_facts"]

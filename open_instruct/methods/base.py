@@ -1,169 +1,219 @@
-"""What a fine-tuning method is: how the base is wrapped, and which hyperparameters it recommends."""
+"""What a fine-tuning method is: the interface that every module of this package fills."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from open_instruct.errors import InputError, one_line
+from open_instruct.methods.facts import ModelFacts
+from open_instruct.methods.features import Feature
 from open_instruct.model.shared_prefix import SoftPrompt
-from open_instruct.model.tokens import ordinary_tokens
-
-DEFAULT_TEXT = "Read what the user wrote and give the answer that is wanted, in the form that is wanted."
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What is known of the base before training."""
-
-    hidden_size: int
-    embedding_std: float  # of all entries of the token embeddings of ordinary tokens
-    embedding_norm: float  # median length of one
-    key_std: float = (
-        math.nan
-    )  # of the entries of a text's keys, median over layers; measured for methods that `wants_keys`
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Recommended hyperparameters, each filled in only where the user set none. `sources` says where they come from."""
+    """Recommended hyperparameters, each used only where the user set none. `sources` says where they come from."""
 
     learning_rate: float
     warmup_ratio: float
-    weight_decay: float
-    lr_scheduler_type: str
-    clip_grad_norm: float
     sources: str
-    prompt_tuning_init: str | None = None
-    prefix_init: str | None = None
+    init: str | None = None  # of a soft prompt: value of the method's `init_flag`
+    lr_scheduler_type: str = "linear"
+    weight_decay: float = 0.0
+    clip_grad_norm: float = 1.0
 
 
 @dataclass(frozen=True)
-class MethodSettings:
-    """The choices that shape an adapter, after the recipe has filled them."""
-
-    num_virtual_tokens: int | None = None
-    prompt_tuning_init: str | None = None
-    prompt_tuning_init_text: str | None = None
-    prefix_init: str | None = None
-    prefix_projection: bool = False
-    encoder_hidden_size: int | None = None
-    lora_rank: int = 64
-    lora_alpha: float = 16
-    lora_dropout: float = 0.1
+class NoSettings:
+    """The settings of a method that has none of its own."""
 
 
 class Method(ABC):
-    """One way to fine-tune. `METHODS` in this package lists them all."""
+    """One way to fine-tune: everything that is known of it. `METHODS` in this package lists them all.
+
+    A method's flags stand in `flags/method.py`; the fields of its `settings_class` bear the names of the flags.
+    """
 
     name: str
     title: str
-    is_soft_prompt = False
-    most_virtual_tokens = 0  # of the recipe
-    wants_keys = False
-    needs_quantised_base = False
+    settings_class: type = NoSettings
+    peft_types: tuple[str, ...] = ()  # PEFT's names of the adapters that it makes
+    continues_from: tuple[str, ...] = ()  # and of those whose training it can continue
+    trains_base = False  # the base's own weights are trained, so there is no adapter
+    quantises_base: str | None = None  # "4bit": the method loads the base that way by itself
+    prompt_kind: str | None = None  # what a soft prompt is made of: "embeddings" or "keys_values"
+    trains_prompt_directly = False  # the soft prompt's own numbers are the trained parameters
+    max_virtual_tokens = 0  # of the recipe
+    init_flag: str | None = None  # flag that says how the soft prompt starts
+    network_remedy = ""  # what to do where `keeps_network` wants a file that is missing
+    wants_keys = False  # its recipe needs the spread of the base's keys
+    memory_kind = "layers"  # key of `model.memory.KEPT`
+    merges_into: str | None = None  # a plain checkpoint holds it as "weights" or as "tokens"
+    merge_obstacle = "it can't be merged"  # where `merges_into` is None
+    obstacles: Mapping[Feature, str] = MappingProxyType({})
+
+    @property
+    def is_soft_prompt(self) -> bool:
+        """Whether virtual tokens stand before every example."""
+        return self.prompt_kind is not None
+
+    def settings(self, values: Mapping[str, Any]) -> Any:
+        """Return an instance of `settings_class` from the values of flags."""
+        return self.settings_class(**{item.name: values[item.name] for item in fields(self.settings_class)})
 
     def recommended_virtual_tokens(self, context: int | None, max_seq_length: int | None) -> int:
-        """Length of the soft prompt: longer ones learn faster, so as long as is useful where there is room.
+        """Return the length of a soft prompt: longer ones learn faster, so as long as is useful where there is room.
 
         Args:
             context: positions of the model; None: unlimited.
-            max_seq_length: tokens that the user wants for a conversation; None: an eighth of the context goes to the prompt at most.
+            max_seq_length: tokens that the user wants for a conversation; None: at most an eighth of the context goes
+                to the prompt.
         """
         if context is None:
-            return self.most_virtual_tokens
-        return max(1, min(self.most_virtual_tokens, context - max_seq_length if max_seq_length else context // 8))
+            return self.max_virtual_tokens
+        return max(1, min(self.max_virtual_tokens, context - max_seq_length if max_seq_length else context // 8))
 
     @abstractmethod
-    def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
-        """Hyperparameters for a base with these facts."""
+    def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
+        """Return hyperparameters for a base with these facts and these values of the method's flags (None: unset)."""
 
     @abstractmethod
-    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
-        """The base with a float32 adapter that is the only trainable part. A base on the meta device gets one without values."""
+    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Any) -> nn.Module:
+        """Return the base with a float32 adapter that is the only trainable part.
+
+        A base on the meta device gets an adapter without values.
+        """
+
+    @abstractmethod
+    def wrap_trained(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Any,
+        config: PeftConfig,
+        weights: Mapping[str, torch.Tensor] | None,
+        network: Mapping[str, torch.Tensor] | None,
+    ) -> nn.Module:
+        """Return the base with a trained adapter whose training continues.
+
+        Args:
+            model: the base.
+            tokenizer: of the base.
+            settings: as for `wrap`.
+            config: PEFT's configuration of the adapter.
+            weights: the adapter's tensors; None on the meta device, which has no values.
+            network: trained parameters that PEFT's format leaves out; None where `keeps_network` is false.
+
+        Raises:
+            InputError: the weights do not fit.
+        """
+
+    def adopt(self, adapter: Mapping[str, Any], has_network: bool) -> dict[str, Any]:
+        """Return the values of this method's flags that an adapter decides.
+
+        Args:
+            adapter: content of its adapter_config.json.
+            has_network: whether what `keeps_network` speaks of lies beside it.
+        """
+        return {}
+
+    def keeps_network(self, settings: Any) -> bool:
+        """Whether a network computes the soft prompt, which PEFT's format leaves out and further training needs."""
+        return False
+
+    def drops_inputs(self, settings: Any) -> bool:
+        """Whether dropout on layers' inputs needs memory."""
+        return False
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups; options that a group lacks are the run's."""
+        return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
 
     def soft_prompt(self, model: Any) -> SoftPrompt | None:
-        """What the wrapped model puts before every example, differentiable; None where the method has no such thing."""
+        """Return what the wrapped model puts before every example, differentiable; None if there is no such thing."""
         return None
 
-    def starts(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings, number: int
+    def prompt_vectors(self, model: Any) -> torch.Tensor | None:
+        """Return the soft prompt [P, D] as it is now, on the CPU, where it is made of embeddings."""
+        return None
+
+    def init_candidates(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: Any, num_candidates: int
     ) -> list[torch.Tensor]:
-        """Values of the soft prompt's own parameter to choose a start from, the first as `wrap` left it; none where that has no choice."""
+        """Return values of the soft prompt's parameter to choose a start from; none where there is no choice.
+
+        The first is the value that `wrap` gave it, from a text; the others are those of random tokens.
+        """
         return []
 
-    def begin_at(self, model: Any, start: torch.Tensor) -> None:
-        """Take one of `starts`."""
+    def set_init(self, model: Any, values: torch.Tensor) -> None:
+        """Start from one of `init_candidates`."""
         with torch.no_grad():
-            model.prompt_encoder["default"].embedding.weight.copy_(start)
+            model.prompt_encoder["default"].embedding.weight.copy_(values)
 
-    def start(self, model: Any) -> torch.Tensor | None:
-        """The soft prompt [P, D] as it is now, on the CPU, where the method has one of embeddings."""
-        return None
+
+class LayerMethod(Method):
+    """A method whose adapter stands in the base's layers."""
+
+    def wrap_trained(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Any,
+        config: PeftConfig,
+        weights: Mapping[str, torch.Tensor] | None,
+        network: Mapping[str, torch.Tensor] | None,
+    ) -> nn.Module:
+        """See `Method`: PEFT knows how."""
+        config.inference_mode = False
+        wrapped = get_peft_model(model, config)
+        if weights is None:
+            return wrapped
+        try:
+            problems = set_peft_model_state_dict(wrapped, dict(weights))
+        except RuntimeError as error:
+            raise InputError(one_line(error)) from None
+        if problems.unexpected_keys:
+            raise InputError(f"it has no place for {problems.unexpected_keys[0]}")
+        return wrapped
 
 
 class EmbeddingPrompt(Method):
     """A method whose soft prompt is embeddings."""
 
-    is_soft_prompt = True
+    prompt_kind = "embeddings"
+    memory_kind = "soft prompt"
+    merges_into = "tokens"
 
     def soft_prompt(self, model: Any) -> SoftPrompt:
-        """[P, D], from PEFT's own encoder."""
+        """Return the embeddings [P, D] from PEFT's own encoder."""
         embeddings = model.get_prompt(batch_size=1)[0]
         return SoftPrompt(embeddings=embeddings, length=len(embeddings))
 
-    def start(self, model: Any) -> torch.Tensor:
+    def prompt_vectors(self, model: Any) -> torch.Tensor:
         """See `Method`."""
         with torch.no_grad():
             return model.get_prompt(batch_size=1)[0].detach().float().cpu()
 
 
-def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keys: bool = False) -> ModelFacts:
-    """Measure the base. The embedding's own scaling (Gemma) is included, as a soft prompt stands behind it.
+def load_network(wrapped: nn.Module, network: Mapping[str, torch.Tensor]) -> None:
+    """Put the trained parameters of a soft prompt's network back.
 
-    Spread and length are nan where the model has no values (on the meta device). `keys`: also the spread of keys.
+    Raises:
+        InputError: the model has no place for one of them.
     """
-    embedding = model.get_input_embeddings()
-    hidden_size = model.config.get_text_config().hidden_size
-    if embedding.weight.device.type == "meta":
-        return ModelFacts(hidden_size, math.nan, math.nan)
-    ids = torch.tensor(ordinary_tokens(tokenizer), device=embedding.weight.device)
-    chosen = ids[torch.linspace(0, len(ids) - 1, min(len(ids), 10_000)).long()]
-    with torch.no_grad():
-        vectors = embedding(chosen).float()
-    spread = key_std(model, tokenizer) if keys else math.nan
-    return ModelFacts(hidden_size, vectors.std().item(), vectors.norm(dim=1).median().item(), spread)
-
-
-def key_std(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Standard deviation of the entries of the keys that the base computes for a text, median over layers; nan where it keeps none."""
     try:
-        return median(
-            keys.float().std().item()
-            for keys, _ in cached(model, tokenizer(DEFAULT_TEXT, add_special_tokens=False)["input_ids"])
-        )
-    except (ValueError, RuntimeError, AttributeError, TypeError):
-        return math.nan
-
-
-@torch.no_grad()
-def cached(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values [1, K, T, E] of each layer for T tokens, all of them even where a layer's window is shorter."""
-    cache = DynamicCache()  # of its own making, a model keeps no more than the window
-    model.eval()(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-def between(narrow: float, wide: float, hidden_size: int) -> float:
-    """What was measured here on models 128 wide, and what is published for those 2048 wide or wider; a power of the width in between.
-
-    Adam's best rate falls with the width (Yang et al. 2022). Below 64 it rises no further.
-    """
-    share = (math.log(min(max(hidden_size, 64), 2048)) - math.log(128)) / math.log(2048 / 128)
-    return narrow * (wide / narrow) ** share
+        problems = wrapped.load_state_dict(dict(network), strict=False)
+    except RuntimeError as error:
+        raise InputError(one_line(error)) from None
+    if problems.unexpected_keys:
+        raise InputError(f"it has no place for {problems.unexpected_keys[0]}")

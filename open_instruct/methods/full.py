@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.methods.base import Method, MethodSettings, ModelFacts, Recipe, between
+from open_instruct.methods.base import Method, Recipe
+from open_instruct.methods.facts import ModelFacts, between
+from open_instruct.methods.features import Feature
+
+QUANTISED = "quantised weights can't be trained in full: choose another method, for example --use_lora"
 
 
 class Full(Method):
     """All weights, no adapter."""
 
     name, title = "full", "full fine-tuning"
+    trains_base = True
+    memory_kind = "full"
+    obstacles = MappingProxyType({Feature.EIGHT_BITS: QUANTISED, Feature.FOUR_BITS: QUANTISED})
 
-    def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
-        """open-instruct's 2e-5 for wide models."""
+    def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
+        """Return open-instruct's 2e-5 for wide models."""
         return Recipe(
             learning_rate=between(5e-4, 2e-5, facts.hidden_size),
             warmup_ratio=0.03,
-            weight_decay=0.0,
-            lr_scheduler_type="linear",
-            clip_grad_norm=1.0,
             sources="measured here (hidden size 64 to 128), open-instruct (2048 and more)",
         )
 
-    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
-        """The model as it is, in float32."""
+    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Any) -> nn.Module:
+        """Return the model as it is, in float32."""
         return model.float().requires_grad_(True)
+
+    def wrap_trained(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Any,
+        config: PeftConfig,
+        weights: Mapping[str, torch.Tensor] | None,
+        network: Mapping[str, torch.Tensor] | None,
+    ) -> nn.Module:
+        """Full fine-tuning makes no adapter, so it can't continue one."""
+        raise NotImplementedError("full fine-tuning has no adapter")

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 from peft import IA3Config, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from open_instruct.errors import InputError
-from open_instruct.methods.base import Method, MethodSettings, ModelFacts, Recipe, between
+from open_instruct.methods.base import LayerMethod, Recipe
+from open_instruct.methods.facts import ModelFacts, between
+from open_instruct.methods.features import Feature
 
 USUAL_LAYERS = ["k_proj", "v_proj", "down_proj"]  # what PEFT names for Llama and most others
 
 
-class Ia3(Method):
+class Ia3(LayerMethod):
     """Three vectors a layer, which start at 1."""
 
     name, title = "ia3", "IA3"
+    peft_types = continues_from = ("IA3",)
+    merges_into = "weights"
+    obstacles = MappingProxyType(
+        {
+            Feature.ZERO_3: "DeepSpeed loses track of IA3's factors, which stand outside of modules: use DDP, ZeRO-2 "
+            "or FSDP"
+        }
+    )
 
-    def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
-        """The factors start at 1, and a step has to be large on that scale."""
+    def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
+        """Return large rates: the factors start at 1, and a step has to be large on that scale."""
         return Recipe(
             learning_rate=between(6e-2, 1e-2, facts.hidden_size),
             warmup_ratio=0.06,
-            weight_decay=0.0,
-            lr_scheduler_type="linear",
-            clip_grad_norm=1.0,
             sources="measured here (hidden size 64 to 128), Liu et al. 2022 (3e-3 with Adafactor), raised",
         )
 
-    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
-        """IA3 on the layers that PEFT knows for this architecture, else on keys, values and the feed-forward's last layer."""
+    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Any) -> nn.Module:
+        """Put IA3 on the layers that PEFT knows for this architecture, else on those of Llama's names."""
         try:
             return get_peft_model(model, IA3Config(task_type=TaskType.CAUSAL_LM))
         except ValueError as error:

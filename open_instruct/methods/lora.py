@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.methods.base import Method, MethodSettings, ModelFacts, Recipe, between
+from open_instruct.methods.base import LayerMethod, Recipe
+from open_instruct.methods.facts import ModelFacts, between
+from open_instruct.methods.features import Feature
+
+SHARDED = "quantised weights can't be sharded: use DDP or ZeRO-2"
 
 
-class Lora(Method):
+@dataclass(frozen=True)
+class LoraSettings:
+    """Size of the update."""
+
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: float
+
+
+class Lora(LayerMethod):
     """Low-rank updates of every linear layer but the head."""
 
     name, title = "lora", "LoRA"
+    settings_class = LoraSettings
+    peft_types = continues_from = ("LORA",)
+    merges_into = "weights"
 
-    def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
-        """PEFT's method comparison and QLoRA's table agree on 1e-4 to 2e-4 for billions of parameters."""
+    def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
+        """Return the 1e-4 to 2e-4 on which PEFT's method comparison and QLoRA's table agree for billions of parameters."""
         return Recipe(
             learning_rate=between(2e-3, 2e-4, facts.hidden_size),
             warmup_ratio=0.03,
-            weight_decay=0.0,
-            lr_scheduler_type="linear",
-            clip_grad_norm=1.0,
             sources="measured here (hidden size 64 to 128), Dettmers et al. 2023 and PEFT method comparison (2048 and more)",
         )
 
-    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
-        """PEFT's LoRA on all linear layers."""
+    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: LoraSettings) -> nn.Module:
+        """Put PEFT's LoRA on all linear layers."""
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=settings.lora_rank,
@@ -36,9 +54,28 @@ class Lora(Method):
         )
         return get_peft_model(model, config)
 
+    def adopt(self, adapter: Mapping[str, Any], has_network: bool) -> dict[str, Any]:
+        """Return rank, scale and dropout."""
+        return {
+            "lora_rank": adapter.get("r", 8),
+            "lora_alpha": adapter.get("lora_alpha", 8),
+            "lora_dropout": adapter.get("lora_dropout", 0.0),
+        }
+
+    def drops_inputs(self, settings: LoraSettings) -> bool:
+        """See `Method`."""
+        return settings.lora_dropout > 0
+
 
 class QLora(Lora):
     """LoRA on a base that is loaded in 4-bit NormalFloat."""
 
     name, title = "qlora", "QLoRA"
-    needs_quantised_base = True
+    quantises_base = "4bit"
+    obstacles = MappingProxyType(
+        {
+            Feature.EIGHT_BITS: "its base is held in 4 bits: drop --load_in_8bit, or use --use_lora",
+            Feature.ZERO_3: SHARDED,
+            Feature.FSDP: SHARDED,
+        }
+    )

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from peft import PromptEncoderConfig, TaskType, get_peft_model
+from peft import PeftConfig, PromptEncoderConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.methods.base import EmbeddingPrompt, MethodSettings, ModelFacts, Recipe, between, model_facts
+from open_instruct.methods.base import EmbeddingPrompt, Recipe, load_network
+from open_instruct.methods.facts import ModelFacts, between, model_facts
+
+
+@dataclass(frozen=True)
+class PTuningSettings:
+    """Size of the soft prompt and of its network."""
+
+    num_virtual_tokens: int
+    encoder_hidden_size: int | None  # None: the model's hidden size
 
 
 class PTuning(EmbeddingPrompt):
     """Prompt tuning, reparameterised by a three-layer perceptron. Only its output is needed after training."""
 
     name, title = "p_tuning", "P-tuning"
-    most_virtual_tokens = 50
+    settings_class = PTuningSettings
+    peft_types = continues_from = ("P_TUNING",)
+    max_virtual_tokens = 50
+    network_remedy = "--use_prompt_tuning"
 
-    def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
-        """The rate is the network's, not the prompt's, so it goes with the width, not with the embeddings' spread."""
+    def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
+        """Return the network's rate, not the prompt's: it goes with the width, not with the embeddings' spread."""
         return Recipe(
             learning_rate=between(1e-2, 3e-4, facts.hidden_size),
             warmup_ratio=0.06,
-            weight_decay=0.0,
-            lr_scheduler_type="linear",
-            clip_grad_norm=1.0,
             sources="measured here (hidden size 64 to 128), PEFT method comparison and NeMo (1e-4 at hidden size 3072)",
         )
 
-    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
-        """PEFT's P-tuning with an output layer scaled so that the prompt starts with the embeddings' spread."""
-        assert settings.num_virtual_tokens is not None
+    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PTuningSettings) -> nn.Module:
+        """Put PEFT's P-tuning on, its output layer scaled so that the prompt starts with the embeddings' spread."""
         config = PromptEncoderConfig(
             task_type=TaskType.CAUSAL_LM,
             num_virtual_tokens=settings.num_virtual_tokens,
@@ -44,3 +56,29 @@ class PTuning(EmbeddingPrompt):
             prompt = encoder(torch.arange(settings.num_virtual_tokens, device=last.weight.device))
             last.weight.mul_(model_facts(model, tokenizer).embedding_std / prompt.std(correction=0))
         return wrapped
+
+    def wrap_trained(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: PTuningSettings,
+        config: PeftConfig,
+        weights: Mapping[str, torch.Tensor] | None,
+        network: Mapping[str, torch.Tensor] | None,
+    ) -> nn.Module:
+        """See `Method`: the network is put back, of which PEFT's format holds only the output."""
+        wrapped = self.wrap(model, tokenizer, settings)
+        if network is not None:
+            load_network(wrapped, network)
+        return wrapped
+
+    def adopt(self, adapter: Mapping[str, Any], has_network: bool) -> dict[str, Any]:
+        """Return the sizes of prompt and network."""
+        return {
+            "num_virtual_tokens": adapter.get("num_virtual_tokens"),
+            "encoder_hidden_size": adapter.get("encoder_hidden_size"),
+        }
+
+    def keeps_network(self, settings: PTuningSettings) -> bool:
+        """See `Method`."""
+        return True

@@ -3,50 +3,81 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from peft import PrefixTuningConfig, TaskType, get_peft_model
+from peft import PeftConfig, PrefixTuningConfig, TaskType, get_peft_model
 from peft.tuners.cartridge.utils import prompt_embeddings_from_past_key_values
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.errors import InputError
-from open_instruct.methods.base import DEFAULT_TEXT, Method, MethodSettings, ModelFacts, Recipe, between, cached
+from open_instruct.errors import InputError, one_line
+from open_instruct.methods.base import Method, Recipe, load_network
+from open_instruct.methods.facts import DEFAULT_TEXT, ModelFacts, between, cached
+from open_instruct.methods.features import Feature
 from open_instruct.model.shared_prefix import SoftPrompt
 from open_instruct.model.tokens import random_tokens, text_tokens
+
+
+@dataclass(frozen=True)
+class PrefixTuningSettings:
+    """Length, start and network of the prefix."""
+
+    num_virtual_tokens: int
+    prefix_init: str
+    prompt_tuning_init_text: str | None  # None: `DEFAULT_TEXT`
+    prefix_projection: bool
+    encoder_hidden_size: int | None  # None: the model's hidden size
 
 
 class PrefixTuning(Method):
     """A soft prompt of keys and values, with or without a network that computes them."""
 
-    name, title, is_soft_prompt = "prefix_tuning", "prefix tuning", True
-    most_virtual_tokens = 50
+    name, title = "prefix_tuning", "prefix tuning"
+    settings_class = PrefixTuningSettings
+    peft_types = continues_from = ("PREFIX_TUNING",)
+    prompt_kind = "keys_values"
+    max_virtual_tokens = 50
+    network_remedy = "without --prefix_projection"
+    init_flag = "prefix_init"
     wants_keys = True
+    memory_kind = "soft prompt"
+    merge_obstacle = (
+        "it is a prefix of keys and values in each layer, and no plain checkpoint can hold that: serve it with "
+        "generate_peft.py or plain PEFT, or train prompt tuning or P-tuning instead"
+    )
+    obstacles = MappingProxyType(
+        {
+            Feature.PADDED_CHECKPOINTING: "PEFT passes a prefix through the cache, which checkpointing has to drop: "
+            "leave --packing on, or checkpointing off"
+        }
+    )
 
-    def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
-        """A rate in proportion to the spread of the base's own keys; a network in between wants less."""
+    def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
+        """Return a rate in proportion to the spread of the base's own keys; a network in between wants less."""
         spread = facts.key_std if math.isfinite(facts.key_std) else 1.5
+        projected = values["prefix_projection"]
         return Recipe(
             learning_rate=between(1e-2, 3e-4, facts.hidden_size)
-            if settings.prefix_projection
+            if projected
             else spread * between(0.06, 0.012, max(facts.hidden_size, 128)),
             warmup_ratio=0.1,
-            weight_decay=0.0,
-            lr_scheduler_type="linear",
-            clip_grad_norm=1.0,
-            sources="rate over keys' standard deviation measured here (hidden size 64 to 128); for 2048 and more LLM-Adapters (3e-2), "
-            "Eyuboglu et al. 2025 (2e-2, start from a text)",
-            prefix_init="zero" if settings.prefix_projection else "screened",
+            sources="rate over keys' standard deviation measured here (hidden size 64 to 128); for 2048 and more "
+            "LLM-Adapters (3e-2), Eyuboglu et al. 2025 (2e-2, start from a text)",
+            init="zero" if projected else "screened",
         )
 
-    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
-        """PEFT's prefix tuning; `text` starts from the keys and values that the base computes for a text."""
-        assert settings.num_virtual_tokens is not None
+    def wrap(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PrefixTuningSettings
+    ) -> nn.Module:
+        """Put PEFT's prefix tuning on; `text` starts from the keys and values that the base computes for a text."""
         start = None
         if settings.prefix_init in ("text", "screened") and model.device.type != "meta":
-            ids = text_tokens(tokenizer, settings.prompt_tuning_init_text or DEFAULT_TEXT, settings.num_virtual_tokens)
-            start = keys_and_values(model, ids)
+            text = settings.prompt_tuning_init_text or DEFAULT_TEXT
+            start = keys_and_values(model, text_tokens(tokenizer, text, settings.num_virtual_tokens))
         config = PrefixTuningConfig(
             task_type=TaskType.CAUSAL_LM,
             num_virtual_tokens=settings.num_virtual_tokens,
@@ -56,23 +87,48 @@ class PrefixTuning(Method):
         )
         wrapped = get_peft_model(model, config)
         if start is not None:
-            self.begin_at(wrapped, start)
+            self.set_init(wrapped, start)
         return wrapped
 
-    def starts(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings, number: int
+    def wrap_trained(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: PrefixTuningSettings,
+        config: PeftConfig,
+        weights: Mapping[str, torch.Tensor] | None,
+        network: Mapping[str, torch.Tensor] | None,
+    ) -> nn.Module:
+        """See `Method`: with a projection the network is put back, else keys and values are the trained parameter."""
+        wrapped: Any = self.wrap(model, tokenizer, settings)
+        if network is not None:
+            load_network(wrapped, network)
+        elif weights is not None:
+            with torch.no_grad():
+                wrapped.prompt_encoder["default"].load_prompt_embeddings(weights["prompt_embeddings"].float())
+        return wrapped
+
+    def adopt(self, adapter: Mapping[str, Any], has_network: bool) -> dict[str, Any]:
+        """Return length, projection and, with a projection, the width of its network."""
+        values = {"num_virtual_tokens": adapter.get("num_virtual_tokens")}
+        if adapter.get("prefix_projection") and has_network:
+            values |= {"prefix_projection": True, "encoder_hidden_size": adapter.get("encoder_hidden_size")}
+        return values
+
+    def keeps_network(self, settings: PrefixTuningSettings) -> bool:
+        """See `Method`."""
+        return settings.prefix_projection
+
+    def init_candidates(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: PrefixTuningSettings, num_candidates: int
     ) -> list[torch.Tensor]:
-        """Keys and values of the text, and of random tokens, as PEFT's encoder holds them."""
-        assert settings.num_virtual_tokens is not None
+        """Return keys and values of the text and of random tokens, as PEFT's encoder holds them."""
         first = model.prompt_encoder["default"].embedding.weight.detach().clone()
-        base, others = (
-            model.get_base_model(),
-            [random_tokens(tokenizer, settings.num_virtual_tokens) for _ in range(number - 1)],
-        )
-        return [first, *(keys_and_values(base, ids) for ids in others)]
+        draws = [random_tokens(tokenizer, settings.num_virtual_tokens) for _ in range(num_candidates - 1)]
+        return [first, *(keys_and_values(model.get_base_model(), ids) for ids in draws)]
 
     def soft_prompt(self, model: Any) -> SoftPrompt:
-        """Keys and values [1, K, P, E] of each layer, as PEFT puts them into its cache."""
+        """Return keys and values [1, K, P, E] of each layer, as PEFT puts them into its cache."""
         cache = model.get_prompt(batch_size=1)
         length = model.active_peft_config.num_virtual_tokens
         return SoftPrompt(keys_values=[(layer.keys, layer.values) for layer in cache.layers], length=length)
@@ -80,17 +136,17 @@ class PrefixTuning(Method):
 
 @torch.no_grad()
 def keys_and_values(base: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """What a base computes for P tokens, as [P, 2 · L · K · E] in float32: the layout of PEFT's encoder.
+    """Return what a base computes for P tokens, as [P, 2 · L · K · E] in float32: the layout of PEFT's encoder.
 
     Raises:
         InputError: the base keeps no keys and values for each layer.
     """
     try:
         pairs = cached(base, ids)
-        found: torch.Tensor = prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=len(ids))
+        values: torch.Tensor = prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=len(ids))
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:
-        kind, reason = base.config.model_type, " ".join(str(error).split())[:200]
         raise InputError(
-            f"a prefix can't start from tokens on a {kind} model ({reason}): use --prefix_init zero"
+            f"a prefix can't start from tokens on a {base.config.model_type} model ({one_line(error, 200)}): "
+            "use --prefix_init zero"
         ) from error
-    return found.float()
+    return values.float()

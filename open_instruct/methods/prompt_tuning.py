@@ -2,72 +2,107 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
+from peft import PeftConfig, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from open_instruct.methods.base import DEFAULT_TEXT, EmbeddingPrompt, MethodSettings, ModelFacts, Recipe
+from open_instruct.methods.base import EmbeddingPrompt, Recipe
+from open_instruct.methods.facts import DEFAULT_TEXT, ModelFacts
 from open_instruct.model.tokens import random_tokens, text_tokens
+
+
+@dataclass(frozen=True)
+class PromptTuningSettings:
+    """Length and start of the soft prompt."""
+
+    num_virtual_tokens: int
+    prompt_tuning_init: str
+    prompt_tuning_init_text: str | None  # None: `DEFAULT_TEXT`
 
 
 class PromptTuning(EmbeddingPrompt):
     """A soft prompt of embeddings."""
 
     name, title = "prompt_tuning", "prompt tuning"
-    most_virtual_tokens = 100
+    settings_class = PromptTuningSettings
+    peft_types = ("PROMPT_TUNING",)
+    continues_from = ("PROMPT_TUNING", "P_TUNING")  # P-tuning's vectors, without its network
+    trains_prompt_directly = True
+    max_virtual_tokens = 100
+    init_flag = "prompt_tuning_init"
 
-    def recipe(self, facts: ModelFacts, settings: MethodSettings) -> Recipe:
-        """A rate in proportion to the embeddings' spread: a step must be large on their scale, whatever that is."""
+    def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
+        """Return a rate in proportion to the embeddings' spread: a step must be large on that scale."""
         return Recipe(
             learning_rate=0.5 * facts.embedding_std,
             warmup_ratio=0.06,
-            weight_decay=0.0,
-            lr_scheduler_type="linear",
-            clip_grad_norm=1.0,
             sources="Lester et al. 2021, PEFT method comparison; rate = 0.5 × embedding standard deviation, measured here",
-            prompt_tuning_init="screened",
+            init="screened",
         )
 
-    def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings) -> nn.Module:
-        """PEFT's prompt tuning; the start is set here, on real tokens only.
+    def wrap(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PromptTuningSettings
+    ) -> nn.Module:
+        """Put PEFT's prompt tuning on; the start is set here, on real tokens only.
 
         PEFT samples from every row of the embedding matrix, unused and special ones included, and its `random` draws
         N(0, 1), some 50 times the spread of a large model's embeddings: the start from which the loss rises.
         """
-        assert settings.num_virtual_tokens is not None
-        count = settings.num_virtual_tokens
-        wrapped = get_peft_model(model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=count))
+        num_tokens = settings.num_virtual_tokens
+        wrapped = get_peft_model(model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_tokens))
         config = wrapped.peft_config["default"]
         if settings.prompt_tuning_init == "random":
             return wrapped
         text = settings.prompt_tuning_init_text or DEFAULT_TEXT
         if settings.prompt_tuning_init in ("text", "screened"):
-            ids = text_tokens(tokenizer, text, count)
+            ids = text_tokens(tokenizer, text, num_tokens)
         else:
-            ids = random_tokens(tokenizer, count)
+            ids = random_tokens(tokenizer, num_tokens)
         if settings.prompt_tuning_init == "text":
             config.prompt_tuning_init, config.prompt_tuning_init_text = PromptTuningInit.TEXT, text
             config.tokenizer_name_or_path = tokenizer.name_or_path
         else:
             config.prompt_tuning_init = PromptTuningInit.SAMPLE_VOCAB
-        embedding = model.get_input_embeddings()
-        with torch.no_grad():
-            start = embedding(torch.tensor(ids, device=embedding.weight.device)).float()
-            wrapped.prompt_encoder["default"].embedding.weight.copy_(start)
+        self.set_init(wrapped, embeddings_of(model, ids))
         return wrapped
 
-    def starts(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: MethodSettings, number: int
+    def wrap_trained(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: PromptTuningSettings,
+        config: PeftConfig,
+        weights: Mapping[str, torch.Tensor] | None,
+        network: Mapping[str, torch.Tensor] | None,
+    ) -> nn.Module:
+        """See `Method`: the vectors are the trained parameter."""
+        wrapped = self.wrap(model, tokenizer, settings)
+        if weights is not None:
+            self.set_init(wrapped, weights["prompt_embeddings"])
+        return wrapped
+
+    def adopt(self, adapter: Mapping[str, Any], has_network: bool) -> dict[str, Any]:
+        """Return the length."""
+        return {"num_virtual_tokens": adapter.get("num_virtual_tokens")}
+
+    def init_candidates(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: PromptTuningSettings, num_candidates: int
     ) -> list[torch.Tensor]:
-        """Embeddings [P, D] of the text, and of random tokens."""
-        assert settings.num_virtual_tokens is not None
-        embedding = model.get_base_model().get_input_embeddings()
-        found = [model.prompt_encoder["default"].embedding.weight.detach().clone()]
-        with torch.no_grad():
-            for _ in range(number - 1):
-                ids = random_tokens(tokenizer, settings.num_virtual_tokens)
-                found.append(embedding(torch.tensor(ids, device=embedding.weight.device)).float())
-        return found
+        """Return embeddings [P, D] of the text, and of random tokens."""
+        candidates = [model.prompt_encoder["default"].embedding.weight.detach().clone()]
+        for _ in range(num_candidates - 1):
+            ids = random_tokens(tokenizer, settings.num_virtual_tokens)
+            candidates.append(embeddings_of(model.get_base_model(), ids))
+        return candidates
+
+
+@torch.no_grad()
+def embeddings_of(base: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """Return a base's embeddings [P, D] of P tokens, in float32."""
+    embedding = base.get_input_embeddings()
+    return embedding(torch.tensor(ids, device=embedding.weight.device)).float()

@@ -1,114 +1,132 @@
-"""Training that goes on from a trained adapter, for every method; PEFT's own `is_trainable=True` refuses soft prompts."""
+"""The adapter of a run: a new one, or a trained one whose training continues, for every method.
+
+PEFT's own `is_trainable=True` refuses soft prompts.
+"""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import torch
-from peft import get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from open_instruct.adapters.folders import WEIGHTS, AdapterFolder, check_shapes
+from open_instruct.adapters import folders
+from open_instruct.adapters.folders import WEIGHTS, AdapterFolder
 from open_instruct.errors import InputError
-from open_instruct.methods.base import Method, MethodSettings
+from open_instruct.flags import Flags, check_flags
+from open_instruct.methods import METHODS, Method, method_of_type
+from open_instruct.model.training_model import causal_of
+from open_instruct.training.base_model import BaseModelSettings, skeleton
 
-# Which methods can start from which kinds of adapter. Prompt tuning takes P-tuning's vectors, without its network.
-STARTS = {
-    "lora": ("LORA",),
-    "qlora": ("LORA",),
-    "ia3": ("IA3",),
-    "prompt_tuning": ("PROMPT_TUNING", "P_TUNING"),
-    "p_tuning": ("P_TUNING",),
-    "prefix_tuning": ("PREFIX_TUNING",),
-}
-TRAINED = "trained.safetensors"  # beside an adapter whose network (P-tuning, projected prefix) PEFT's format leaves out
+NETWORK = "trained.safetensors"  # beside an adapter whose network (P-tuning, projected prefix) PEFT's format leaves out
 
 
-def method_of(folder: AdapterFolder) -> str:
-    """The method that made an adapter.
+def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[str, str], AdapterFolder | None]:
+    """Take method, size and base from the adapter whose training continues, where no flag names them.
+
+    Returns:
+        Flags and origins with what the adapter decides, and the adapter; None where the run makes a new one.
 
     Raises:
-        InputError: it is none of ours.
+        InputError: the adapter can't be read, can't be continued, or contradicts the flags.
     """
-    for name, kinds in STARTS.items():
-        if folder.method in kinds and name != "qlora" and not (name == "prompt_tuning" and folder.method == "P_TUNING"):
-            return name
-    raise InputError(
-        f"--adapter_name_or_path {folder.path} is {folder.title}, which can't be trained here: use {', '.join(STARTS)}"
-    )
+    if not flags.adapter_name_or_path:
+        return flags, origins, None
+    folder = folders.read_folder("the adapter", flags.adapter_name_or_path)
+    values: dict[str, Any] = {}
+    method = METHODS[flags.method]
+    if method.trains_base:
+        maker = next((m for m in METHODS.values() if m.quantises_base and folder.trained_on(f"use_{m.name}")), None)
+        method = maker or maker_of(folder)
+        values[f"use_{method.name}"] = True
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if folder.trained_on(name) and name not in origins:
+                values[name] = True
+    if folder.trained_on("model_revision") and not flags.model_revision:
+        values["model_revision"] = folder.trained_on("model_revision")
+    if folder.peft_type not in method.continues_from:
+        raise InputError(
+            f"--adapter_name_or_path {folder.path} is {folder.title}, and the method is {method.name}: drop the method's "
+            "flag"
+        )
+    values |= method.adopt(folder.settings, (folder.path / NETWORK).is_file())
+    for name, value in values.items():
+        if name in origins and getattr(flags, name) not in (None, value):
+            raise InputError(f"--{name} {getattr(flags, name)} is not the {value} of {folder.path}: drop the flag")
+    values["model_name_or_path"] = folders.base_name(flags.model_name_or_path, [folder])
+    adopted = replace(flags, **values)
+    taken = {name: "adapter" for name in values if name != "model_name_or_path"}
+    check_flags(adopted, origins)
+    if method.keeps_network(adopted) and not (folder.path / NETWORK).is_file():
+        raise InputError(
+            f"{folder.path} does not hold its network ({NETWORK}), which only runs of this project keep: continue with "
+            f"{method.network_remedy}"
+        )
+    return adopted, origins | taken, folder
 
 
-def check_method(folder: AdapterFolder, method: str) -> None:
-    """An adapter goes on with the method that made it.
+def maker_of(folder: AdapterFolder) -> Method:
+    """Return the method that made an adapter.
 
     Raises:
-        InputError: another one was chosen.
+        InputError: none of ours did.
     """
-    if folder.method not in STARTS.get(method, ()):
+    method = method_of_type(folder.peft_type)
+    if method is None:
+        known = ", ".join(m.title for m in METHODS.values() if m.peft_types)
         raise InputError(
-            f"--adapter_name_or_path {folder.path} is {folder.title}, and the method is {method}: drop the method's flag"
+            f"--adapter_name_or_path {folder.path} is {folder.title}, which can't be trained here: use {known}"
         )
+    return method
 
 
-def check(folder: AdapterFolder, method: str, settings: MethodSettings) -> None:
-    """Refuse what can't go on.
+def put_adapter_on(
+    model: Any, tokenizer: PreTrainedTokenizerBase, method: Method, settings: Any, folder: AdapterFolder | None
+) -> Any:
+    """Return the base with a new adapter, or with the trained one; without values where the base has none.
+
+    Args:
+        model: the base, whole or on the meta device.
+        tokenizer: of the base.
+        method: that makes the adapter.
+        settings: of the method.
+        folder: of the trained adapter, or None.
 
     Raises:
-        InputError: another number of virtual tokens, or a network that was not kept.
+        InputError: the trained adapter does not fit the base.
     """
-    if folder.num_virtual_tokens and settings.num_virtual_tokens not in (None, folder.num_virtual_tokens):
-        raise InputError(
-            f"--num_virtual_tokens {settings.num_virtual_tokens} is not the {folder.num_virtual_tokens} of {folder.path}: drop the flag"
-        )
-    network = method == "p_tuning" or (method == "prefix_tuning" and settings.prefix_projection)
-    if network and not (folder.path / TRAINED).is_file():
-        other = "--use_prompt_tuning" if method == "p_tuning" else "without --prefix_projection"
-        raise InputError(
-            f"{folder.path} does not hold its network ({TRAINED}), which only runs of this project keep: go on with {other}"
-        )
+    if folder is None:
+        return method.wrap(model, tokenizer, settings)
+    weights: dict[str, Tensor] | None = None
+    network: dict[str, Tensor] | None = None
+    if model.device.type != "meta":
+        weights = load_file(folder.path / WEIGHTS)
+        network = load_file(folder.path / NETWORK) if method.keeps_network(settings) else None
+    folders.check_shapes(folder, model)
+    try:
+        return method.wrap_trained(model, tokenizer, settings, folder.config, weights, network)
+    except InputError as error:
+        raise InputError(f"--adapter_name_or_path {folder.path} does not fit the base: {error}") from None
 
 
-def wrap(
-    folder: AdapterFolder,
-    method: Method,
-    model: PreTrainedModel,
+def copy_for_saving(
+    base: BaseModelSettings,
+    config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
-    settings: MethodSettings,
-) -> nn.Module:
-    """The base with the adapter, trainable. A base on the meta device gets one without values.
-
-    Raises:
-        InputError: the adapter does not fit the base.
-    """
-    empty = model.device.type == "meta"
-    saved = {} if empty else load_file(folder.path / WEIGHTS)
-    wrapped: Any
-    if not folder.num_virtual_tokens:
-        folder.config.inference_mode = False
-        wrapped = get_peft_model(model, folder.config)
-        if not empty:
-            misfit = f"--adapter_name_or_path {folder.path} does not fit the base"
-            try:
-                problems = set_peft_model_state_dict(wrapped, saved)
-            except RuntimeError as error:
-                raise InputError(f"{misfit}: {' '.join(str(error).split())[:300]}") from None
-            if problems.unexpected_keys:
-                raise InputError(f"{misfit}: it has no place for {problems.unexpected_keys[0]}")
-        return wrapped
-    check_shapes(folder, model)
-    wrapped = method.wrap(model, tokenizer, replace(settings, num_virtual_tokens=folder.num_virtual_tokens))
-    if empty:
-        return wrapped
-    with torch.no_grad():
-        if (method.name == "p_tuning") or settings.prefix_projection:
-            trained = load_file(folder.path / TRAINED)
-            problems = wrapped.load_state_dict(trained, strict=False)
-            assert not problems.unexpected_keys, problems.unexpected_keys
-        elif method.name == "prefix_tuning":
-            wrapped.prompt_encoder["default"].load_prompt_embeddings(saved["prompt_embeddings"].float())
-        else:
-            wrapped.prompt_encoder["default"].embedding.weight.copy_(saved["prompt_embeddings"])
-    return wrapped
+    method: Method,
+    settings: Any,
+    folder: AdapterFolder | None,
+    trained: dict[str, Tensor],
+) -> Any:
+    """Build the model on the meta device with true values where it was trained: enough to be saved, without memory."""
+    model = put_adapter_on(skeleton(base, config), tokenizer, method, settings, folder)
+    problems = model.load_state_dict(trained, strict=False, assign=True)
+    assert not problems.unexpected_keys, problems.unexpected_keys
+    causal = causal_of(model)
+    causal.tie_weights()
+    with suppress(OSError):  # many a base has no generation_config
+        causal.generation_config = GenerationConfig.from_pretrained(base.name, revision=base.revision)
+    return model

@@ -1,203 +1,258 @@
-"""The training loop: explicit, short, the same for every method."""
+"""The training loop: explicit, the same for every method and engine."""
 
 from __future__ import annotations
 
 import gc
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 
 from open_instruct.data.collate import Batching, to_device
-from open_instruct.data.dataset import Examples
 from open_instruct.data.plan import Plan
-from open_instruct.errors import InputError
-from open_instruct.training import engines
-from open_instruct.training.checkpoint import Progress
-from open_instruct.training.faults import Preempted, StopRequest, is_out_of_memory, out_of_memory
+from open_instruct.errors import InputError, warn
+from open_instruct.methods import Method
+from open_instruct.training import checkpoint, engines, sharding
+from open_instruct.training.doctor import Doctor, Finding
+from open_instruct.training.evaluation import held_out_loss
+from open_instruct.training.faults import is_out_of_memory, out_of_memory
+from open_instruct.training.forward import Forward
+from open_instruct.training.load_data import Data
+from open_instruct.training.preemption import Preempted, StopRequest
+from open_instruct.training.state import TrainState
 from open_instruct.training.tracking import Metrics
 
 
 @dataclass(frozen=True)
-class FitSettings:
+class LoopSettings:
     """Plain values of the loop."""
 
-    batching: Batching
     accumulation_steps: int
     clip_grad_norm: float  # bound of the L2 norm; none where not positive
     seed: int
     logging_steps: int
     eval_steps: int  # 0: none between start and end
     checkpoint_every: int  # steps; 0: none
+    checkpoints: Path
+    keep_checkpoints: int  # -1: all
+    keep_best: bool
     sum_loss: bool = False
     sync_each_batch: bool = False
     max_skipped_steps: int = 3  # in a row
-    halved: bool = False  # memory ran out once
 
 
-def fit(
-    accelerator: Any,
-    model: torch.nn.Module,
-    optimizer: Any,
-    schedule: Any,
-    examples: Examples,
-    plan: Plan,
-    settings: FitSettings,
-    progress: Progress,
-    metrics: Metrics,
-    observe: Callable[[float, float], None],
-    evaluate: Callable[[], None],
-    save: Callable[[], None],
-) -> None:
-    """Train from `progress.step` to `plan.num_steps`.
+@dataclass(frozen=True)
+class TrainingJob:
+    """What the loop works with."""
 
-    Args:
-        accelerator: accelerate's, for devices and processes.
-        model: a prepared `TrainingModel`.
-        optimizer: prepared.
-        schedule: learning-rate schedule, not prepared: it advances once a step whatever the number of processes.
-        examples: training examples; the same on every process.
-        plan: which examples each step holds.
-        settings: plain values.
-        progress: updated in place.
-        metrics: takes a row each logged step.
-        observe: takes loss and gradient norm of each step that was applied.
-        evaluate: measures and records the held-out loss.
-        save: writes a checkpoint.
+    accelerator: Accelerator
+    model: torch.nn.Module  # a `TrainingModel`, as the engine prepared it
+    optimizer: Any  # as the engine prepared it
+    schedule: Any  # not prepared: it advances once a step, whatever the number of processes
+    method: Method
+    forward: Forward
+    data: Data  # the same on every process
+    plan: Plan
+    settings: LoopSettings
+    metrics: Metrics
+    doctor: Doctor
+
+
+def fit(job: TrainingJob, state: TrainState) -> None:
+    """Measure the base and the start, then train from `state.step` to the plan's end. Updates `state`.
 
     Raises:
-        InputError: loss or gradient stays infinite or NaN; parameters are those of the last finite step.
+        InputError: loss or gradient stays infinite or NaN (the parameters are those of the last finite step), or memory
+            runs out.
         Preempted: a signal asked for it; a checkpoint is written.
     """
-    model.train()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    window_seconds, window_tokens, skipped = 0.0, 0, 0
+    accelerator, optimizer, plan, settings, metrics = (
+        job.accelerator,
+        job.optimizer,
+        job.plan,
+        job.settings,
+        job.metrics,
+    )
+    examples, batching = job.data.train, job.forward.training
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    window_seconds, window_tokens, num_skipped = 0.0, 0, 0
+    started, seconds_before = time.perf_counter(), state.wall_seconds
+    if state.step == 0:
+        measure_start(job, state)
+    job.model.train()
     with StopRequest() as stop:
-        for step in range(progress.step, plan.num_steps):
-            started = time.perf_counter()
+        for step in range(state.step, plan.num_steps):
+            step_started = time.perf_counter()
             indices = plan.examples(step)
             label_tokens = int(examples.label_counts[indices].sum())
-            loss_sum, settings = gradient_within_memory(
-                accelerator, model, optimizer, examples, step, indices, settings, metrics
-            )
+            try:
+                loss_sum = step_gradient(job, batching, step, indices)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                # Once, with rows of half the length, which are kept. Several processes would wait for each other.
+                halved = batching.halved(indices.tolist(), examples.lengths)
+                if halved is None or batching is not job.forward.training or accelerator.num_processes > 1:
+                    raise out_of_memory(accelerator, step) from None
+                batching = free_memory(job, step, halved)
+                loss_sum = step_gradient(job, batching, step, indices)
             # One exchange for two facts: a signal may have reached only some of the processes.
-            totals = accelerator.reduce(
-                torch.stack([loss_sum, loss_sum.new_tensor(float(stop.name is not None))]), reduction="sum"
-            )
-            learning_rate, loss = schedule.get_last_lr()[0], totals[0].item() / label_tokens
+            stop_requested = loss_sum.new_tensor(float(stop.name is not None))
+            totals = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="sum")
+            learning_rate, loss = job.schedule.get_last_lr()[0], totals[0].item() / label_tokens
             bound = settings.clip_grad_norm if settings.clip_grad_norm > 0 else math.inf
-            grad_norm = float(engines.whole_tensor(accelerator.clip_grad_norm_(parameters, bound)))
+            grad_norm = float(sharding.full_tensor(accelerator.clip_grad_norm_(parameters, bound)))
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 optimizer.step()
-                skipped = 0
+                num_skipped = 0
             else:
-                skipped += 1
-                reason = f"loss {loss}, gradient norm {grad_norm} at learning rate {learning_rate:.3g}"
-                metrics.write({"step": step + 1, "skipped": reason, "example_indices": indices.tolist()})
-                metrics.say(
-                    f"step {step + 1}/{plan.num_steps} | not applied: {reason}; its examples are in metrics.jsonl"
-                )
-                if skipped >= settings.max_skipped_steps or accelerator.distributed_type == DistributedType.DEEPSPEED:
-                    raise InputError(
-                        f"step {step + 1}: {reason}, {skipped} in a row: lower --learning_rate or set --clip_grad_norm"
-                    )
-            schedule.step()
+                num_skipped += 1
+                report_skipped(job, step, indices, loss, grad_norm, learning_rate, num_skipped)
+            job.schedule.step()
             optimizer.zero_grad()
 
             tokens = int(examples.lengths[indices].sum())
-            seconds = time.perf_counter() - started
-            progress.advance(len(indices), tokens, label_tokens, seconds)
+            seconds = time.perf_counter() - step_started
+            state.advance(len(indices), tokens, label_tokens, seconds)
             window_seconds, window_tokens = window_seconds + seconds, window_tokens + tokens
-            metrics.progress.update(1)
-            if not skipped:
-                observe(loss, grad_norm)
-            logged = progress.step % settings.logging_steps == 0 or progress.step == plan.num_steps
-            if logged and not skipped:
-                metrics.step_row(
-                    progress, plan.epoch(progress.step), loss, learning_rate, grad_norm, window_tokens / window_seconds
-                )
-                window_seconds, window_tokens = 0.0, 0
-            if (settings.eval_steps and progress.step % settings.eval_steps == 0) or progress.step == plan.num_steps:
-                evaluate()
-            due = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
-            preempted = totals[1].item() > 0 and progress.step < plan.num_steps
-            if due or preempted:
-                save()
-            if preempted:
-                raise Preempted(f"stopped by {stop.name or 'a signal to another process'} after step {progress.step}")
+            metrics.bar.update(1)
+            is_last = state.step == plan.num_steps
+            if not num_skipped:
+                report(job, state, job.doctor.step(loss, grad_norm))
+                if state.step % settings.logging_steps == 0 or is_last:
+                    speed, epoch = window_tokens / window_seconds, plan.epoch(state.step)
+                    metrics.step_row(state, epoch, loss, learning_rate, grad_norm, speed)
+                    window_seconds, window_tokens = 0.0, 0
+            if (settings.eval_steps and state.step % settings.eval_steps == 0) or is_last:
+                evaluate(job, state)
+            state.wall_seconds = seconds_before + time.perf_counter() - started
+            is_due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
+            is_preempted = totals[1].item() > 0 and not is_last
+            if is_due or is_preempted:
+                save_checkpoint(job, state)
+            if is_preempted:
+                raise Preempted(f"stopped by {stop.name or 'a signal to another process'} after step {state.step}")
+    state.wall_seconds = seconds_before + time.perf_counter() - started
 
 
-def gradient_within_memory(
-    accelerator: Any,
-    model: torch.nn.Module,
-    optimizer: Any,
-    examples: Examples,
-    step: int,
-    indices: Any,
-    settings: FitSettings,
-    metrics: Metrics,
-) -> tuple[torch.Tensor, FitSettings]:
-    """`step_gradient`; where memory runs out in a packed row, once more with rows of half the length, which are kept.
-
-    Returns:
-        This process's summed token loss, and the settings to go on with.
-
-    Raises:
-        InputError: memory runs out and rows can't be halved, or several processes run, of which the others wait.
-    """
-    try:
-        return step_gradient(accelerator, model, examples, step, indices, settings), settings
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    halved = settings.batching.halved(indices.tolist(), examples.lengths)
-    if halved is None or settings.halved or accelerator.num_processes > 1:
-        raise out_of_memory(accelerator, step)
-    optimizer.zero_grad()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    metrics.say(
-        f"step {step + 1} | out of memory: going on with rows of {halved.max_tokens:,} tokens (--max_tokens_per_microbatch)"
-    )
-    settings = replace(settings, batching=halved, halved=True)
-    return gradient_within_memory(accelerator, model, optimizer, examples, step, indices, settings, metrics)
-
-
-def step_gradient(
-    accelerator: Any, model: torch.nn.Module, examples: Examples, step: int, indices: Any, settings: FitSettings
-) -> torch.Tensor:
+def step_gradient(job: TrainingJob, batching: Batching, step: int, indices: np.ndarray) -> torch.Tensor:
     """Accumulate the gradient of a step and return this process's summed token loss.
 
     With S the step's examples on all R processes, the gradient is d/dθ of  Σ_{tokens of S} loss / label_tokens.
     Each process sums its own micro-batches. DDP averages over processes, so each sum is multiplied by R.
     """
+    accelerator, settings, examples = job.accelerator, job.settings, job.data.train
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
     # Dropout is a function of seed, step and process: a resumed run draws what the uninterrupted one draws.
-    torch.manual_seed(
-        int(np.random.SeedSequence([settings.seed, step, accelerator.process_index]).generate_state(1)[0])
-    )
-    label_tokens = int(examples.label_counts[indices].sum())
-    batches = settings.batching.micro_batches(
-        indices.tolist(), examples.lengths, accelerator.process_index, accelerator.num_processes
-    )
-    divisor = label_tokens
+    torch.manual_seed(int(np.random.SeedSequence([settings.seed, step, rank]).generate_state(1)[0]))
+    batches = batching.micro_batches(indices.tolist(), examples.lengths, rank, num_ranks)
+    divisor = int(examples.label_counts[indices].sum())
     if settings.sum_loss:
-        divisor = settings.accumulation_steps * accelerator.num_processes
+        divisor = settings.accumulation_steps * num_ranks
     total = torch.zeros((), device=accelerator.device)
-    for number, chosen in enumerate(batches, start=1):
-        batch = to_device(settings.batching.collate([examples[i] for i in chosen]), accelerator.device)
-        accelerator.sync_gradients = number == len(
-            batches
-        )  # DeepSpeed steps inside the backward pass where this is set
-        exchange = accelerator.sync_gradients or settings.sync_each_batch
-        with nullcontext() if exchange else accelerator.no_sync(model):
-            loss, _ = model(**batch)
-            accelerator.backward(loss * (accelerator.num_processes / divisor))
+    for number, row in enumerate(batches, start=1):
+        batch = to_device(batching.collate([examples[i] for i in row]), accelerator.device)
+        accelerator.sync_gradients = number == len(batches)  # DeepSpeed steps inside the backward pass where it is set
+        syncs = accelerator.sync_gradients or settings.sync_each_batch
+        with nullcontext() if syncs else accelerator.no_sync(job.model):
+            loss, _ = job.model(**batch)
+            accelerator.backward(loss * (num_ranks / divisor))
         total += loss.detach()
     return total
+
+
+def measure_start(job: TrainingJob, state: TrainState) -> None:
+    """Measure the base model and the start on the held-out rows."""
+    report(job, state, job.doctor.before())
+    held_out = job.data.held_out
+    if held_out and not job.method.trains_base:  # in full fine-tuning the start is the base
+        batching = job.forward.evaluation
+        state.base_eval_loss, _ = held_out_loss(job.accelerator, job.model, held_out, batching, adapter=False)
+    evaluate(job, state)
+
+
+def evaluate(job: TrainingJob, state: TrainState) -> None:
+    """Measure the held-out loss, keep the parameters if it is the lowest, and let the doctor look at it."""
+    if not job.data.held_out:
+        return
+    loss, num_tokens = held_out_loss(job.accelerator, job.model, job.data.held_out, job.forward.evaluation)
+    state.record_eval(loss)
+    if job.settings.keep_best:
+        state.keep_if_best(loss, job.forward.model.model, job.accelerator)
+    job.metrics.write({"step": state.step, "eval_loss": loss, "eval_tokens": num_tokens})
+    job.metrics.print(
+        f"step {state.step}/{job.plan.num_steps} | held-out loss {loss:.4f} (base model {state.base_eval_loss:.4f})"
+    )
+    if state.step:
+        report(job, state, job.doctor.evaluation(state.step, loss, prompt_norm(job)))
+    else:
+        report(job, state, job.doctor.first(state.base_eval_loss or loss, loss, prompt_norm(job)))
+
+
+def prompt_norm(job: TrainingJob) -> float:
+    """Return the median length of a virtual token; nan where there are no embeddings, or only a part of the model."""
+    if engines.is_sharded(engines.engine_of(job.accelerator)):
+        return math.nan
+    vectors = job.method.prompt_vectors(job.forward.model.model)
+    return math.nan if vectors is None else vectors.norm(dim=1).median().item()
+
+
+def report(job: TrainingJob, state: TrainState, findings: list[Finding]) -> None:
+    """Print and keep what the doctor found."""
+    for finding in findings:
+        state.findings.append({"step": state.step, **asdict(finding)})
+        job.metrics.print(str(finding))
+
+
+def report_skipped(
+    job: TrainingJob,
+    step: int,
+    indices: np.ndarray,
+    loss: float,
+    grad_norm: float,
+    learning_rate: float,
+    num_skipped: int,
+) -> None:
+    """Name a step that was not applied and its examples.
+
+    Raises:
+        InputError: too many in a row.
+    """
+    reason = f"loss {loss}, gradient norm {grad_norm} at learning rate {learning_rate:.3g}"
+    job.metrics.write({"step": step + 1, "skipped": reason, "example_indices": indices.tolist()})
+    job.metrics.print(
+        f"step {step + 1}/{job.plan.num_steps} | not applied: {reason}; its examples are in metrics.jsonl"
+    )
+    is_deepspeed = job.accelerator.distributed_type == DistributedType.DEEPSPEED
+    if num_skipped >= job.settings.max_skipped_steps or is_deepspeed:
+        raise InputError(
+            f"step {step + 1}: {reason}, {num_skipped} in a row: lower --learning_rate or set --clip_grad_norm"
+        )
+
+
+def free_memory(job: TrainingJob, step: int, batching: Any) -> Batching:
+    """Drop a half-made gradient, and say that rows are shorter from now on."""
+    job.optimizer.zero_grad()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    job.metrics.print(
+        f"step {step + 1} | out of memory: continuing with rows of {batching.max_tokens:,} tokens "
+        "(--max_tokens_per_microbatch)"
+    )
+    return batching
+
+
+def save_checkpoint(job: TrainingJob, state: TrainState) -> None:
+    """Write a checkpoint. Where that fails, training continues: the last good one is still there."""
+    folder, keep = job.settings.checkpoints, job.settings.keep_checkpoints
+    model = job.forward.model.model
+    problem = checkpoint.save(folder, model, job.optimizer, job.schedule, state, keep, job.accelerator)
+    if problem and job.accelerator.is_main_process:
+        warn(f"checkpoint of step {state.step} could not be written ({problem})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,61 +16,79 @@ MAX_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Question:
+class SampleQuestion:
     """A held-out conversation up to its last answer."""
 
-    prompt: list[int]
+    prompt: list[int]  # token ids
     text: str
     reference: str
 
 
-def questions(held_out: Examples | None, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[Question]:
-    """Up to `count` held-out conversations, drawn by seed, cut before the assistant's last answer."""
+def draw_questions(
+    held_out: Examples | None, tokenizer: PreTrainedTokenizerBase, num_questions: int, seed: int
+) -> list[SampleQuestion]:
+    """Draw held-out conversations by seed, and cut them before the assistant's last answer."""
     if held_out is None:
         return []
-    chosen = np.random.default_rng([seed, 0xA5]).permutation(len(held_out))[:count]
-    found = []
-    for index in chosen:
-        example = held_out[int(index)]
-        start, end = example["spans"][-2:]
-        ids = example["input_ids"]
-        prompt, reference = ids[:start], tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()
-        found.append(Question(prompt, tokenizer.decode(prompt, skip_special_tokens=True).strip(), reference))
-    return found
+    indices = np.random.default_rng([seed, 0xA5]).permutation(len(held_out))[:num_questions]
+    return [question_of(held_out[int(index)], tokenizer) for index in indices]
 
 
-def answer(model: Any, tokenizer: PreTrainedTokenizerBase, asked: list[Question], max_length: int | None) -> list[str]:
-    """Greedy answers, as long as twice the longest reference at most. `max_length` is the room of prompt and answer."""
-    if not asked:
-        return []
-    longest = max(len(tokenizer(question.reference, add_special_tokens=False)["input_ids"]) for question in asked)
-    room = min(MAX_NEW_TOKENS, 2 * longest + 8)
-    return greedy_answers(model, tokenizer, [question.prompt for question in asked], room, max_length)
+def question_of(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> SampleQuestion:
+    """Cut an example {"input_ids", "spans"} before its last answer."""
+    start, end = example["spans"][-2:]
+    ids = example["input_ids"]
+    reference = tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()
+    return SampleQuestion(ids[:start], tokenizer.decode(ids[:start], skip_special_tokens=True).strip(), reference)
 
 
 @dataclass(frozen=True)
-class Examination:
-    """Held-out questions, what the base answers, and the room of prompt and answer: the same for both models."""
+class SampleAnswers:
+    """Held-out questions with the base model's answers, to be compared with the tuned model's.
 
-    asked: list[Question]
+    Args:
+        questions: that are asked.
+        base: answers of the base model.
+        max_length: positions of prompt and answer, the same for both models so that their answers compare; None:
+            unlimited.
+    """
+
+    questions: list[SampleQuestion]
     base: list[str]
-    room: int | None
+    max_length: int | None
 
-    def of(
+    def compare(
         self, model: Any, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[list[dict[str, str]], dict[str, float] | None]:
-        """Question, reference and both answers of each; and the share of answers equal to the reference."""
-        if not self.asked:
+        """Ask the tuned model.
+
+        Returns:
+            Question, reference and both answers of each; and the share of answers equal to the reference.
+        """
+        if not self.questions:
             return [], None
-        tuned = answer(model, tokenizer, self.asked, self.room)
+        tuned_answers = answer(model, tokenizer, self.questions, self.max_length)
         samples = [
-            {"question": q.text, "reference": q.reference, "base": b, "tuned": t}
-            for q, b, t in zip(self.asked, self.base, tuned, strict=True)
+            {"question": question.text, "reference": question.reference, "base": base, "tuned": tuned}
+            for question, base, tuned in zip(self.questions, self.base, tuned_answers, strict=True)
         ]
         exact = {name: sum(s[name] == s["reference"] for s in samples) / len(samples) for name in ("base", "tuned")}
         return samples, {**exact, "number": len(samples)}
 
 
-def examine(base: Any, tokenizer: PreTrainedTokenizerBase, asked: list[Question], room: int | None) -> Examination:
-    """Ask the base."""
-    return Examination(asked, answer(base, tokenizer, asked, room), room)
+def ask_base(
+    base: Any, tokenizer: PreTrainedTokenizerBase, questions: list[SampleQuestion], max_length: int | None
+) -> SampleAnswers:
+    """Ask the base model, before the adapter is put on."""
+    return SampleAnswers(questions, answer(base, tokenizer, questions, max_length), max_length)
+
+
+def answer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: list[SampleQuestion], max_length: int | None
+) -> list[str]:
+    """Return greedy answers, at most twice as long as the longest reference."""
+    if not questions:
+        return []
+    longest = max(len(tokenizer(q.reference, add_special_tokens=False)["input_ids"]) for q in questions)
+    max_new_tokens = min(MAX_NEW_TOKENS, 2 * longest + 8)
+    return greedy_answers(model, tokenizer, [question.prompt for question in questions], max_new_tokens, max_length)

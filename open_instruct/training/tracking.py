@@ -1,4 +1,4 @@
-"""What a run tells: rows of metrics.jsonl, lines on the terminal, progress, experiment trackers."""
+"""What a run reports while it runs: rows of metrics.jsonl, lines on the terminal, a progress bar, experiment trackers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,58 @@ import os
 import resource
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
-from open_instruct.training.checkpoint import Progress
+from open_instruct.errors import InputError
+from open_instruct.training.state import TrainState
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """Experiment trackers."""
+
+    trackers: tuple[str, ...]  # names that accelerate knows, or all; empty: none
+    project: str
+    entity: str | None
+    run_name: str
+
+
+def check_trackers(settings: TrackingSettings) -> None:
+    """Refuse Weights & Biases without a key: it would ask on the terminal, or fail in the middle of the start.
+
+    Raises:
+        InputError: wandb is wanted and has no key.
+    """
+    if not {"all", "wandb"} & set(settings.trackers):
+        return
+    import wandb
+
+    if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not wandb.login(prompt=False):
+        raise InputError(
+            "wandb has no key: run `wandb login`, set WANDB_MODE=offline, or name another tracker with --report_to"
+        )
+
+
+def start_trackers(settings: TrackingSettings, accelerator: Accelerator, flags: dict[str, Any]) -> None:
+    """Open the experiment trackers with the run's flags."""
+    if settings.trackers:
+        config = {
+            name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in flags.items()
+        }
+        wandb_options = {"name": settings.run_name, "entity": settings.entity}
+        accelerator.init_trackers(settings.project, config=config, init_kwargs={"wandb": wandb_options})
 
 
 def peak_memory_mb() -> float:
-    """Most memory that this process held so far, in MB: of its GPU if it has one, else resident."""
+    """Return the most memory that this process has held, in MB: of its GPU if it has one, else resident."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e6, 1)
     with suppress(OSError, StopIteration):  # Linux; getrusage would count what this process was before it became Python
@@ -39,11 +80,11 @@ class Metrics:
     """Appends rows to metrics.jsonl, passes them to trackers, and prints them. Only the main process does any of it."""
 
     def __init__(self, path: Path, accelerator: Any, total_steps: int, first_step: int = 0) -> None:
-        """Open the file; a resumed run first drops the rows that its checkpoint does not know."""
+        """Open the file. A resumed run first drops the rows after its checkpoint."""
         self.accelerator = accelerator
         self.total_steps = total_steps
         self.is_main = accelerator.is_main_process
-        self.progress = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if self.is_main else True)
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if self.is_main else True)
         if not self.is_main:
             return
         kept = [line for line in read_rows(path) if line["step"] <= first_step] if first_step else []
@@ -53,25 +94,25 @@ class Metrics:
         self.file = path.open("a", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row to file and trackers."""
+        """Write one row to file and trackers."""
         if self.is_main:
             self.file.write(json.dumps(row) + "\n")
         numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=row["step"])
 
     def step_row(
-        self, progress: Progress, epoch: float, loss: float, learning_rate: float, grad_norm: float, speed: float
+        self, state: TrainState, epoch: float, loss: float, learning_rate: float, grad_norm: float, speed: float
     ) -> None:
-        """The row and line of a training step; `speed` is in tokens per second."""
+        """Write the row and the line of a training step; `speed` is in tokens per second."""
         row = {
-            "step": progress.step,
+            "step": state.step,
             "epoch": epoch,
             "loss": loss,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
-            "examples": progress.examples,
-            "tokens": progress.tokens,
-            "label_tokens": progress.label_tokens,
+            "examples": state.examples,
+            "tokens": state.tokens,
+            "label_tokens": state.label_tokens,
             "tokens_per_second": round(speed, 1),
             "peak_memory_mb": peak_memory_mb(),
         }
@@ -79,31 +120,31 @@ class Metrics:
         self.step_line(row)
 
     def step_line(self, row: dict[str, Any]) -> None:
-        """The terminal's line of a training step: on the progress bar, or about twenty times a run where there is none."""
+        """Print a training step: on the progress bar, or about twenty times a run where there is none."""
         text = (
             f"step {row['step']}/{self.total_steps} | epoch {row['epoch']:.2f} | loss {row['loss']:.4f} | "
             f"lr {row['learning_rate']:.2e} | grad norm {row['grad_norm']:.3g} | {row['tokens_per_second']:,.0f} tokens/s"
         )
-        if not self.progress.disable:
-            self.progress.set_postfix_str(text.split(" | ", 2)[2], refresh=False)
+        if not self.bar.disable:
+            self.bar.set_postfix_str(text.split(" | ", 2)[2], refresh=False)
         elif self.is_main and (row["step"] % max(1, self.total_steps // 20) == 0 or row["step"] == self.total_steps):
             print(text, flush=True)
 
-    def say(self, text: str) -> None:
-        """A line that stays on the terminal."""
+    def print(self, text: str) -> None:
+        """Print a line that stays on the terminal."""
         if self.is_main:
-            self.progress.write(text)
+            self.bar.write(text)
             sys.stdout.flush()
 
     def close(self) -> None:
         """End the progress bar and the file."""
-        self.progress.close()
+        self.bar.close()
         if self.is_main:
             self.file.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a metrics file; a last line that a kill cut short is left out."""
+    """Return the complete rows of a metrics file; a last line that a kill cut short is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -1,0 +1,77 @@
+"""Every flag of the trainer, once: a typed field that carries all that is known of the flag.
+
+Names, types and defaults are open-instruct's unless `docs/flags.md` lists the difference. A hyperparameter whose
+default is None is filled by the method's recipe (`open_instruct/methods`). Flags say only what was asked for;
+`training/settings.py` resolves them, once. Nothing here imports anything heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields
+from typing import Any
+
+from open_instruct.errors import InputError
+from open_instruct.flags.accepted import AcceptedFlags
+from open_instruct.flags.data import DataFlags
+from open_instruct.flags.declare import problems_of
+from open_instruct.flags.method import MethodFlags
+from open_instruct.flags.model import ModelFlags
+from open_instruct.flags.optimization import OptimizationFlags
+from open_instruct.flags.run import RunFlags
+
+GROUPS: tuple[Any, ...] = (ModelFlags, DataFlags, MethodFlags, OptimizationFlags, RunFlags, AcceptedFlags)
+
+
+@dataclass(frozen=True)
+class Flags(ModelFlags, DataFlags, MethodFlags, OptimizationFlags, RunFlags, AcceptedFlags):
+    """All flags of `finetune_peft.py`, flat, as they were given. Nothing writes to them."""
+
+    @property
+    def method(self) -> str:
+        """Name of the chosen method, a key of `methods.METHODS`."""
+        chosen = [name for name in METHOD_FLAGS if getattr(self, name)]
+        included = {FIELDS[name].metadata["includes"] for name in chosen}
+        return next((FIELDS[name].metadata["chooses"] for name in chosen if name not in included), "full")
+
+
+FIELDS: dict[str, Field[Any]] = {item.name: item for item in fields(Flags)}
+METHOD_FLAGS = tuple(name for name, item in FIELDS.items() if item.metadata["chooses"])
+METHOD_NAMES = ("full", *(FIELDS[name].metadata["chooses"] for name in METHOD_FLAGS))
+DATA_SOURCES = ("train_file", "dataset_name", "dataset_mixer", "dataset_mixer_list")
+
+
+def names_with(fact: str, value: Any = True) -> tuple[str, ...]:
+    """Return the names of the flags of which a fact (an argument of `flag`) has a value, in their order."""
+    return tuple(name for name, item in FIELDS.items() if item.metadata[fact] == value)
+
+
+def check_flags(flags: Flags, given: Mapping[str, str]) -> None:
+    """Find what is wrong with the flags alone, without opening a file.
+
+    Args:
+        flags: all flags.
+        given: flags that were given, with their origin.
+
+    Raises:
+        InputError: naming every problem at once.
+    """
+    problems = []
+    chosen = {name for name in METHOD_FLAGS if getattr(flags, name)}
+    exclusive = chosen - {FIELDS[name].metadata["includes"] for name in chosen}
+    if len(exclusive) > 1:
+        named = " and ".join(f"--{name}" for name in METHOD_FLAGS if name in exclusive)
+        problems.append(f"{named} exclude each other: choose one method")
+    if not flags.model_name_or_path and not flags.adapter_name_or_path:
+        problems.append("--model_name_or_path is missing: give a local folder or a name on the Hub")
+    sources = [name for name in DATA_SOURCES if getattr(flags, name)]
+    if len(sources) != 1:
+        seen = " and ".join(f"--{name}" for name in sources) or "none is set"
+        problems.append(
+            f"exactly one source of training data is needed ({seen}): use --train_file, --dataset_name or "
+            "--dataset_mixer_list"
+        )
+    known_method = None if flags.adapter_name_or_path and not chosen else flags.method
+    problems += problems_of(flags, FIELDS.values(), given, known_method)
+    if problems:
+        raise InputError("; ".join(problems))

@@ -1,0 +1,63 @@
+"""Combinations of flags that can't be: each function returns what is wrong, or None. A flag's declaration names one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def not_an_object(name: str, text: str) -> str | None:
+    """Refuse text that is not a JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return f"it is not a JSON object ({error}): check quotes and braces"
+    return None if isinstance(value, dict) else f"it is not a JSON object but a {type(value).__name__}"
+
+
+def odd_pairs(words: list[str]) -> str | None:
+    """Refuse a mixture whose last member has no amount."""
+    if len(words) % 2 == 0:
+        return None
+    return f"it has {len(words)} words: give pairs of NAME_OR_FILE and COUNT_OR_SHARE"
+
+
+def unused_init_text(flags: Any) -> str | None:
+    """Refuse a text that a soft prompt would not start from."""
+    if flags.prefix_projection:
+        return "a projected prefix can't start from a text: drop one of the two flags"
+    init = flags.prefix_init if flags.use_prefix_tuning else flags.prompt_tuning_init
+    if init in (None, "text", "screened"):
+        return None
+    return f"the initialisation is {init}: use init text, or drop the text"
+
+
+def bad_auto_lr(flags: Any) -> str | None:
+    """Refuse a range test that has no choice, or no adapter to put back."""
+    if flags.learning_rate is not None:
+        return "it chooses a rate and --learning_rate sets one: drop one"
+    if flags.method == "full" and not flags.adapter_name_or_path:
+        return "it would need a second copy of all weights in full fine-tuning: choose an adapter method, or drop it"
+    return None
+
+
+def needs_packing(flags: Any) -> str | None:
+    """Refuse a flag of the packed forward pass beside the padded one."""
+    return None if flags.packing else "it belongs to the packed forward pass: remove it, or drop --packing False"
+
+
+def bad_checkpointing_steps(text: str) -> str | None:
+    """Refuse what is neither `epoch` nor a positive number of steps."""
+    if text == "epoch" or (text.isascii() and text.isdigit() and int(text[:20]) > 0):
+        return None
+    return "it is neither a positive number of steps nor `epoch`"
+
+
+def without_tracking(flags: Any) -> str | None:
+    """Refuse a tracker's setting where nothing is tracked."""
+    return None if flags.with_tracking else "it has no effect without --with_tracking: remove it, or set that flag"
+
+
+def without_upload(flags: Any) -> str | None:
+    """Refuse an upload's setting where nothing is uploaded."""
+    return None if flags.push_to_hub else "it has no effect without --push_to_hub: remove it, or set that flag"

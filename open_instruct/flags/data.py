@@ -1,0 +1,71 @@
+"""Flags of training and held-out data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from open_instruct.flags import combinations as checks
+from open_instruct.flags.declare import flag
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Training and held-out data. Exactly one of train_file, dataset_name, dataset_mixer and dataset_mixer_list."""
+
+    train_file: list[str] | None = flag(
+        None,
+        "training conversations: one or several JSON Lines, JSON array, Arrow or Parquet files, folders or globs",
+        in_study="same",
+    )
+    dataset_name: str | None = flag(
+        None, "data set on the Hub, or a local folder that `datasets` can load", in_study="same"
+    )
+    dataset_config_name: str | None = flag(None, "configuration of dataset_name", needs="dataset_name", in_study="same")
+    dataset_mixer: str | None = flag(
+        None,
+        "JSON object that maps data sets or files to rows (2000) or shares (0.5): '{\"a.jsonl\": 0.5}'",
+        in_study="same",
+        check=lambda flags: checks.not_an_object("dataset_mixer", flags.dataset_mixer),
+    )
+    dataset_mixer_list: list[str] | None = flag(
+        None,
+        "the same as a list: NAME_OR_FILE COUNT_OR_SHARE NAME_OR_FILE …; 1.0 takes all rows",
+        in_study="same",
+        check=lambda flags: checks.odd_pairs(flags.dataset_mixer_list),
+        differs="no data set is downloaded unless named",
+    )
+    dataset_mixer_list_splits: list[str] = flag(
+        ["train"],
+        "split of each member of the mixture, or one split for all",
+        in_study="same",
+        check=lambda flags: (
+            None if flags.dataset_mixer_list or flags.dataset_mixer else "it needs a mixture: remove it"
+        ),
+    )
+    sft_messages_key: str = flag("messages", "column that holds the conversation", in_study="same", differs="the same")
+    validation_file: str | None = flag(
+        None, "held-out conversations, a file or folder like train_file; never trained on", in_study="same"
+    )
+    validation_fraction: float = flag(
+        0.02,
+        "share of the training rows held out (drawn by seed) where there is no validation_file",
+        at_least=0,
+        below=1,
+        in_study="same",
+        check=lambda flags: "it has no effect beside --validation_file: remove one" if flags.validation_file else None,
+    )
+    max_eval_samples: int = flag(500, "number of held-out rows used at most", at_least=1, in_study="same")
+    max_train_samples: int | None = flag(
+        None, "number of training rows used at most, drawn by seed", at_least=1, in_study="same"
+    )
+    max_seq_length: int | None = flag(
+        None,
+        "tokens kept of a conversation, without virtual tokens; unset: 4096, or what the context allows",
+        at_least=2,
+        in_study="same",
+    )
+    preprocessing_num_workers: int | None = flag(None, "threads that tokenise; unset: all cores", at_least=1)
+    cache_dataset_only: bool = flag(False, "tokenise, fill the cache, and stop", in_study="decided")
+    overwrite_cache: bool = flag(False, "tokenise again even if the cache holds the result")
+    dataset_skip_cache: bool = flag(False, "neither read nor write the cache of tokenised data")
+    dataset_local_cache_dir: str = flag("local_dataset_cache", "folder of the cache of tokenised data")

@@ -1,0 +1,106 @@
+"""How a flag is declared: a dataclass field whose metadata carries all that is known of the flag."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, field
+from typing import Any, Literal
+
+
+def flag(
+    default: Any,
+    description: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    chooses: str | None = None,
+    includes: str | None = None,
+    methods: tuple[str, ...] = (),
+    needs: str | None = None,
+    check: Callable[[Any], str | None] | None = None,
+    same_on_resume: bool = False,
+    in_study: Literal["free", "same", "decided"] = "free",
+    shown: bool = False,
+    differs: str | None = None,
+    optional_value: Any = None,
+) -> Any:
+    """Declare a flag.
+
+    Args:
+        default: value where the flag is not given; None where something else decides it.
+        description: help text, with the unit.
+        at_least: smallest value, inclusive.
+        at_most: largest value, inclusive.
+        above: bound that the value must exceed.
+        below: bound that the value must stay under.
+        chooses: fine-tuning method that the flag chooses.
+        includes: another flag that chooses a method and may be given beside this one.
+        methods: methods that the flag belongs to; empty: all. Given with another method, it is refused.
+        needs: flag without which this one has no effect, so that it is refused.
+        check: takes all flags where this one was given, and returns what is wrong with the combination.
+        same_on_resume: a resumed run must have the same value.
+        in_study: "same": all trials of a fair study share it; "decided": the study sets it; "free": it may differ.
+        shown: printed with its origin before the first step.
+        differs: why the default is not open-instruct's.
+        optional_value: value of the flag where it stands without one.
+    """
+    facts = dict(locals())
+    default = facts.pop("default")
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=facts)
+    return field(default=default, metadata=facts)
+
+
+def out_of_bounds(item: Field[Any], value: Any) -> str | None:
+    """Return why a value violates the flag's own bounds, or None. Numbers must be finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    facts = item.metadata
+    bounds = {
+        "at least": facts["at_least"],
+        "above": facts["above"],
+        "at most": facts["at_most"],
+        "below": facts["below"],
+    }
+    inside = (
+        math.isfinite(value)
+        and (facts["at_least"] is None or value >= facts["at_least"])
+        and (facts["above"] is None or value > facts["above"])
+        and (facts["at_most"] is None or value <= facts["at_most"])
+        and (facts["below"] is None or value < facts["below"])
+    )
+    if inside:
+        return None
+    rule = " and ".join(f"{words} {bound:.10g}" for words, bound in bounds.items() if bound is not None)
+    return f"--{item.name} {value} is out of range: it must be " + (rule or "finite")
+
+
+def problems_of(flags: Any, fields: Iterable[Field[Any]], given: Mapping[str, str], method: str | None) -> list[str]:
+    """Return everything that single flags have against their values, the method, or each other.
+
+    Args:
+        flags: the values.
+        fields: declarations of the flags.
+        given: flags that were given, with their origin.
+        method: the chosen method; None where it is not known yet.
+    """
+    problems = []
+    for item in fields:
+        name, facts, value = item.name, item.metadata, getattr(flags, item.name)
+        if bounds := out_of_bounds(item, value):
+            problems.append(bounds)
+        if name not in given or value is None or value is False:
+            continue
+        if facts["methods"] and method is not None and method not in facts["methods"]:
+            choices = " or ".join(f"--use_{choice}" for choice in facts["methods"])
+            problems.append(f"--{name} has no meaning for {method}: remove it, or choose {choices}")
+            continue
+        if facts["needs"] and not getattr(flags, facts["needs"]):
+            problems.append(f"--{name} has no effect without --{facts['needs']}: remove it, or set that flag")
+        if facts["check"] and (reason := facts["check"](flags)):
+            shown = "" if isinstance(value, bool) else f" {value}"
+            problems.append(f"--{name}{shown}: {reason}")
+    return problems

@@ -1,0 +1,127 @@
+"""Flags that choose a fine-tuning method, and those that belong to one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from open_instruct.flags import combinations as checks
+from open_instruct.flags.declare import flag
+
+PROMPT_INITS = Literal["screened", "text", "sample_vocab", "random"]
+PREFIX_INITS = Literal["screened", "text", "zero", "random"]
+SOFT_PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")
+LORA = ("lora", "qlora")
+
+
+@dataclass(frozen=True)
+class MethodFlags:
+    """The fine-tuning method; without any of the use_ flags it is full fine-tuning."""
+
+    use_lora: bool = flag(False, "LoRA: low-rank updates of the linear layers", chooses="lora", in_study="decided")
+    use_qlora: bool = flag(
+        False,
+        "LoRA on a base quantised to 4 bits (needs the quant extra)",
+        chooses="qlora",
+        includes="use_lora",
+        in_study="decided",
+    )
+    use_prefix_tuning: bool = flag(
+        False,
+        "prefix tuning: trained keys and values before every layer's own",
+        chooses="prefix_tuning",
+        in_study="decided",
+    )
+    use_prompt_tuning: bool = flag(
+        False, "prompt tuning: trained embeddings before the input", chooses="prompt_tuning", in_study="decided"
+    )
+    use_p_tuning: bool = flag(
+        False,
+        "P-tuning: prompt tuning whose embeddings come from a small trained network",
+        chooses="p_tuning",
+        in_study="decided",
+    )
+    use_ia3: bool = flag(
+        False, "IA3: trained scaling of keys, values and feed-forward activations", chooses="ia3", in_study="decided"
+    )
+    adapter_name_or_path: str | None = flag(
+        None,
+        "trained adapter in PEFT's format whose training continues; unset: a new adapter. Its method, size and base "
+        "are used where no flag names them",
+        in_study="decided",
+    )
+    num_virtual_tokens: int | None = flag(
+        None,
+        "length of the soft prompt, in tokens; unset or 0: the recipe's",
+        at_least=1,
+        methods=SOFT_PROMPTS,
+        same_on_resume=True,
+        shown=True,
+    )
+    prompt_tuning_init: PROMPT_INITS | None = flag(
+        None,
+        "how a soft prompt starts. text: from the embeddings of a text; sample_vocab: from those of random tokens; "
+        "random: from noise; screened: from the text or one of 15 draws of random tokens, whichever has the lowest "
+        "loss; unset: the recipe's choice",
+        methods=("prompt_tuning",),
+        same_on_resume=True,
+        shown=True,
+    )
+    prompt_tuning_init_text: str | None = flag(
+        None,
+        "text that a soft prompt or a prefix starts from",
+        methods=("prompt_tuning", "prefix_tuning"),
+        same_on_resume=True,
+        check=checks.unused_init_text,
+    )
+    prefix_init: PREFIX_INITS | None = flag(
+        None,
+        "how a prefix starts. text: from the keys and values of a text; zero: from zeros; random: from noise; "
+        "screened: from those of the text or one of 15 draws of random tokens, whichever has the lowest loss; unset: "
+        "the recipe's choice",
+        methods=("prefix_tuning",),
+        same_on_resume=True,
+        shown=True,
+        check=lambda flags: (
+            f"{flags.prefix_init} can't start a projected prefix: use zero, or drop --prefix_projection"
+            if flags.prefix_projection and flags.prefix_init in ("text", "screened")
+            else None
+        ),
+    )
+    prefix_projection: bool = flag(
+        False,
+        "compute the prefix by a trained two-layer network (Li and Liang 2021)",
+        methods=("prefix_tuning",),
+        same_on_resume=True,
+        shown=True,
+    )
+    encoder_hidden_size: int | None = flag(
+        None,
+        "width of the network of P-tuning or prefix_projection; unset: the model's hidden size",
+        at_least=1,
+        methods=("p_tuning", "prefix_tuning"),
+        same_on_resume=True,
+        check=lambda flags: (
+            "a prefix has a network only with --prefix_projection: add that flag, or remove this one"
+            if flags.use_prefix_tuning and not flags.prefix_projection
+            else None
+        ),
+    )
+    lora_rank: int = flag(64, "rank of the LoRA update", at_least=1, methods=LORA, same_on_resume=True, shown=True)
+    lora_alpha: float = flag(
+        16,
+        "LoRA's scale: the update is multiplied by alpha / rank",
+        above=0,
+        methods=LORA,
+        same_on_resume=True,
+        shown=True,
+    )
+    lora_dropout: float = flag(
+        0.1,
+        "dropout on the input of LoRA, a probability",
+        at_least=0,
+        below=1,
+        methods=LORA,
+        same_on_resume=True,
+        shown=True,
+    )

@@ -1,0 +1,71 @@
+"""Flags of the base model and the tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from open_instruct.flags import combinations as checks
+from open_instruct.flags.declare import flag
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Base model and tokenizer."""
+
+    model_name_or_path: str | None = flag(
+        None, "base model: a local folder or a name on the Hugging Face Hub", in_study="same"
+    )
+    config_name: str | None = flag(None, "model configuration, if not the one beside the weights", in_study="same")
+    model_revision: str | None = flag(
+        None, "branch, tag or commit of the model on the Hub", same_on_resume=True, in_study="same"
+    )
+    additional_model_arguments: str | None = flag(
+        None,
+        "JSON object with further arguments for from_pretrained",
+        in_study="same",
+        check=lambda flags: checks.not_an_object("additional_model_arguments", flags.additional_model_arguments),
+        differs="a JSON object",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto",
+        "precision of the frozen base; auto: bfloat16 on a GPU that supports it, float32 elsewhere. "
+        "Adapters are always float32",
+        same_on_resume=True,
+        in_study="same",
+    )
+    load_in_4bit: bool = flag(
+        False,
+        "load the frozen base in 4-bit NormalFloat (needs the quant extra); adapters stay float32",
+        same_on_resume=True,
+        check=lambda flags: "it excludes --load_in_8bit: choose one" if flags.load_in_8bit else None,
+    )
+    load_in_8bit: bool = flag(
+        False, "load the frozen base in 8 bits (needs the quant extra); adapters stay float32", same_on_resume=True
+    )
+    use_flash_attn: bool | None = flag(
+        None,
+        "use the package flash-attn (needs the flash extra and a GPU); unset: where it is installed; False: never",
+        optional_value=True,
+        differs="used where it is installed",
+    )
+    use_liger_kernel: bool = flag(False, "use Liger's fused kernels (needs liger-kernel and a GPU)")
+    allow_pickle: bool = flag(
+        False, "load weights that exist only as pickle files; loading one can run code that it contains"
+    )
+    tokenizer_name_or_path: str | None = flag(None, "tokenizer, if not the one beside the model", in_study="same")
+    tokenizer_name: str | None = flag(None, "older name of tokenizer_name_or_path", in_study="same")
+    tokenizer_revision: str | None = flag(None, "branch, tag or commit of the tokenizer on the Hub", in_study="same")
+    trust_remote_code: bool = flag(False, "run Python code that comes with the model")
+    add_bos: bool = flag(
+        False,
+        "put the beginning-of-sequence token before every conversation, unless the template does",
+        in_study="same",
+    )
+    chat_template_name: str = flag(
+        "tulu",
+        "chat template: tulu, chatml, zephyr or simple_chat; tokenizer: the tokenizer's own; or the path of a Jinja "
+        "file",
+        in_study="same",
+        differs="the default of the 2024 snapshot",
+    )

@@ -1,0 +1,157 @@
+"""Flags of steps, rates, the forward pass and seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from open_instruct.flags import combinations as checks
+from open_instruct.flags.declare import flag
+
+ATTENTION_BACKENDS = Literal["blocked", "sdpa", "varlen", "flash_attn"]
+SCHEDULES = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+MAX_SEED = 2**32 - 1  # of numpy's generators
+
+
+@dataclass(frozen=True)
+class OptimizationFlags:
+    """Steps, rates and limits.
+
+    A step is per_device_train_batch_size × processes × gradient_accumulation_steps examples.
+    """
+
+    per_device_train_batch_size: int = flag(
+        8,
+        "examples of one process in a micro-batch. Packed rows hold more or fewer; a step holds the same number",
+        at_least=1,
+        in_study="same",
+    )
+    gradient_accumulation_steps: int = flag(1, "micro-batches of one process in a step", at_least=1, in_study="same")
+    num_train_epochs: int = flag(2, "passes over the data", at_least=1, in_study="same")
+    max_train_steps: int | None = flag(None, "optimizer steps; overrides num_train_epochs", at_least=1, in_study="same")
+    learning_rate: float | None = flag(
+        None,
+        "peak learning rate; unset: the recipe's",
+        above=0,
+        same_on_resume=True,
+        shown=True,
+        differs="the method's recipe: 2e-5 is right for full fine-tuning only",
+    )
+    learning_rate_factor: float = flag(
+        1.0,
+        "multiplies the recipe's learning rate",
+        above=0,
+        check=lambda flags: (
+            "it multiplies the recipe's rate, and --learning_rate replaces it: drop one"
+            if flags.learning_rate is not None and flags.learning_rate_factor != 1
+            else None
+        ),
+    )
+    auto_lr: bool = flag(
+        False,
+        "choose the learning rate by short trainings on the first micro-batches before the run (not for full "
+        "fine-tuning)",
+        check=checks.bad_auto_lr,
+    )
+    lr_scheduler_type: SCHEDULES | None = flag(
+        None,
+        "how the learning rate changes after the warm-up; unset: the recipe's",
+        same_on_resume=True,
+        shown=True,
+        differs="the method's recipe (linear)",
+    )
+    warmup_ratio: float | None = flag(
+        None,
+        "share of the steps in which the rate rises from 0; unset: the recipe's",
+        at_least=0,
+        at_most=1,
+        same_on_resume=True,
+        shown=True,
+        check=lambda flags: (
+            "the constant schedule has no warm-up: use constant_with_warmup"
+            if flags.lr_scheduler_type == "constant" and flags.warmup_ratio
+            else None
+        ),
+        differs="the method's recipe",
+    )
+    final_lr_ratio: float | None = flag(
+        None,
+        "learning rate at the end as a share of the peak (linear and cosine schedules); unset: 0",
+        at_least=0,
+        at_most=1,
+        same_on_resume=True,
+        check=lambda flags: (
+            f"it works with the linear and the cosine schedule, not with {flags.lr_scheduler_type}: drop one of them"
+            if flags.lr_scheduler_type not in (None, "linear", "cosine")
+            else None
+        ),
+    )
+    weight_decay: float | None = flag(
+        None,
+        "AdamW's decay per unit of learning rate; unset: the recipe's",
+        at_least=0,
+        same_on_resume=True,
+        shown=True,
+        differs="the method's recipe (0)",
+    )
+    clip_grad_norm: float | None = flag(
+        None,
+        "bound of the gradient's L2 norm, -1: none; unset: the recipe's",
+        at_least=-1,
+        same_on_resume=True,
+        shown=True,
+        differs="the method's recipe (1.0)",
+    )
+    fused_optimizer: bool = flag(True, "compute AdamW in one fused kernel")
+    use_8bit_optimizer: bool = flag(False, "AdamW with 8-bit state (needs the quant extra)", same_on_resume=True)
+    gradient_checkpointing: bool = flag(
+        False, "recompute activations in the backward pass: less memory, about a third more time; with every method"
+    )
+    packing: bool = flag(
+        True,
+        "compute a micro-batch as one row without padding, with the virtual tokens once; False: PEFT's own padded "
+        "forward pass",
+        differs="micro-batches are one row without padding, exact for soft prompts too",
+    )
+    max_tokens_per_microbatch: int | None = flag(
+        None,
+        "tokens of a packed row at most, virtual tokens included; unset: the larger of 4096 and max_seq_length, but at "
+        "most a full padded micro-batch",
+        at_least=2,
+        check=checks.needs_packing,
+    )
+    attn_backend: ATTENTION_BACKENDS | None = flag(
+        None,
+        "attention of packed rows; unset: blocked on CPU, flash_attn or varlen on a GPU in 16 bits, else sdpa",
+        check=checks.needs_packing,
+    )
+    compile: bool = flag(
+        False,
+        "compile the decoder layers (packed forward pass only; the first steps take minutes)",
+        check=checks.needs_packing,
+    )
+    reduce_loss: Literal["mean", "sum"] = flag(
+        "mean",
+        "mean: mean over the step's labelled tokens; sum: sum over tokens, mean over micro-batches",
+        same_on_resume=True,
+        in_study="same",
+    )
+    sync_each_batch: bool = flag(False, "exchange gradients after each micro-batch instead of once a step")
+    timeout: int = flag(1800, "seconds that a process waits for the others", at_least=1, at_most=10**8)
+    seed: int = flag(
+        42,
+        "seed of the initialisation, the order of examples and dropout, and the default of split_seed",
+        at_least=0,
+        at_most=MAX_SEED,
+        same_on_resume=True,
+        in_study="decided",
+    )
+    split_seed: int | None = flag(
+        None,
+        "seed that decides which rows are held out, and which are drawn by max_train_samples; unset: seed",
+        at_least=0,
+        at_most=MAX_SEED,
+        in_study="same",
+    )

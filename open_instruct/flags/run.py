@@ -1,0 +1,89 @@
+"""Flags of what a run writes, reports and resumes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from open_instruct.flags import combinations as checks
+from open_instruct.flags.declare import flag
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """What a run writes, reports and resumes."""
+
+    output_dir: str = flag("output/", "folder of the run", in_study="decided")
+    overwrite_output_dir: bool = flag(False, "replace the run that output_dir holds", in_study="decided")
+    exp_name: str = flag(
+        "finetune_peft", "name of the experiment, for trackers and uploads", differs="the same: the script's name"
+    )
+    run_name: str | None = flag(
+        None, "name of the run, for trackers and uploads; unset: the experiment, method, seed and time"
+    )
+    logging_steps: int = flag(1, "steps between rows of metrics.jsonl", at_least=1, differs="every step")
+    eval_steps: int | None = flag(
+        None,
+        "steps between held-out evaluations; unset: a fifth of the run; 0: only at the start and the end",
+        at_least=0,
+    )
+    per_device_eval_batch_size: int | None = flag(
+        None, "examples in a padded held-out micro-batch; unset: as in training", at_least=1
+    )
+    keep_best: bool = flag(
+        True,
+        "save the parameters of the evaluation with the lowest held-out loss; False: the last ones",
+        same_on_resume=True,
+        in_study="decided",
+    )
+    num_sample_answers: int = flag(
+        3,
+        "held-out questions that base and tuned model answer at the end (three are shown, exact match counts all)",
+        at_least=0,
+    )
+    checkpointing_steps: str | None = flag(
+        None,
+        "steps between checkpoints, or `epoch`; unset: none",
+        check=lambda flags: checks.bad_checkpointing_steps(flags.checkpointing_steps),
+    )
+    keep_last_n_checkpoints: int = flag(3, "checkpoints kept, -1: all", at_least=-1)
+    clean_checkpoints_at_end: bool = flag(
+        False,
+        "delete the checkpoints when the run has finished",
+        differs="checkpoints are kept unless asked otherwise",
+    )
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "continue from this checkpoint; without a path, from the newest complete one of output_dir",
+        optional_value="newest",
+        in_study="decided",
+        check=lambda flags: "it contradicts --overwrite_output_dir: drop one" if flags.overwrite_output_dir else None,
+    )
+    dry_run: bool = flag(False, "do everything up to the first step, print the plan, and stop", in_study="decided")
+    with_tracking: bool = flag(False, "report to experiment trackers")
+    report_to: list[str] = flag(
+        ["all"],
+        "trackers with --with_tracking: wandb, tensorboard, trackio, …; all: all that are installed; none: none",
+        check=lambda flags: checks.without_tracking(flags) if flags.report_to != ["none"] else None,
+        differs="the same, as a list",
+    )
+    wandb_project_name: str = flag(
+        "open_instruct_internal", "project of the tracker", check=lambda flags: checks.without_tracking(flags)
+    )
+    wandb_entity: str | None = flag(
+        None, "entity (team) of Weights & Biases", check=lambda flags: checks.without_tracking(flags)
+    )
+    push_to_hub: bool = flag(
+        False, "upload the result to the Hugging Face Hub", differs="nothing is uploaded unless asked for"
+    )
+    save_to_hub: str | None = flag(None, "older form of push_to_hub: the repository's name")
+    hf_entity: str | None = flag(
+        None,
+        "user or organisation of the upload; unset: the logged-in one",
+        check=lambda flags: checks.without_upload(flags),
+    )
+    hf_repo_id: str | None = flag(
+        None, "repository of the upload; unset: the run's name", check=lambda flags: checks.without_upload(flags)
+    )
+    hf_repo_revision: str | None = flag(
+        None, "branch of the upload; unset: main", check=lambda flags: checks.without_upload(flags)
+    )

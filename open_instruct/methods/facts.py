@@ -1,0 +1,73 @@
+"""What is measured of a base model before training, so that a recipe fits its scales."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from open_instruct.model.tokens import ordinary_tokens
+
+DEFAULT_TEXT = "Read what the user wrote and give the answer that is wanted, in the form that is wanted."
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Scales of a base model."""
+
+    hidden_size: int
+    embedding_std: float  # of all entries of the token embeddings of ordinary tokens
+    embedding_norm: float  # median length of a token's embedding
+    key_std: float = math.nan  # of the entries of a text's keys, median over layers; for methods with `wants_keys`
+
+
+def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keys: bool = False) -> ModelFacts:
+    """Measure the base. The embedding's own scaling (Gemma) is included, because a soft prompt stands behind it.
+
+    Args:
+        model: the base; on the meta device, where it has no values, spread and length are nan.
+        tokenizer: of the base.
+        keys: also measure the spread of keys.
+    """
+    embedding = model.get_input_embeddings()
+    hidden_size = model.config.get_text_config().hidden_size
+    if embedding.weight.device.type == "meta":
+        return ModelFacts(hidden_size, math.nan, math.nan)
+    ids = torch.tensor(ordinary_tokens(tokenizer), device=embedding.weight.device)
+    chosen = ids[torch.linspace(0, len(ids) - 1, min(len(ids), 10_000)).long()]
+    with torch.no_grad():
+        vectors = embedding(chosen).float()
+    spread = key_std(model, tokenizer) if keys else math.nan
+    return ModelFacts(hidden_size, vectors.std().item(), vectors.norm(dim=1).median().item(), spread)
+
+
+def key_std(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Return the standard deviation of a text's keys, median over layers; nan where the base keeps no keys."""
+    try:
+        return median(
+            keys.float().std().item()
+            for keys, _ in cached(model, tokenizer(DEFAULT_TEXT, add_special_tokens=False)["input_ids"])
+        )
+    except (ValueError, RuntimeError, AttributeError, TypeError):
+        return math.nan
+
+
+@torch.no_grad()
+def cached(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return keys and values [1, K, T, E] of each layer for T tokens, also where a layer's window is shorter than T."""
+    cache = DynamicCache()  # a cache that the model makes itself keeps no more than the window
+    model.eval()(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def between(narrow: float, wide: float, hidden_size: int) -> float:
+    """Interpolate a rate between a hidden size of 128, measured here, and of 2048 and more, as published.
+
+    In between it is a power of the hidden size: Adam's best rate falls with the width (Yang et al. 2022). Below 64 it
+    rises no further.
+    """
+    share = (math.log(min(max(hidden_size, 64), 2048)) - math.log(128)) / math.log(2048 / 128)
+    return narrow * (wide / narrow) ** share

@@ -1,0 +1,167 @@
+"""Configuration, tokenizer and base model of a run: loaded whole, or built without values."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, init_empty_weights
+from peft.tuners.tuners_utils import BaseTuner
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from open_instruct.adapters.folders import AdapterFolder, chat_template
+from open_instruct.data import chat
+from open_instruct.errors import warn
+from open_instruct.model import loading
+from open_instruct.training import engines
+
+
+@dataclass(frozen=True)
+class BaseModelSettings:
+    """Which weights a run starts from, and how they are held."""
+
+    name: str
+    config_name: str | None
+    revision: str | None
+    arguments: str  # JSON object of further arguments
+    dtype: torch.dtype  # in which the base is held
+    quantise: str | None  # "4bit", "8bit" or None
+    trains_base: bool  # its weights will be others after the run
+    use_flash_attn: bool | None
+    use_liger_kernel: bool
+    allow_pickle: bool
+    trust_remote_code: bool
+
+    @property
+    def key(self) -> str:
+        """Identifies the weights and how they are held."""
+        parts = [self.quantise, self.dtype, self.name, self.revision, self.config_name, self.arguments]
+        return repr([*parts, self.use_liger_kernel])
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """Tokenizer and chat template."""
+
+    name: str
+    revision: str | None
+    trust_remote_code: bool
+    chat_template_name: str
+    add_bos: bool
+
+
+def load_config(settings: BaseModelSettings) -> PretrainedConfig:
+    """Load the base's configuration, and check that weights which may be loaded lie beside it."""
+    config = loading.load_config(
+        settings.config_name or settings.name,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        **json.loads(settings.arguments),
+    )
+    loading.check_weights(settings.name, settings.allow_pickle)
+    return config
+
+
+def load_tokenizer(settings: TokenizerSettings, adapter: AdapterFolder | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer with the run's chat template. Warns if the adapter was trained with another one."""
+    tokenizer = loading.load_tokenizer(
+        settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+    )
+    chat.set_chat_template(tokenizer, settings.chat_template_name, settings.add_bos)
+    template = chat_template(adapter.path) if adapter else None
+    if template not in (None, tokenizer.chat_template):
+        start = str(template)[:60]
+        warn(f"the adapter was trained with another chat template (it starts with {start!r}): see --chat_template_name")
+    return tokenizer
+
+
+def load_base(
+    settings: BaseModelSettings,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+) -> Any:
+    """Return the base model on this process's device.
+
+    Where weights are sharded, it is whole on the main process's CPU, and without values on the others.
+    """
+    sharded = engines.is_sharded(engines.engine_of(accelerator))
+    if sharded and not accelerator.is_main_process:
+        return skeleton(settings, config)
+    with nullcontext() if sharded else accelerator.main_process_first():
+        model = loading.load_model(
+            settings.name,
+            config,
+            settings.dtype,
+            loading.choose_attention(settings.use_flash_attn),
+            quantise=settings.quantise,
+            allow_pickle=settings.allow_pickle,
+            use_liger_kernel=settings.use_liger_kernel,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    loading.check_vocabulary(model, tokenizer)
+    if Path(settings.name).is_dir():
+        model.name_or_path = str(Path(settings.name).resolve())  # an adapter records it: it is found from any folder
+    return model if settings.quantise or sharded else model.to(accelerator.device)
+
+
+def skeleton(settings: BaseModelSettings, config: PretrainedConfig) -> Any:
+    """Build the base without values, on the meta device. Its buffers, which the configuration decides, are real."""
+    attention = loading.choose_attention(settings.use_flash_attn)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=settings.dtype,
+            attn_implementation=attention,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    model.tie_weights()  # the context makes each parameter anew
+    model.config.use_cache = False
+    return model
+
+
+class Bases:
+    """Base models for runs that follow each other in one process: each is read once, and taken back unchanged."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self.loaded: dict[str, tuple[Any, list[float]]] = {}  # by key: the model, and the sum of each parameter
+
+    def take(
+        self,
+        settings: BaseModelSettings,
+        config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        accelerator: Accelerator,
+    ) -> Any:
+        """Return the base that the settings name, for one run at a time."""
+        if settings.trains_base:
+            return load_base(settings, config, tokenizer, accelerator)
+        if settings.key not in self.loaded:
+            model = load_base(settings, config, tokenizer, accelerator)
+            self.loaded[settings.key] = model, sums(model)
+        return self.loaded[settings.key][0]
+
+    def give_back(self, settings: BaseModelSettings, model: Any) -> None:
+        """Take the adapter off.
+
+        Raises:
+            RuntimeError: a frozen weight has changed.
+        """
+        if settings.trains_base:
+            return
+        base = model.unload() if isinstance(model.base_model, BaseTuner) else model.get_base_model()
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+        if sums(base) != self.loaded[settings.key][1]:
+            raise RuntimeError(f"training an adapter changed the weights of the base {settings.name}")
+
+
+def sums(model: Any) -> list[float]:
+    """Return the sum of each parameter."""
+    return [parameter.detach().sum(dtype=torch.float64).item() for parameter in model.parameters()]

@@ -1,0 +1,71 @@
+"""The plan of a run, without training: steps, tokens, parameters, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from open_instruct.data.collate import Batching, Packing
+from open_instruct.data.plan import Plan
+from open_instruct.model import memory
+from open_instruct.model.chunked_loss import rows_at_once
+from open_instruct.training.load_data import Data
+from open_instruct.training.settings import Resolved
+
+STEPS_MEASURED = 20  # whose micro-batches are cut to find the largest
+
+
+def plan_text(
+    settings: Resolved,
+    data: Data,
+    plan: Plan,
+    model: Any,
+    config: PretrainedConfig,
+    batching: Batching,
+    sharing: memory.Sharing,
+) -> str:
+    """Describe the run.
+
+    Args:
+        settings: of the run.
+        data: training and held-out examples.
+        plan: of the run.
+        model: base with adapter.
+        config: of the base.
+        batching: makes micro-batches.
+        sharing: what the engine splits among processes.
+    """
+    sizes, lengths, flags = memory.counts(model), data.train.lengths, settings.flags
+    vocab_size, device = config.get_text_config().vocab_size, next(model.parameters()).device
+    steps = [plan.examples(step).tolist() for step in range(min(plan.num_steps, STEPS_MEASURED))]
+    rows = [row for indices in steps for row in batching.micro_batches(indices, lengths, 0, 1)]
+    largest = max(batching.positions(row, lengths, settings.num_virtual_tokens) for row in rows)
+    logit_rows = largest
+    if isinstance(batching, Packing):
+        logit_rows = min(largest, rows_at_once(device, vocab_size, settings.method.trains_base))
+    estimate = memory.estimate_mb(
+        model,
+        config,
+        largest,
+        logit_rows,
+        flags.gradient_checkpointing,
+        flags.use_8bit_optimizer,
+        settings.compute_dtype.itemsize,
+        settings.method.memory_kind,
+        dropout=settings.method.drops_inputs(settings.method_settings),
+        sharing=sharing,
+    )
+    parts = ", ".join(f"{name} {value:,.1f}" for name, value in estimate.items() if name != "total")
+    share = sizes["trainable_parameters"] / sizes["total_parameters"]
+    tokens, label_tokens = (x.mean() * plan.examples_per_step for x in (lengths, data.train.label_counts))
+    return "\n".join(
+        [
+            "plan (dry run: nothing is trained or written):",
+            f"  steps                {plan.num_steps:,} of {plan.examples_per_step} examples "
+            f"({plan.epoch(plan.num_steps):.2f} epochs)",
+            f"  tokens per step      {tokens:,.0f} on average, {label_tokens:,.0f} of them labelled",
+            f"  trained parameters   {sizes['trainable_parameters']:,} of {sizes['total_parameters']:,} ({share:.3%})",
+            f"  memory per process   about {estimate['total']:,.0f} MB ({parts})",
+        ]
+    )

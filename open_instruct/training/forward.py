@@ -1,0 +1,261 @@
+"""Packed or padded: which forward pass a run takes, and whether it may."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from open_instruct.data import collate
+from open_instruct.data.collate import Batching, Packing, Padding
+from open_instruct.errors import InputError, one_line
+from open_instruct.methods import Feature, Method
+from open_instruct.model import backends
+from open_instruct.model.evaluation_mode import evaluating
+from open_instruct.model.shared_prefix import CannotPack, SoftPrompt
+from open_instruct.model.training_model import PackedModel, PaddedModel, TrainingModel, causal_of
+from open_instruct.training import engines
+
+ROW_TOKENS = 4096  # tokens that keep a GPU busy, and make 200 virtual tokens 5 % of a row
+
+CPU = torch.device("cpu")
+
+# Largest difference of the probe's losses from the model's own, relative to their size. A neighbour that is seen or a
+# position that is off makes tenths; rounding of 16 bits, of quantised products, and of float32 makes less than these.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True)
+class ForwardSettings:
+    """Plain values that decide how micro-batches are computed."""
+
+    packing: bool
+    packing_requested: bool  # --packing was given, so falling back is an error
+    max_tokens_per_microbatch: int | None
+    attn_backend: str | None
+    use_flash_attn: bool
+    max_length: int  # tokens of a conversation
+    num_virtual_tokens: int
+    train_batch_size: int
+    eval_batch_size: int
+    gradient_checkpointing: bool
+    compile_layers: bool
+
+    @property
+    def max_row_tokens(self) -> int:
+        """Tokens of a packed row at most, virtual tokens included.
+
+        Unless set: what keeps the machine busy, at least the longest example, and not more than the padded micro-batch
+        that the user found memory for could hold.
+        """
+        if self.max_tokens_per_microbatch:
+            return self.max_tokens_per_microbatch
+        padded = self.train_batch_size * self.max_length
+        return min(padded, max(ROW_TOKENS, self.max_length)) + self.num_virtual_tokens
+
+    def check_rows(self, longest: int) -> None:
+        """Refuse rows that can't hold every example.
+
+        Raises:
+            InputError: the longest example, of so many tokens, does not fit.
+        """
+        bound = self.max_row_tokens
+        needed = longest + self.num_virtual_tokens
+        if self.packing and needed > bound:
+            virtual = f" and {self.num_virtual_tokens} virtual ones" if self.num_virtual_tokens else ""
+            raise InputError(
+                f"--max_tokens_per_microbatch {bound} can't hold the longest example, which has {longest} tokens{virtual}: "
+                f"raise it to {needed}, or cut examples with --max_seq_length {max(bound - self.num_virtual_tokens, 2)}"
+            )
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How a run computes: the module, and how micro-batches for it are made in training and in evaluation."""
+
+    model: TrainingModel
+    training: Batching
+    evaluation: Batching
+    description: str
+
+    def __enter__(self) -> Forward:
+        """Give the model the run's attention."""
+        if isinstance(self.model, PackedModel):
+            self.model.activate()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the model its own attention and forward pass back, for generation and saving."""
+        if isinstance(self.model, PackedModel):
+            self.model.release()
+        causal = causal_of(self.model.model)
+        if causal.is_gradient_checkpointing:
+            causal.gradient_checkpointing_disable()
+        for layer in decoder_layers(causal):
+            layer._compiled_call_impl = None
+
+
+def choose_forward(
+    model: nn.Module,
+    method: Method,
+    settings: ForwardSettings,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+    pad_token_id: int,
+) -> Forward:
+    """Choose the packed forward pass if it is exact for this model, else PEFT's padded one.
+
+    Args:
+        model: base with adapter; on the meta device where another process probes.
+        method: that wrapped it.
+        settings: plain values.
+        accelerator: of the run.
+        dtype: in which attention is computed.
+        pad_token_id: of padded rows.
+
+    Raises:
+        InputError: packing, a back end, or something that needs packing was requested and is not possible.
+    """
+    device, engine, probe_device = accelerator.device, engines.engine_of(accelerator), causal_of(model).device.type
+    reason = "--packing False"
+    if settings.packing:
+        name = backends.choose(settings.attn_backend, device, dtype, settings.use_flash_attn)
+        soft_prompt = partial(method.soft_prompt, model)
+        reason, head = "", None
+        if probe_device != "meta":
+            probed = name if probe_device == device.type else backends.choose(None, CPU, dtype, False)
+            with torch.autocast(probe_device, dtype, enabled=dtype == torch.bfloat16):
+                head, reason = probe(model, soft_prompt, probed, dtype)
+        if engines.is_sharded(engine):
+            reason, head = engines.broadcast((reason, head))
+        if not reason:
+            if engine == Feature.ZERO_3:
+                head = None  # it gathers the head in each piece of the loss, and processes have different numbers of pieces
+            packed = PackedModel(model, soft_prompt, backends.BACKENDS[name], head)
+            bound = settings.max_row_tokens
+            rows = Packing(bound - settings.num_virtual_tokens)
+            return Forward(packed, rows, rows, f"packed, rows of at most {bound:,} tokens, attention by {name}")
+        if settings.packing_requested:
+            raise InputError(f"--packing is not possible: {reason}: use --packing False")
+    unpacked_checkpointing = method.obstacles.get(Feature.PADDED_CHECKPOINTING)
+    if settings.gradient_checkpointing and unpacked_checkpointing:
+        raise InputError(
+            f"--gradient_checkpointing with {method.title} needs the packed forward pass, but: {reason}: drop one of the "
+            "flags"
+        )
+    if settings.compile_layers:
+        raise InputError(f"--compile needs the packed forward pass, but: {reason}: drop one of the flags")
+    why = f"because the packed one can't serve this model exactly: {reason}" if settings.packing else "PEFT's own"
+    return Forward(
+        PaddedModel(model),
+        Padding(settings.train_batch_size, pad_token_id),
+        Padding(settings.eval_batch_size, pad_token_id),
+        f"padded, {settings.train_batch_size} rows; {why}",
+    )
+
+
+def probe(
+    model: Any, soft_prompt: Callable[[], SoftPrompt | None], backend: str, dtype: torch.dtype
+) -> tuple[str | None, str]:
+    """Find out whether the packed forward pass is exact for a model. Call it under the run's autocast.
+
+    The probe is a row of three examples: its loss must be the model's own for each example alone, and the last two
+    examples' loss must have a gradient of exactly zero at the first one's tokens.
+
+    Returns:
+        The form of the model's head (see `PackedModel`), and what is in the way of packing; "" if nothing is.
+    """
+    causal = causal_of(model)
+    if not getattr(causal, "_supports_attention_backend", False):
+        kind = causal.config.model_type
+        return None, f"the attention of a {kind} model does not go through transformers' AttentionInterface"
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = causal.get_input_embeddings().weight.shape[0]
+    draws = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (5, 16, 9)]
+    rows = [{"input_ids": ids, "spans": [1, len(ids)]} for ids in draws]
+    tolerance = 5e-2 if getattr(causal, "is_quantized", False) else TOLERANCE[dtype]
+    with evaluating(model):
+        own = own_loss(model, rows)
+        packed = PackedModel(model, soft_prompt, backends.BACKENDS[backend])
+        try:
+            with packed:
+                batch = collate.to_device(collate.pack(rows), causal.device)
+                with torch.no_grad():
+                    together = packed(**batch)[0].item()
+                model.train()  # so that attention dropout shows
+                unlabelled = [{**rows[0], "spans": []}, *rows[1:]]
+                leak, within = sensitivity(packed, collate.to_device(collate.pack(unlabelled), causal.device))
+        except CannotPack as problem:
+            return None, str(problem)
+    if not abs(together - own) < tolerance * own:
+        return None, f"its packed loss on a probe is {together / own - 1:+.1%} off its own"
+    if leak or not within:
+        return None, "an example's loss depends on the example before it"
+    return packed.head_name, ""
+
+
+@torch.no_grad()
+def own_loss(model: Any, rows: list[dict[str, Any]]) -> float:
+    """Return the summed loss of examples by PEFT's forward, each alone.
+
+    Raises:
+        InputError: PEFT can't run this method on this model at all.
+    """
+    padded = PaddedModel(model)
+    try:
+        batches = [collate.to_device(collate.pad([row], 0), next(model.parameters()).device) for row in rows]
+        return sum(padded(**batch)[0].item() for batch in batches)
+    except (ValueError, RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+        kind = causal_of(model).config.model_type
+        raise InputError(
+            f"the adapter does not run on a {kind} model ({one_line(error, 200)}): choose another method"
+        ) from error
+
+
+def sensitivity(packed: PackedModel, batch: dict[str, Any]) -> tuple[float, float]:
+    """Return the largest gradient of a row's loss at its first example's embeddings, and at those of the others."""
+    seen: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output if output.requires_grad else output.detach().requires_grad_())
+        return seen[-1]
+
+    hook = packed.causal.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(packed(**batch)[0], seen[-1:])
+    finally:
+        hook.remove()
+    first = batch["lengths"][0]
+    return gradient[0, :first].abs().max().item(), gradient[0, first:].abs().max().item()
+
+
+def switch_on(forward: Forward, gradient_checkpointing: bool, compile_layers: bool) -> None:
+    """Switch on what a run wants beside the forward pass itself. Leaving `Forward`'s context undoes it.
+
+    Raises:
+        InputError: there is no compiler.
+    """
+    causal = causal_of(forward.model.model)
+    if gradient_checkpointing:  # after PEFT has wrapped the model: it refuses prefix tuning with it before
+        causal.gradient_checkpointing_enable({"use_reentrant": False})
+    if compile_layers:
+        if causal.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise InputError(
+                "--compile needs a C++ compiler on CPU, and g++ is not on the PATH: install one, set CXX, or drop the flag"
+            )
+        for layer in decoder_layers(causal):
+            layer.compile(dynamic=True)  # rows of any length use one graph
+
+
+def decoder_layers(causal: Any) -> list[nn.Module]:
+    """Return the decoder's layers, whatever the architecture calls them."""
+    return [module for module in causal.modules() if isinstance(module, GradientCheckpointingLayer)]

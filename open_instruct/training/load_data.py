@@ -1,0 +1,144 @@
+"""Training and held-out examples: read, checked, tokenised, split."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from open_instruct.data import dataset, forms, reading
+from open_instruct.data.dataset import Examples
+from open_instruct.data.reading import Row
+from open_instruct.errors import InputError
+
+DEFAULT_MAX_SEQ_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where examples come from, and which of them are used."""
+
+    train_files: tuple[str, ...]
+    dataset_name: str | None
+    dataset_config_name: str | None
+    mixture: tuple[tuple[str, str], ...]  # (file or data set, amount)
+    mixture_splits: tuple[str, ...]  # one for each member, or one for all
+    messages_key: str
+    validation_file: str | None
+    validation_fraction: float
+    max_eval_samples: int
+    max_train_samples: int | None
+    seed: int
+    max_length: int  # tokens kept of a conversation
+    num_workers: int | None
+    cache_dir: Path | None
+    overwrite_cache: bool
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training examples, and held-out examples (None: no held-out data)."""
+
+    train: Examples
+    held_out: Examples | None
+
+    def fingerprints(self) -> dict[str, Any]:
+        """Return what identifies the data in run.json and in checkpoints."""
+        return {"train": self.train.fingerprint, "held_out": self.held_out and self.held_out.fingerprint}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(int(examples.lengths.max()) for examples in (self.train, self.held_out) if examples)
+
+    def describe(self) -> str:
+        """Return a line of statistics for each set."""
+        held_out = self.held_out.describe("held out") if self.held_out else "held out: none (--validation_fraction 0)"
+        return f"{self.train.describe('training')}\n{held_out}"
+
+
+def max_length(context: int | None, num_virtual_tokens: int, max_seq_length: int | None) -> int:
+    """Return the tokens of a conversation that are kept.
+
+    Args:
+        context: positions of the model; None: unlimited.
+        num_virtual_tokens: positions that a soft prompt takes.
+        max_seq_length: what the user wants, or None.
+
+    Raises:
+        InputError: they don't fit into the context beside the virtual tokens.
+    """
+    if context is None:
+        return max_seq_length or DEFAULT_MAX_SEQ_LENGTH
+    if num_virtual_tokens >= context:
+        raise InputError(
+            f"--num_virtual_tokens {num_virtual_tokens} fills the model's context of {context} positions: use fewer"
+        )
+    if num_virtual_tokens + (max_seq_length or 2) > context:
+        requested = f"--max_seq_length {max_seq_length}" if max_seq_length else "a conversation"
+        raise InputError(
+            f"{num_virtual_tokens} virtual tokens and {requested} need more than the model's context of {context} "
+            f"positions: use --max_seq_length {max(context - num_virtual_tokens, 2)} or fewer virtual tokens"
+        )
+    return max_seq_length or min(DEFAULT_MAX_SEQ_LENGTH, context - num_virtual_tokens)
+
+
+def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Read, check, tokenise and split. The main process goes first, and the others use its cache."""
+    if settings.num_workers:
+        os.environ["RAYON_NUM_THREADS"] = str(settings.num_workers)  # the Rust tokenizer reads it
+    with accelerator.main_process_first():
+        rows, key = training_rows(settings)
+        train = build_examples(settings, log_form(rows, accelerator, settings.messages_key), key, tokenizer)
+        held_out = None
+        if settings.validation_file:
+            path = Path(settings.validation_file)
+            if any(path.resolve() == Path(name).resolve() for name in settings.train_files):
+                raise InputError(
+                    f"--validation_file {path} is the training file: name another, or use --validation_fraction"
+                )
+            files = reading.files_of(settings.validation_file)
+            held_out = build_examples(settings, reading.read_files(files), dataset.file_key(files), tokenizer)
+            held_out = dataset.draw(held_out, settings.max_eval_samples, settings.seed)
+        else:
+            train, held_out = dataset.hold_out(
+                train, settings.validation_fraction, settings.max_eval_samples, settings.seed
+            )
+    return Data(dataset.draw(train, settings.max_train_samples, settings.seed), held_out)
+
+
+def log_form(rows: Iterator[Row], accelerator: Accelerator, key: str) -> Iterator[Row]:
+    """Yield the rows unchanged; print the form of the first when it is read."""
+    for number, (source, row) in enumerate(rows):
+        if number == 0:
+            accelerator.print(f"reading {source}: form {forms.form_of(source, row, key)}")
+        yield source, row
+
+
+def training_rows(settings: DataSettings) -> tuple[Iterator[Row], str | None]:
+    """Return the rows of the training data, unread, and a key of their content (None: unknown without reading)."""
+    if settings.train_files:
+        files = [path for source in settings.train_files for path in reading.files_of(source)]
+        return reading.read_files(files), dataset.file_key(files)
+    if settings.dataset_name:
+        return reading.read_hub_rows(settings.dataset_name, settings.dataset_config_name, "train"), None
+    members, splits = list(settings.mixture), list(settings.mixture_splits)
+    files = [path for name, _ in members for path in reading.files_of(name, splits[0])] if len(splits) == 1 else []
+    key = dataset.file_key(files) + json.dumps([members, settings.seed]) if files else None
+    return reading.read_mixture(members, splits, settings.seed), key
+
+
+def build_examples(
+    settings: DataSettings, rows: Iterator[Row], key: str | None, tokenizer: PreTrainedTokenizerBase
+) -> Examples:
+    """Turn rows into examples, through the cache where their content is known."""
+    named = reading.conversations(rows, settings.messages_key)
+    source_key = f"{key} {settings.messages_key}"
+    cache = settings.cache_dir if key else None
+    return dataset.build(named, tokenizer, settings.max_length, source_key, cache, settings.overwrite_cache)

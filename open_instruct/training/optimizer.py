@@ -1,0 +1,68 @@
+"""AdamW on what a method trains, and the schedule of its learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from open_instruct.errors import InputError
+from open_instruct.methods import Method
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Hyperparameters, all of them known."""
+
+    learning_rate: float  # at the peak
+    lr_scheduler_type: str
+    warmup_ratio: float
+    final_lr_ratio: float  # of the peak, at the end of a linear or cosine schedule
+    weight_decay: float
+    clip_grad_norm: float  # bound of the gradient's L2 norm; none where not positive
+    fused: bool = True
+    eight_bits: bool = False
+
+    def warmup_steps(self, num_steps: int) -> int:
+        """Return the steps of the warm-up. At least one step follows it, so that a run of one step trains."""
+        return min(math.ceil(self.warmup_ratio * num_steps), num_steps - 1)
+
+
+def make_optimizer(
+    method: Method, model: torch.nn.Module, settings: OptimizerSettings, num_steps: int
+) -> tuple[Any, Any]:
+    """Return optimizer and schedule. The schedule is not prepared for processes: it advances once a step, by hand.
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+    """
+    groups: Any = method.parameter_groups(model)
+    options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.eight_bits:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise InputError("--use_8bit_optimizer needs bitsandbytes: pip install '.[quant]'") from None
+        optimizer: Any = AdamW8bit(groups, **options)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=settings.fused, **options)
+    return optimizer, make_schedule(optimizer, settings, num_steps)
+
+
+def make_schedule(optimizer: Any, settings: OptimizerSettings, num_steps: int) -> Any:
+    """Return transformers' schedule; with a final rate above 0, the form of it that ends there."""
+    name, ratio = settings.lr_scheduler_type, settings.final_lr_ratio
+    specific: dict[str, Any] = {}
+    if ratio == 1:
+        name = "constant_with_warmup"
+    elif ratio and name == "linear":
+        name, specific = "polynomial", {"power": 1.0, "lr_end": ratio * settings.learning_rate}
+    elif ratio:
+        name, specific = "cosine_with_min_lr", {"min_lr_rate": ratio}
+    warmup = settings.warmup_steps(num_steps)
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps, scheduler_specific_kwargs=specific
+    )

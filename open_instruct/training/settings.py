@@ -1,0 +1,378 @@
+"""Flags → settings, resolved once: what a run does, in values that nothing writes to afterwards.
+
+There are three moments. `before_data` knows the flags, the adapter and the base's configuration, and gives `Settings`. `with_recipe`
+knows the base's scales as well, and gives `Resolved`, in which no hyperparameter is missing. `with_learning_rate`
+replaces the rate by the one that --auto_lr chose. Origins say where each value comes from.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from open_instruct.adapters.folders import AdapterFolder
+from open_instruct.data.plan import Plan
+from open_instruct.errors import InputError
+from open_instruct.flags import FIELDS, Flags, names_with
+from open_instruct.methods import METHODS, Feature, Method, ModelFacts, Recipe
+from open_instruct.model import loading
+from open_instruct.training.base_model import BaseModelSettings, TokenizerSettings
+from open_instruct.training.doctor import RunInfo
+from open_instruct.training.engines import ProcessSettings, is_sharded
+from open_instruct.training.forward import ForwardSettings
+from open_instruct.training.load_data import Data, DataSettings, max_length
+from open_instruct.training.loop import LoopSettings
+from open_instruct.training.optimizer import OptimizerSettings
+from open_instruct.training.output import OutputSettings
+from open_instruct.training.tracking import TrackingSettings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a run needs before it reads data."""
+
+    flags: Flags
+    origins: Mapping[str, str]
+    method: Method
+    adapter: AdapterFolder | None  # whose training continues
+    num_virtual_tokens: int  # 0 for methods without a soft prompt
+    answer_length: int | None  # positions for a prompt and its answer; None: unlimited
+    compute_dtype: torch.dtype
+    model: BaseModelSettings
+    tokenizer: TokenizerSettings
+    data: DataSettings
+    processes: ProcessSettings
+    forward: ForwardSettings
+    output: OutputSettings
+    tracking: TrackingSettings
+
+    def plan(self, num_examples: int, num_processes: int) -> Plan:
+        """Return which examples each step holds, and how many steps there are."""
+        flags = self.flags
+        per_step = flags.per_device_train_batch_size * flags.gradient_accumulation_steps * num_processes
+        num_steps = flags.max_train_steps or flags.num_train_epochs * -(-num_examples // per_step)
+        return Plan(num_examples, per_step, num_steps, flags.seed)
+
+    def loop(self, plan: Plan, clip_grad_norm: float) -> LoopSettings:
+        """Return the plain values of the loop."""
+        flags = self.flags
+        checkpoint_every = int(flags.checkpointing_steps or 0) if flags.checkpointing_steps != "epoch" else None
+        return LoopSettings(
+            accumulation_steps=flags.gradient_accumulation_steps,
+            clip_grad_norm=clip_grad_norm,
+            seed=flags.seed,
+            logging_steps=flags.logging_steps,
+            eval_steps=max(1, plan.num_steps // 5) if flags.eval_steps is None else flags.eval_steps,
+            checkpoint_every=plan.steps_per_epoch if checkpoint_every is None else checkpoint_every,
+            checkpoints=self.output.checkpoints,
+            keep_checkpoints=flags.keep_last_n_checkpoints,
+            keep_best=flags.keep_best,
+            sum_loss=flags.reduce_loss == "sum",
+            sync_each_batch=flags.sync_each_batch,
+        )
+
+    def check_engine(self, engine: Feature | None) -> None:
+        """Refuse what method, engine and base can't be combined with.
+
+        Raises:
+            InputError: naming every obstacle.
+        """
+        flags, method = self.flags, self.method
+        wanted = {
+            Feature.PADDED_CHECKPOINTING: flags.gradient_checkpointing and not flags.packing,
+            Feature.FOUR_BITS: flags.load_in_4bit,
+            Feature.EIGHT_BITS: flags.load_in_8bit,
+            engine: engine is not None,
+        }
+        problems = [
+            f"{method.title} does not work with {feature}: {method.obstacles[feature]}"
+            for feature, is_wanted in wanted.items()
+            if feature and is_wanted and feature in method.obstacles
+        ]
+        if is_sharded(engine):
+            if flags.load_in_4bit or flags.load_in_8bit:
+                flag = "--load_in_4bit" if flags.load_in_4bit else "--load_in_8bit"
+                problems.append(f"quantised weights can't be sharded by {engine}: use DDP or ZeRO-2, or drop {flag}")
+            if method.init_flag and getattr(flags, method.init_flag) == "screened":
+                problems.append(
+                    f"a screened start needs a whole model, which no process holds under {engine}: use the "
+                    "initialisation text"
+                )
+            if flags.auto_lr:
+                problems.append(
+                    f"--auto_lr needs a whole model, which no process holds under {engine}: use DDP or ZeRO-2, or run "
+                    "it alone first"
+                )
+        if engine == Feature.FSDP and flags.use_8bit_optimizer:
+            problems.append(
+                "--use_8bit_optimizer does not know the sharded parameters of FSDP: drop it, or use another engine"
+            )
+        if problems:
+            raise InputError("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class Resolved(Settings):
+    """All that a run needs before its first step."""
+
+    method_settings: Any  # of the method's `settings_class`
+    optimizer: OptimizerSettings
+    recipe_sources: str
+
+    def values(self) -> dict[str, Any]:
+        """Return the value of every flag as the run uses it."""
+        optimizer = self.optimizer
+        return asdict(self.flags) | {
+            "num_virtual_tokens": self.num_virtual_tokens or None,
+            "learning_rate": optimizer.learning_rate,
+            "lr_scheduler_type": optimizer.lr_scheduler_type,
+            "warmup_ratio": optimizer.warmup_ratio,
+            "weight_decay": optimizer.weight_decay,
+            "clip_grad_norm": optimizer.clip_grad_norm,
+            **asdict(self.method_settings),
+        }
+
+    def shown(self) -> dict[str, Any]:
+        """Return the hyperparameters that are printed before the first step."""
+        values, name = self.values(), self.method.name
+        shown = [item for item in names_with("shown") if name in (FIELDS[item].metadata["methods"] or (name,))]
+        return {item: values[item] for item in shown if not (self.adapter and item == self.method.init_flag)}
+
+    def record(self, data: Data, num_processes: int, engine: Feature | None) -> dict[str, Any]:
+        """Return what run.json says of the settings: everything that is needed to repeat the run."""
+        return {
+            "flags": {
+                name: {"value": value, "origin": self.origins.get(name, "default")}
+                for name, value in sorted(self.values().items())
+            },
+            "method": self.method.name,
+            "recipe_sources": self.recipe_sources,
+            "world_size": num_processes,
+            "engine": engine and str(engine),
+            "seed": self.flags.seed,
+            "data": data.fingerprints(),
+        }
+
+    def identity(self, data: Data, config: PretrainedConfig, plan: Plan) -> dict[str, Any]:
+        """Return what a resumed run must share with the run that wrote the checkpoint."""
+        values, name = self.values(), self.method.name
+        names = [item for item in names_with("same_on_resume") if name in (FIELDS[item].metadata["methods"] or (name,))]
+        return {
+            "method": name,
+            "model": loading.weights_key(self.model.name, config),
+            "data": data.fingerprints(),
+            "examples": len(data.train),
+            "examples_per_step": plan.examples_per_step,
+            "num_steps": plan.num_steps,
+            **{item: values[item] for item in names},
+            "dtype": str(self.compute_dtype),
+            "split_seed": self.data.seed,
+        }
+
+    def run_info(self, data: Data, plan: Plan, facts: ModelFacts) -> RunInfo:
+        """Return what the loss doctor knows of the run before its first step."""
+        return RunInfo(
+            learning_rate=self.optimizer.learning_rate,
+            num_steps=plan.num_steps,
+            warmup_steps=self.optimizer.warmup_steps(plan.num_steps),
+            clip_grad_norm=self.optimizer.clip_grad_norm,
+            labelled_share=float(data.train.label_counts.sum() / data.train.lengths.sum()),
+            trains_prompt_directly=self.method.trains_prompt_directly,
+            has_network=self.method.keeps_network(self.method_settings),
+            embedding_std=facts.embedding_std,
+            vocabulary_norm=facts.embedding_norm,
+        )
+
+    def with_learning_rate(self, rate: float) -> Resolved:
+        """Return the settings with the rate that --auto_lr chose: the third moment."""
+        optimizer = replace(self.optimizer, learning_rate=rate)
+        return replace(self, optimizer=optimizer, origins={**self.origins, "learning_rate": "auto_lr"})
+
+
+def base_model_settings(flags: Flags) -> BaseModelSettings:
+    """Return what flags say of the base model."""
+    method = METHODS[flags.method]
+    assert flags.model_name_or_path is not None  # `check_flags` and `adopt_adapter` see to it
+    quantise = method.quantises_base or ("4bit" if flags.load_in_4bit else "8bit" if flags.load_in_8bit else None)
+    return BaseModelSettings(
+        name=flags.model_name_or_path,
+        config_name=flags.config_name,
+        revision=flags.model_revision,
+        arguments=flags.additional_model_arguments or "{}",
+        # Full fine-tuning trains float32 weights, whatever the precision in which it computes.
+        dtype=torch.float32 if method.trains_base else loading.choose_dtype(flags.dtype),
+        quantise=quantise,
+        trains_base=method.trains_base,
+        use_flash_attn=flags.use_flash_attn,
+        use_liger_kernel=flags.use_liger_kernel,
+        allow_pickle=flags.allow_pickle,
+        trust_remote_code=flags.trust_remote_code,
+    )
+
+
+def before_data(
+    flags: Flags, origins: Mapping[str, str], config: PretrainedConfig, adapter: AdapterFolder | None = None
+) -> Settings:
+    """Resolve what is known before data is read: the first moment.
+
+    Args:
+        flags: checked, with what the adapter decides.
+        origins: of the flags that were given.
+        config: of the base model.
+        adapter: whose training continues, or None.
+
+    Raises:
+        InputError: virtual tokens and conversations do not fit into the model's context.
+    """
+    method, context, model = METHODS[flags.method], loading.context_length(config), base_model_settings(flags)
+    num_virtual_tokens = flags.num_virtual_tokens or 0
+    if method.is_soft_prompt and not num_virtual_tokens:
+        num_virtual_tokens = method.recommended_virtual_tokens(context, flags.max_seq_length)
+        origins = {**origins, "num_virtual_tokens": "recipe"}
+    length = max_length(context, num_virtual_tokens, flags.max_seq_length)
+    seed = flags.seed if flags.split_seed is None else flags.split_seed
+    compute_dtype = loading.choose_dtype(flags.dtype)
+    trackers = tuple(flags.report_to) if flags.with_tracking and flags.report_to != ["none"] else ()
+    inputs = {
+        "the base model": flags.model_name_or_path,
+        "the adapter": flags.adapter_name_or_path,
+        "the tokenizer": flags.tokenizer_name_or_path,
+        "the configuration": flags.config_name,
+    }
+    return Settings(
+        flags=flags,
+        origins=origins,
+        method=method,
+        adapter=adapter,
+        num_virtual_tokens=num_virtual_tokens,
+        answer_length=context and context - num_virtual_tokens,
+        compute_dtype=compute_dtype,
+        model=model,
+        tokenizer=TokenizerSettings(
+            name=flags.tokenizer_name_or_path or model.name,
+            revision=flags.tokenizer_revision or flags.model_revision,
+            trust_remote_code=flags.trust_remote_code,
+            chat_template_name=flags.chat_template_name,
+            add_bos=flags.add_bos,
+        ),
+        data=DataSettings(
+            train_files=tuple(flags.train_file or ()),
+            dataset_name=flags.dataset_name,
+            dataset_config_name=flags.dataset_config_name,
+            mixture=mixture(flags),
+            mixture_splits=tuple(flags.dataset_mixer_list_splits),
+            messages_key=flags.sft_messages_key,
+            validation_file=flags.validation_file,
+            validation_fraction=flags.validation_fraction,
+            max_eval_samples=flags.max_eval_samples,
+            max_train_samples=flags.max_train_samples,
+            seed=seed,
+            max_length=length,
+            num_workers=flags.preprocessing_num_workers,
+            cache_dir=None if flags.dataset_skip_cache else Path(flags.dataset_local_cache_dir),
+            overwrite_cache=flags.overwrite_cache,
+        ),
+        processes=ProcessSettings(compute_dtype, flags.seed, flags.timeout, trackers, flags.output_dir),
+        forward=ForwardSettings(
+            packing=flags.packing,
+            packing_requested="packing" in origins,
+            max_tokens_per_microbatch=flags.max_tokens_per_microbatch,
+            attn_backend=flags.attn_backend,
+            use_flash_attn=flags.use_flash_attn is not False,
+            max_length=length,
+            num_virtual_tokens=num_virtual_tokens,
+            train_batch_size=flags.per_device_train_batch_size,
+            eval_batch_size=flags.per_device_eval_batch_size or flags.per_device_train_batch_size,
+            gradient_checkpointing=flags.gradient_checkpointing,
+            compile_layers=flags.compile,
+        ),
+        output=OutputSettings(
+            folder=Path(flags.output_dir),
+            overwrite=flags.overwrite_output_dir,
+            resume_from=flags.resume_from_checkpoint,
+            inputs={what: name for what, name in inputs.items() if name},
+            clean_checkpoints_at_end=flags.clean_checkpoints_at_end,
+            upload_to=repository(flags, method) if flags.push_to_hub else None,
+            upload_revision=flags.hf_repo_revision,
+        ),
+        tracking=TrackingSettings(
+            trackers=trackers,
+            project=flags.wandb_project_name,
+            entity=flags.wandb_entity,
+            run_name=flags.run_name or f"{flags.exp_name}__{method.name}__{flags.seed}__{int(time.time())}",
+        ),
+    )
+
+
+def mixture(flags: Flags) -> tuple[tuple[str, str], ...]:
+    """Return the (file or data set, amount) pairs of a mixture."""
+    if flags.dataset_mixer:
+        return tuple((name, str(amount)) for name, amount in json.loads(flags.dataset_mixer).items())
+    words = flags.dataset_mixer_list or []
+    return tuple(zip(words[::2], words[1::2], strict=True))
+
+
+def repository(flags: Flags, method: Method) -> str:
+    """Return the repository of the upload."""
+    name = flags.hf_repo_id or flags.run_name or f"{flags.exp_name}-{method.name}"
+    return f"{flags.hf_entity}/{name}" if flags.hf_entity and "/" not in name else name
+
+
+def with_recipe(settings: Settings, facts: ModelFacts, sharded: bool) -> Resolved:
+    """Fill what the user left unset from the method's recipe: the second moment.
+
+    Args:
+        settings: from `before_data`.
+        facts: scales of the base.
+        sharded: no process holds the whole model, so no starts can be tried, and a screened one begins at the text.
+    """
+    flags, method, origins = settings.flags, settings.method, dict(settings.origins)
+    given = asdict(flags) | {"num_virtual_tokens": settings.num_virtual_tokens or None}
+    recipe = method.recipe(facts, given)
+    values: dict[str, Any] = {}
+    if flags.learning_rate is None and flags.learning_rate_factor != 1:
+        values["learning_rate"] = flags.learning_rate_factor * recipe.learning_rate
+        origins["learning_rate"] = f"recipe × {flags.learning_rate_factor:g}"
+    if method.init_flag and given[method.init_flag] is None and flags.prompt_tuning_init_text:
+        values[method.init_flag], origins[method.init_flag] = "text", "flag prompt_tuning_init_text"
+    for name, value in recipe_values(method, recipe, sharded).items():
+        if given[name] is None and name not in values:
+            values[name], origins[name] = value, "recipe"
+    known = given | values
+    return Resolved(
+        **{name: getattr(settings, name) for name in Settings.__dataclass_fields__ if name != "origins"},
+        origins=origins,
+        method_settings=method.settings(known),
+        optimizer=OptimizerSettings(
+            learning_rate=known["learning_rate"],
+            lr_scheduler_type=known["lr_scheduler_type"],
+            warmup_ratio=known["warmup_ratio"],
+            final_lr_ratio=flags.final_lr_ratio or 0.0,
+            weight_decay=known["weight_decay"],
+            clip_grad_norm=known["clip_grad_norm"],
+            fused=flags.fused_optimizer,
+            eight_bits=flags.use_8bit_optimizer,
+        ),
+        recipe_sources=recipe.sources,
+    )
+
+
+def recipe_values(method: Method, recipe: Recipe, sharded: bool) -> dict[str, Any]:
+    """Return a recipe's values by the names of their flags."""
+    values = {
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": recipe.lr_scheduler_type,
+        "warmup_ratio": recipe.warmup_ratio,
+        "weight_decay": recipe.weight_decay,
+        "clip_grad_norm": recipe.clip_grad_norm,
+    }
+    if method.init_flag:
+        values[method.init_flag] = "text" if sharded and recipe.init == "screened" else recipe.init
+    return values

@@ -1,0 +1,239 @@
+"""What is tried before the first step: starts of a soft prompt, and learning rates.
+
+Starts: the losses of random tokens as a soft prompt differ by a factor of ten and more, and draws that begin low tend to
+end low (docs/experiments.md). So the base is tried with a text and with 15 draws, and the run begins at the best.
+
+Rates: Smith 2017 raises the rate during one training and looks where the loss falls fastest. A soft prompt's loss falls
+steeply at the start whatever the rate, which hides the optimum; so every rate begins anew here, sees the same examples,
+and is judged on others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from open_instruct.data.collate import Batching, to_device
+from open_instruct.data.dataset import Examples
+from open_instruct.data.plan import Plan
+from open_instruct.methods import Method
+from open_instruct.model.evaluation_mode import evaluating
+from open_instruct.training import engines
+from open_instruct.training.forward import Forward
+
+CANDIDATES = 16  # starts: the text and 15 draws
+JUDGED_ON = 16  # examples on which starts are judged
+
+FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the recipe's rate
+STEPS = 8  # of each short training
+PROBES = 2  # steps' examples on which each is judged
+MAX_STEP_EXAMPLES = 16
+
+
+def search_init(
+    method: Method,
+    candidates: Sequence[torch.Tensor],
+    accelerator: Accelerator,
+    forward: Forward,
+    examples: Examples,
+    plan: Plan,
+) -> None:
+    """Start from the candidate with the lowest loss on the run's first examples. Every process does the same.
+
+    Args:
+        method: of the run.
+        candidates: values of the soft prompt's parameter, a text's first; none: the start stays as it is.
+        accelerator: of the run.
+        forward: of the run, active.
+        examples: training examples.
+        plan: of the run.
+    """
+    if not candidates:
+        return
+    model, best = forward.model.model, 0
+    if accelerator.is_main_process:
+        losses = []
+        batches = micro_batches(forward.training, examples, first_examples(plan, JUDGED_ON))
+        for values in candidates:
+            method.set_init(model, values)
+            losses.append(mean_loss(accelerator, forward.model, batches))
+        best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+        origin = "the text" if best == 0 else f"draw {best} of random tokens"
+        accelerator.print(
+            f"soft prompt starts from {origin}: loss {losses[best]:.4f}, the lowest of {len(losses)} starts "
+            f"(text {losses[0]:.4f}, highest {max(losses):.4f})"
+        )
+    method.set_init(model, candidates[engines.broadcast(best)])
+
+
+def search_rate(
+    method: Method,
+    accelerator: Accelerator,
+    forward: Forward,
+    examples: Examples,
+    plan: Plan,
+    recipe_rate: float,
+    clip_grad_norm: float,
+    seed: int,
+) -> RangeTest:
+    """Run the range test on the main process, print its result, and return it on every process."""
+    test = None
+    if accelerator.is_main_process:
+        test = range_test(
+            accelerator, forward.model, method, examples, plan, forward.training, recipe_rate, clip_grad_norm, seed
+        )
+    test = engines.broadcast(test)
+    accelerator.print(f"auto_lr: {test.chosen:.3g}, the recipe's is {recipe_rate:.3g}; {test.why}")
+    return test
+
+
+def first_examples(plan: Plan, num_examples: int) -> list[int]:
+    """Return the indices of the first examples that a run trains on: the same on 1 or 8 processes."""
+    indices: list[int] = []
+    for step in range(plan.num_steps):
+        indices += plan.examples(step).tolist()
+        if len(indices) >= num_examples:
+            break
+    return indices[:num_examples]
+
+
+def micro_batches(batching: Batching, examples: Examples, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Collate examples into as many micro-batches as they need."""
+    rows = batching.micro_batches(indices, examples.lengths, 0, 1)
+    return [batching.collate([examples[i] for i in row]) for row in rows]
+
+
+@torch.no_grad()
+def mean_loss(accelerator: Accelerator, model: torch.nn.Module, batches: Sequence[dict[str, Any]]) -> float:
+    """Return the loss of micro-batches in nats per labelled token.
+
+    Args:
+        accelerator: for device and precision.
+        model: a `TrainingModel`, not prepared yet.
+        batches: collated micro-batches.
+    """
+    with evaluating(model), accelerator.autocast():
+        sums = [torch.stack(model(**to_device(batch, accelerator.device))).double() for batch in batches]
+    total = torch.stack(sums).sum(0)
+    return (total[0] / total[1]).item()
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """The rates that were tried, and the chosen one. Losses are nats per labelled token on the same unseen examples."""
+
+    rates: list[float]
+    losses: list[float]  # nan or infinite where a training broke down
+    before: float  # without any training
+    chosen: float
+    why: str
+
+
+def range_test(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    method: Method,
+    examples: Examples,
+    plan: Plan,
+    batching: Batching,
+    recipe_rate: float,
+    clip_grad_norm: float,
+    seed: int,
+) -> RangeTest:
+    """Try rates around the recipe's. Afterwards the parameters are as before, bit for bit.
+
+    Args:
+        accelerator: for device and precision.
+        model: a `TrainingModel`, not prepared yet.
+        method: says which parameters the optimizer gets.
+        examples: training examples.
+        plan: of the run, whose first steps are used.
+        batching: makes micro-batches.
+        recipe_rate: the middle of the rates that are tried.
+        clip_grad_norm: bound of the gradient's norm; none where not positive.
+        seed: of dropout.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    values = [parameter.detach().clone() for parameter in parameters]
+    size = min(plan.examples_per_step, MAX_STEP_EXAMPLES)
+    indices = first_examples(plan, (STEPS + PROBES) * size)
+    probes = micro_batches(batching, examples, indices[: PROBES * size])
+    steps = [indices[start : start + size] for start in range(PROBES * size, len(indices), size)] or [indices]
+    training = [(micro_batches(batching, examples, step), int(examples.label_counts[step].sum())) for step in steps]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+
+    before = mean_loss(accelerator, model, probes)
+    rates, losses = [factor * recipe_rate for factor in FACTORS], []
+    try:
+        for rate in rates:
+            restore()
+            train_shortly(accelerator, model, method, training, rate, clip_grad_norm, seed)
+            losses.append(mean_loss(accelerator, model, probes))
+    finally:
+        restore()
+    chosen, why = choose(rates, losses, before, recipe_rate)
+    return RangeTest(rates, losses, before, chosen, why)
+
+
+def train_shortly(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    method: Method,
+    steps: Sequence[tuple[list[dict[str, Any]], int]],
+    rate: float,
+    clip_grad_norm: float,
+    seed: int,
+) -> None:
+    """Take a step on each (micro-batches, number of labelled tokens), the rate falling to zero as at the end of a run."""
+    model.train()
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(method.parameter_groups(model), lr=rate, weight_decay=0.0)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    peaks = [group["lr"] for group in optimizer.param_groups]  # a method's groups may have rates of their own
+    for number, (batches, label_tokens) in enumerate(steps):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * (1 - number / len(steps))
+        for batch in batches:
+            with accelerator.autocast():
+                loss, _ = model(**to_device(batch, accelerator.device))
+            (loss / label_tokens).backward()
+        if clip_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def choose(rates: Sequence[float], losses: Sequence[float], before: float, recipe_rate: float) -> tuple[float, str]:
+    """Choose the rate with the lowest loss, refined by the parabola through it and its neighbours in log rate.
+
+    Returns:
+        (rate, reason).
+    """
+    usable = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    best = min(range(len(rates)), key=usable.__getitem__)
+    if not usable[best] < before:
+        return recipe_rate, f"no rate brought the loss below {before:.4f} in {STEPS} steps, so the recipe's is kept"
+    chosen, how = rates[best], "the lowest loss"
+    if 0 < best < len(rates) - 1 and math.isfinite(usable[best - 1]) and math.isfinite(usable[best + 1]):
+        x = [math.log(rate) for rate in rates[best - 1 : best + 2]]
+        y = usable[best - 1 : best + 2]
+        left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+        curvature = (right - left) / (x[2] - x[0])
+        if curvature > 0:
+            middle = (x[0] + x[1]) / 2 - left / (2 * curvature)
+            chosen, how = (
+                math.exp(min(max(middle, x[0]), x[2])),
+                "the lowest point of the parabola through the three best",
+            )
+    chosen = float(f"{chosen:.3g}")
+    return chosen, f"{how}: {usable[best]:.4f} after {STEPS} steps at {rates[best]:.3g}, from {before:.4f}"
