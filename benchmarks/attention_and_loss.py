@@ -1,6 +1,6 @@
 """The two parts that the packed forward pass computes in its own way, against what PyTorch offers for them.
 
-Run from the repository root: python -m benchmarks.attention_and_loss
+Run from the repository root: python -m benchmarks.attention_and_loss [--only attention]
 
 Attention: 16 segments and a shared prefix, 8 heads of 64, one layer, forward and backward. Loss: 1,550 positions of
 hidden size 512, forward and backward into the positions. Medians of interleaved runs on an otherwise idle machine.
@@ -8,6 +8,7 @@ hidden size 512, forward and backward into the positions. Medians of interleaved
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -20,11 +21,11 @@ import torch.nn.functional as F
 from benchmarks.shared_prefix import gsm8k_lengths, tulu_lengths
 from open_instruct.model.backends import blocked, sdpa
 from open_instruct.model.chunked_loss import chunked_cross_entropy
-from open_instruct.model.shared_prefix import Segments
+from open_instruct.model.shared_prefix import AttentionInputs, Segments
 
 
 def medians(arms: dict[str, Callable[[], torch.Tensor]], inputs: list[torch.Tensor], repeats: int) -> dict[str, float]:
-    """Milliseconds of forward and backward of each arm; asserts that all give the same gradients."""
+    """Return the milliseconds of forward and backward of each arm; all must give the same gradients."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     gradients = {}
     for _ in range(repeats):
@@ -36,27 +37,25 @@ def medians(arms: dict[str, Callable[[], torch.Tensor]], inputs: list[torch.Tens
             times[name].append(1e3 * (time.perf_counter() - started))
             gradients[name] = torch.cat([tensor.grad.flatten().float() for tensor in inputs if tensor.grad is not None])
     first = next(iter(gradients.values()))
-    for other in gradients.values():
-        assert (other - first).norm() / first.norm() < (1e-5 if inputs[0].dtype == torch.float32 else 3e-2)
-    return {name: float(np.median(found)) for name, found in times.items()}
+    for gradient in gradients.values():
+        assert (gradient - first).norm() / first.norm() < (1e-5 if inputs[0].dtype == torch.float32 else 3e-2)
+    return {name: float(np.median(milliseconds)) for name, milliseconds in times.items()}
 
 
 def attention(lengths: list[int], num_virtual: int, dtype: torch.dtype) -> dict[str, float]:
-    """One layer over a row whose prefix is keys and values."""
+    """Time one layer over a row whose prefix is keys and values."""
     torch.manual_seed(0)
     ends = np.cumsum(lengths).tolist()
     segments = Segments(tuple(zip([0, *ends[:-1]], ends, strict=True)), 0, num_virtual)
     inputs = [torch.randn(1, 8, n, 64).to(dtype).requires_grad_() for n in (ends[-1],) * 3 + (num_virtual,) * 2]
     weight = torch.randn(1, ends[-1], 8, 64).to(dtype)
-    arms: dict[str, Any] = {
-        "sdpa": lambda: sdpa(*inputs, segments, 0.125, None, None) * weight,
-        "blocked": lambda: blocked(*inputs, segments, 0.125, None, None) * weight,
-    }
+    layer = AttentionInputs(*inputs, segments=segments, scale=0.125, window=None, softcap=None)
+    arms: dict[str, Any] = {"sdpa": lambda: sdpa(layer) * weight, "blocked": lambda: blocked(layer) * weight}
     return medians(arms, inputs, 7)
 
 
 def loss(vocab_size: int, dtype: torch.dtype) -> dict[str, float]:
-    """A frozen head."""
+    """Time a frozen head."""
     torch.manual_seed(0)
     hidden, targets = torch.randn(1550, 512).to(dtype).requires_grad_(), torch.randint(vocab_size, (1550,))
     head = (torch.randn(vocab_size, 512) * 0.02).to(dtype)
@@ -73,7 +72,19 @@ def loss(vocab_size: int, dtype: torch.dtype) -> dict[str, float]:
 
 
 def main() -> int:
-    """Print both tables."""
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["attention", "loss"])
+    only = parser.parse_args().only
+    if only != "loss":
+        print_attention()
+    if only != "attention":
+        print_loss()
+    return 0
+
+
+def print_attention() -> None:
+    """Print the table of attention."""
     rng = np.random.default_rng(0)
     print("| one layer's attention | dtype | sdpa by segments | blocked | ratio |\n|---|---|---|---|---|")
     for name, lengths, num_virtual in (
@@ -83,18 +94,23 @@ def main() -> int:
         for dtype in (torch.float32, torch.bfloat16):
             ms = attention(lengths, num_virtual, dtype)
             print(
-                f"| {name} | {dtype} | {ms['sdpa']:.0f} ms | {ms['blocked']:.0f} ms | {ms['sdpa'] / ms['blocked']:.2f}× |",
+                f"| {name} | {dtype} | {ms['sdpa']:.0f} ms | {ms['blocked']:.0f} ms "
+                f"| {ms['sdpa'] / ms['blocked']:.2f}× |",
                 flush=True,
             )
+
+
+def print_loss() -> None:
+    """Print the table of the loss."""
     print(
-        "\n| loss of 1,550 positions | dtype | all logits | in pieces | torch's linear_cross_entropy |\n|---|---|---|---|---|"
+        "\n| loss of 1,550 positions | dtype | all logits | in pieces | torch's linear_cross_entropy |\n"
+        "|---|---|---|---|---|"
     )
     for vocab_size in (32_000, 128_000):
         for dtype in (torch.float32, torch.bfloat16):
             ms = loss(vocab_size, dtype)
             cells = " | ".join(f"{value:,.0f} ms" for value in ms.values())
             print(f"| vocabulary {vocab_size:,} | {dtype} | {cells} |", flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training steps of the packed forward pass against PEFT's padded one: time, tokens per second, memory, distance from the floor.
+"""Training steps of the packed forward pass against PEFT's padded one: time, tokens per second, memory, and the floor.
 
 Run from the repository root on an otherwise idle machine:
 
@@ -7,9 +7,10 @@ Run from the repository root on an otherwise idle machine:
     python -m benchmarks.shared_prefix --compile          # with compiled decoder layers, and the graphs counted
     python -m benchmarks.shared_prefix --shape llama-1b --device cuda --dtypes bfloat16
 
-Each step has the same examples in both arms and the losses are compared. The peer is `PeftModel` on right-padded rows, in the order drawn,
-with its own loss. Tokens are real ones: no padding, no virtual tokens. The floor is 4 × parameters × real tokens operations (a frozen
-base: forward, and backward through activations) at the rate of a large matrix product measured here. Random weights.
+Each step has the same examples in both arms and the losses are compared. The peer is `PeftModel` on right-padded rows,
+in the order drawn, with its own loss. Tokens are real ones: no padding, no virtual tokens. The floor is 4 × parameters
+× real tokens operations (a frozen base: forward, and backward through activations) at the rate of a large matrix
+product measured here. Random weights.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ import open_instruct.quiet  # noqa: F401
 from open_instruct.data import collate
 from open_instruct.data.collate import Packing, to_device
 from open_instruct.methods import METHODS, MethodSettings
+from open_instruct.model import backends
+from open_instruct.model.backends import blocked
 from open_instruct.model.training_model import PackedModel
 from open_instruct.training import packing
 
@@ -43,19 +46,20 @@ SHAPES = {  # hidden size, feed-forward size, layers, query heads, key/value hea
     "llama-40m": (512, 1408, 8, 8, 8, 32_000),
     "llama-1b": (2048, 8192, 16, 32, 8, 128_256),
 }
-# Lengths of GSM8K's training conversations (Qwen 2.5's tokenizer, Tulu template) at shares of the data. 64 % of the tokens are labelled.
+# Lengths of GSM8K's training conversations (Qwen 2.5's tokenizer, Tulu template) at shares of the data. 64 % of the
+# tokens are labelled.
 GSM8K_SHARES = [0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1]
 GSM8K_LENGTHS = [75, 106, 117, 135, 149, 164, 179, 198, 218, 243, 286, 323, 362, 401, 480, 547]
 GSM8K_LABELLED = 0.64
 
 
 def gsm8k_lengths(rng: np.random.Generator, count: int) -> list[int]:
-    """Lengths drawn from GSM8K's distribution."""
+    """Draw lengths from GSM8K's distribution."""
     return np.interp(rng.random(count), GSM8K_SHARES, GSM8K_LENGTHS).astype(int).tolist()
 
 
 def tulu_lengths(rng: np.random.Generator, count: int) -> list[int]:
-    """Long-tailed lengths: log-normal, sigma 0.8, mean 400, at most 2,048."""
+    """Draw long-tailed lengths: log-normal, sigma 0.8, mean 400, at most 2,048."""
     return np.clip(rng.lognormal(math.log(400) - 0.32, 0.8, count), 16, 2048).astype(int).tolist()
 
 
@@ -71,7 +75,7 @@ SPEED: dict[str, tuple[str, int, Callable[..., list[int]], int, list[str]]] = {
 
 
 def make_model(method: str, num_virtual_tokens: int, shape: tuple[int, ...], dtype: str, device: str) -> Any:
-    """A random Llama with an adapter."""
+    """Return a random Llama with an adapter."""
     torch.manual_seed(0)
     names = (
         "hidden_size",
@@ -98,7 +102,7 @@ def make_model(method: str, num_virtual_tokens: int, shape: tuple[int, ...], dty
 
 
 def draw(rng: np.random.Generator, lengths: list[int], vocab_size: int) -> list[dict[str, Any]]:
-    """Examples of random tokens, the last part labelled."""
+    """Draw examples of random tokens, the last part labelled."""
     return [
         {"input_ids": rng.integers(3, vocab_size, n).tolist(), "spans": [round(n * (1 - GSM8K_LABELLED)), n]}
         for n in lengths
@@ -106,7 +110,7 @@ def draw(rng: np.random.Generator, lengths: list[int], vocab_size: int) -> list[
 
 
 def padded_step(model: Any, examples: list[dict[str, Any]], size: int, device: str) -> float:
-    """PEFT's forward and its own loss, over micro-batches of `size`; the mean over all labelled tokens."""
+    """Do a step by PEFT's forward and loss, in micro-batches of `size`; return the mean loss of a labelled token."""
     total = sum(end - start for start, end in (e["spans"] for e in examples))
     loss = 0.0
     for start in range(0, len(examples), size):
@@ -119,7 +123,7 @@ def padded_step(model: Any, examples: list[dict[str, Any]], size: int, device: s
 
 
 def packed_step(packed: PackedModel, batching: Packing, examples: list[dict[str, Any]], device: str) -> float:
-    """The same step, packed."""
+    """Do the same step, packed; return the same mean."""
     total = sum(end - start for start, end in (e["spans"] for e in examples))
     lengths = np.array([len(e["input_ids"]) for e in examples])
     loss = 0.0
@@ -131,7 +135,7 @@ def packed_step(packed: PackedModel, batching: Packing, examples: list[dict[str,
 
 
 def timed(step: Callable[[], float], model: Any, device: str) -> tuple[float, float]:
-    """(loss, seconds) of a step."""
+    """Return (loss, seconds) of a step."""
     model.zero_grad(set_to_none=True)
     gc.collect()
     synchronise(device)
@@ -156,7 +160,7 @@ def switch_compiled(model: Any, on: bool) -> None:
 
 
 def product_rate(dtype: str, device: str) -> float:
-    """Operations per second of a large matrix product."""
+    """Return the operations per second of a large matrix product."""
     size = 8192 if device == "cuda" else 2048
     matrix = torch.randn(size, size, device=device).to(getattr(torch, dtype))
     best = math.inf
@@ -171,7 +175,7 @@ def product_rate(dtype: str, device: str) -> float:
 
 
 def speed(name: str, dtype: str, arguments: argparse.Namespace) -> str:
-    """One row of the table: medians over steps, arms interleaved."""
+    """Return one row of the table: medians over steps, arms interleaved."""
     method, virtual, lengths_of, size, _ = SPEED[name]
     shape, device = SHAPES[arguments.shape], arguments.device
     vocab_size = shape[-1]
@@ -180,10 +184,8 @@ def speed(name: str, dtype: str, arguments: argparse.Namespace) -> str:
         max_tokens_per_microbatch=None, train_batch_size=16, max_seq_length=2048, num_virtual_tokens=virtual
     )
     batching = Packing(packing.row_bound(settings) - virtual)  # type: ignore[arg-type]
-    backend = packing.backends.choose(None, torch.device(device), getattr(torch, dtype))
-    make_packed = partial(
-        PackedModel, model, partial(METHODS[method].soft_prompt, model), packing.backends.BACKENDS[backend]
-    )
+    backend = backends.choose(None, torch.device(device), getattr(torch, dtype))
+    make_packed = partial(PackedModel, model, partial(METHODS[method].soft_prompt, model), backends.BACKENDS[backend])
     torch._dynamo.utils.counters.clear()
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {"padded": [], "packed": []}
@@ -192,10 +194,9 @@ def speed(name: str, dtype: str, arguments: argparse.Namespace) -> str:
         examples = draw(rng, lengths_of(rng, 16), vocab_size)
         switch_compiled(model, False)
         expected, padded_seconds = timed(lambda: padded_step(model, examples, size, device), model, device)  # noqa: B023
-        packed = make_packed()
-        switch_compiled(model, arguments.compile)
-        loss, packed_seconds = timed(lambda: packed_step(packed, batching, examples, device), model, device)  # noqa: B023
-        packed.release()
+        with make_packed() as packed:
+            switch_compiled(model, arguments.compile)
+            loss, packed_seconds = timed(lambda: packed_step(packed, batching, examples, device), model, device)  # noqa: B023
         differences.append(abs(loss - expected) / expected)
         if repetition:  # the first is a warm-up
             times["padded"].append(padded_seconds)
@@ -227,7 +228,8 @@ def memory_of(name: str, arm: str) -> None:
     step: Callable[[], float] = partial(padded_step, model, examples, len(examples), "cpu")
     if arm != "padded":
         method = METHODS["prompt_tuning" if name == "vocabulary" else "prefix_tuning"]
-        packed = PackedModel(model, partial(method.soft_prompt, model), packing.backends.blocked)
+        packed = PackedModel(model, partial(method.soft_prompt, model), blocked)
+        packed.activate()  # for as long as this process lives
         if arm == "checkpointing":
             packed.causal.gradient_checkpointing_enable({"use_reentrant": False})
         step = partial(packed_step, packed, Packing(sum(lengths)), examples, "cpu")
@@ -239,23 +241,25 @@ def memory_of(name: str, arm: str) -> None:
 
 
 def high_water_mark() -> float:
-    """Largest resident memory of this process, in MB."""
+    """Return the largest resident memory of this process, in MB."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 def memory(name: str, arms: tuple[str, str]) -> str:
-    """One row of the table of memory: the first arm is the reference."""
-    found = []
+    """Return one row of the table of memory: the first arm is the reference."""
+    measured = []
     for arm in arms:
         command = [sys.executable, "-m", "benchmarks.shared_prefix", "--memory-of", name, arm]
-        # Large blocks from the system, not from glibc's heap: its fragments made both arms' peaks up to four times what lived.
+        # Large blocks from the system, not from glibc's heap: its fragments made both arms' peaks up to four times what
+        # lived.
         variables = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    reference, ours = found
+        measured.append(json.loads(done.stdout.splitlines()[-1]))
+    reference, ours = measured
     return (
-        f"| {name} | {arms[0]}: {reference['peak']:,.0f} (step {reference['growth']:,.0f}) | {arms[1]}: {ours['peak']:,.0f} "
-        f"(step {ours['growth']:,.0f}) | {ours['peak'] / reference['peak']:.2f}× | **{ours['growth'] / reference['growth']:.2f}×** |"
+        f"| {name} | {arms[0]}: {reference['peak']:,.0f} (step {reference['growth']:,.0f}) "
+        f"| {arms[1]}: {ours['peak']:,.0f} (step {ours['growth']:,.0f}) "
+        f"| {ours['peak'] / reference['peak']:.2f}× | **{ours['growth'] / reference['growth']:.2f}×** |"
     )
 
 

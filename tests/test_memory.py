@@ -12,14 +12,16 @@ PROGRAM = """
 import gc, json, sys
 from functools import partial
 import numpy as np
-from benchmarks.shared_prefix import METHODS, Packing, PackedModel, Path, draw, high_water_mark, make_model, packed_step, packing
+from benchmarks.shared_prefix import METHODS, Packing, PackedModel, Path, blocked
+from benchmarks.shared_prefix import draw, high_water_mark, make_model, packed_step
 from open_instruct.model import memory
 
 method, checkpointing = sys.argv[1], sys.argv[2] == "True"
 model = make_model(method, 20, (512, 1408, 8, 8, 8, 2000), "float32", "cpu")
 if method == "full":
     model.requires_grad_(True)
-packed = PackedModel(model, partial(METHODS[method].soft_prompt, model), packing.backends.blocked)
+packed = PackedModel(model, partial(METHODS[method].soft_prompt, model), blocked)
+packed.activate()
 if checkpointing:
     packed.causal.gradient_checkpointing_enable({"use_reentrant": False})
 examples = draw(np.random.default_rng(0), [512] * 4, 2000)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,17 +16,16 @@ from open_instruct.data import collate
 from open_instruct.errors import InputError
 from open_instruct.methods import METHODS
 from open_instruct.model import backends
-from open_instruct.model.backends import missing
-from open_instruct.model.chunked_loss import chunked_cross_entropy, find_head, head_forms
-from open_instruct.model.training_model import PackedModel
+from open_instruct.model.shared_prefix import Segments
 from open_instruct.training import capabilities, packing, setup
 from open_instruct.training.packing import PackingSettings, choose_forward, row_bound, try_packed
 from tests.conftest import ROOT, TINY_MODEL, method_flags, modest_flags, without_measurements
-from tests.test_shared_prefix import COMMON, examples, packed_model, random_model, wrap
+from tests.tiny_models import COMMON, random_model, wrap
 
 SETTINGS = PackingSettings(
-    packing=True, asked_for=False, max_tokens_per_microbatch=None, attn_backend=None, use_flash_attn=True, max_seq_length=64,
-    num_virtual_tokens=5, train_batch_size=4, eval_batch_size=4, pad_token_id=0, gradient_checkpointing=False, compile_layers=False,
+    packing=True, asked_for=False, max_tokens_per_microbatch=None, attn_backend=None, use_flash_attn=True,
+    max_seq_length=64, num_virtual_tokens=5, train_batch_size=4, eval_batch_size=4, pad_token_id=0,
+    gradient_checkpointing=False, compile_layers=False,
 )  # fmt: skip
 CPU = torch.device("cpu")
 SHORT = ["--max_train_steps", "3", "--eval_steps", "0", "--lora_dropout", "0"]
@@ -90,10 +89,10 @@ def test_the_probe_notices_a_wrong_position(monkeypatch):
 
 def test_the_probe_notices_a_leak_in_half_precision_too(monkeypatch):
     model, _ = wrap("lora", random_model("llama").bfloat16())
-    leaky = lambda *inputs: backends.blocked(*inputs[:5], shifted(inputs[5]), *inputs[6:])  # noqa: E731
 
-    def shifted(segments):
-        return type(segments)(((0, segments.bounds[-1][1]),), 0, 0)
+    def leaky(inputs):
+        whole_row = (0, inputs.segments.bounds[-1][1])
+        return backends.blocked(replace(inputs, segments=Segments((whole_row,), 0, 0)))
 
     monkeypatch.setitem(backends.BACKENDS, "leaky", leaky)
     packed, reason = try_packed(model, lambda: None, "leaky", torch.bfloat16)
@@ -239,93 +238,3 @@ def test_compiled_layers_change_nothing_and_need_few_graphs(train):
     assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
     for a, b in zip(without_measurements(plain.metrics), without_measurements(compiled.metrics), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
-def test_the_head_is_found_and_pieces_give_the_whole_loss(architecture, monkeypatch):
-    base = random_model(architecture)
-    head = head_forms(base)[find_head(base)]
-    hidden, targets = torch.randn(20, 32, requires_grad=True), torch.randint(0, 120, (20,))
-    expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
-    weight = base.get_output_embeddings().weight
-    wanted = torch.autograd.grad(2 * expected, (hidden, weight))
-    monkeypatch.setattr("open_instruct.model.chunked_loss.CHUNK_ELEMENTS", {"cpu": 7 * 120})
-    monkeypatch.setattr("open_instruct.model.chunked_loss.MIN_ROWS_OF_A_TRAINED_HEAD", 3)
-    loss = chunked_cross_entropy(hidden, targets, head, 120, [weight])
-    torch.testing.assert_close(loss, expected)
-    for got, want in zip(torch.autograd.grad(2 * loss, (hidden, weight)), wanted, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-
-
-def test_a_soft_cap_that_small_logits_hardly_feel_is_not_left_out():
-    base = random_model("gemma2")
-    base.config.final_logit_softcapping = 30.0
-    ids = torch.arange(4)[None]
-    with torch.no_grad():
-        hidden = base.eval().get_decoder()(input_ids=ids).last_hidden_state
-        linear = base.get_output_embeddings()(hidden)
-        base.get_output_embeddings().weight.mul_(
-            4 / linear.abs().max()
-        )  # a cap of 30 changes logits of 4 by half a percent
-        hidden = base.get_decoder()(input_ids=ids).last_hidden_state
-        expected = base(input_ids=ids).logits
-        assert 0 < (base.get_output_embeddings()(hidden) - expected).abs().max() < 1e-2 * expected.abs().max()
-        head = head_forms(base)[find_head(base)]
-        torch.testing.assert_close(head(hidden), expected)
-
-
-def test_a_head_of_unknown_form_is_left_to_the_model(monkeypatch):
-    """Its logits are computed by the model itself, at the labelled positions."""
-    model, method = wrap("prompt_tuning", random_model("llama"))
-    expected = packed_model(model, method)(**collate.pack(examples()))[0].item()
-    monkeypatch.setattr("open_instruct.model.loss.find_head", lambda causal: None)
-    assert packed_model(model, method)(**collate.pack(examples()))[0].item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_head_that_no_known_form_describes_is_not_guessed(monkeypatch):
-    base = random_model("llama")
-    own = type(base).forward
-
-    def squared(self, *inputs, **options):
-        output = own(self, *inputs, **options)
-        output.logits = output.logits**2
-        return output
-
-    assert find_head(base) is not None
-    monkeypatch.setattr(type(base), "forward", squared)
-    assert find_head(base) is None
-
-
-@pytest.mark.parametrize("name, dtype, says", [
-    ("varlen", torch.bfloat16, "it needs a GPU"), ("flash_attn", torch.bfloat16, "it needs a GPU"),
-    ("sdpa", torch.float32, None), ("blocked", torch.float32, None),
-])  # fmt: skip
-def test_a_back_end_that_can_not_run_says_why(name, dtype, says):
-    reason = missing(name, CPU, dtype)
-    assert (reason is None) == (says is None) and (says is None or says in reason)
-
-
-def test_gpu_back_ends_want_sixteen_bits():
-    reason = missing("varlen", SimpleNamespace(type="cuda"), torch.float32)  # type: ignore[arg-type]
-    assert reason and "--dtype bfloat16" in reason
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("backend", ["varlen", "flash_attn"])
-@pytest.mark.parametrize("variant", ["lora", "prompt_tuning", "prefix_tuning"])
-def test_the_kernels_of_a_gpu_compute_what_sdpa_computes(variant, backend):
-    device = torch.device("cuda")
-    if missing(backend, device, torch.bfloat16):
-        pytest.skip(str(missing(backend, device, torch.bfloat16)))
-    results = []
-    for name in ("sdpa", backend):
-        model, method = wrap(variant, random_model("mistral").to(device, torch.bfloat16))
-        model.to(device)
-        packed: PackedModel = packed_model(model, method, name)
-        loss, _ = packed(**collate.to_device(collate.pack(examples()), device))
-        loss.backward()
-        results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])))
-    (loss, gradient), (other_loss, other) = results
-    assert other_loss == pytest.approx(loss, rel=1e-2)
-    assert (other - gradient).norm() / gradient.norm() < 5e-2

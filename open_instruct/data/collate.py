@@ -11,11 +11,11 @@ import torch
 
 from open_instruct.data import plan
 
-IGNORE = -100  # label of a position that is nobody's target
+IGNORE = -100  # label of a token on which nothing is learned
 
 
 def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:
-    """The ids inside the spans [start, end, start, end, …], IGNORE elsewhere."""
+    """Return the ids inside the spans [start, end, start, end, …], and IGNORE elsewhere."""
     labels = [IGNORE] * len(ids)
     for start, end in zip(spans[::2], spans[1::2], strict=True):
         labels[start:end] = ids[start:end]
@@ -24,6 +24,8 @@ def labels_of(ids: Sequence[int], spans: Sequence[int]) -> list[int]:
 
 def pad(examples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Right-pad examples {"input_ids", "spans"} to the longest.
+
+    An example's first token is never labelled: no token of the conversation comes before it to predict it.
 
     Returns:
         input_ids, attention_mask and labels, each [B, T]; labels are not shifted.
@@ -39,16 +41,22 @@ def pad(examples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torc
         batch["input_ids"][row, : len(ids)] = ids
         batch["attention_mask"][row, : len(ids)] = 1
         batch["labels"][row, : len(ids)] = torch.as_tensor(labels_of(example["input_ids"], example["spans"]))
-    batch["labels"][:, 0] = IGNORE  # no token of the conversation comes before the first
+    batch["labels"][:, 0] = IGNORE
     return batch
 
 
 def pack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row of examples {"input_ids", "spans"} without padding.
+    """Put examples {"input_ids", "spans"} one after another into a row without padding.
+
+    An example's first token is never a target: the token before it belongs to another example.
 
     Returns:
-        input_ids [1, T]; position_ids [1, T], from 0 for each example; lengths, tokens of each; before [N], index of the
-        token before each labelled one; targets [N], the labelled tokens. An example's first token is nobody's target.
+        input_ids: [1, T]
+        position_ids: [1, T], from 0 for each example.
+        lengths: number of tokens of each example.
+        target_positions: [N], for each target the index into input_ids of the position whose hidden state predicts it.
+            This is the position before the one at which the target itself stands.
+        targets: [N], the labelled tokens.
     """
     lengths = tuple(len(example["input_ids"]) for example in examples)
     ids = np.concatenate([np.asarray(example["input_ids"], dtype=np.int64) for example in examples])
@@ -60,25 +68,46 @@ def pack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "input_ids": torch.from_numpy(ids)[None],
         "position_ids": torch.from_numpy(np.arange(len(ids)) - np.repeat(starts, lengths))[None],
         "lengths": lengths,
-        "before": torch.from_numpy(labelled - 1),
+        "target_positions": torch.from_numpy(labelled - 1),
         "targets": torch.from_numpy(labels[labelled]),
     }
 
 
 class Batching(Protocol):
-    """How the examples of a step become micro-batches."""
+    """The way from the examples of a step to micro-batches."""
 
     def micro_batches(self, indices: Sequence[int], lengths: np.ndarray, rank: int, num_ranks: int) -> list[list[int]]:
-        """Micro-batches of one process; every process has the same number of them, of which some may be empty."""
+        """Return the micro-batches of one process. Every process has the same number of them; some may be empty.
+
+        Args:
+            indices: the step's examples.
+            lengths: tokens of every example of the data set.
+            rank: the process, counted from 0.
+            num_ranks: number of processes.
+        """
 
     def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_virtual_tokens: int) -> int:
-        """Positions of a micro-batch, padding and virtual tokens included."""
+        """Return the number of positions of a micro-batch, padding and virtual tokens included.
+
+        Args:
+            chosen: the examples of the micro-batch, at least one.
+            lengths: tokens of every example of the data set.
+            num_virtual_tokens: P
+        """
 
     def halved(self, indices: Sequence[int], lengths: np.ndarray) -> Packing | None:
-        """Rows of half the length that these examples fill now, or None where rows can't be made shorter."""
+        """Return a batching into rows of half the length that these examples fill now, or None if that can't be.
+
+        Args:
+            indices: the step's examples.
+            lengths: tokens of every example of the data set.
+        """
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """What the forward pass takes. No example: a micro-batch without a label, for a process that has nothing left."""
+        """Return the arguments of the forward pass.
+
+        Without examples this is a micro-batch without labels, for a process that has nothing left.
+        """
 
 
 @dataclass(frozen=True)
@@ -101,8 +130,8 @@ class Padding:
         return None
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """input_ids, attention_mask, labels, each [B, T]."""
-        return pad(examples or NOTHING, self.pad_token_id)
+        """Return input_ids, attention_mask and labels, each [B, T]; see `pad`."""
+        return pad(examples or NO_LABELS, self.pad_token_id)
 
 
 @dataclass(frozen=True)
@@ -121,20 +150,20 @@ class Packing:
 
     def halved(self, indices: Sequence[int], lengths: np.ndarray) -> Packing | None:
         """See `Batching`. The longest example of the data set must fit."""
-        largest = max(int(lengths[row].sum()) for row in self.micro_batches(indices, lengths, 0, 1))
-        bound = max(largest // 2, int(lengths.max()))
-        return Packing(bound) if bound < largest else None
+        longest_row = max(int(lengths[row].sum()) for row in self.micro_batches(indices, lengths, 0, 1))
+        bound = max(longest_row // 2, int(lengths.max()))
+        return Packing(bound) if bound < longest_row else None
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """See `pack`."""
-        return pack(examples or NOTHING)
+        """Return one packed row; see `pack`."""
+        return pack(examples or NO_LABELS)
 
 
-NOTHING = [{"input_ids": [0, 0], "spans": []}]
+NO_LABELS = [{"input_ids": [0, 0], "spans": []}]  # stands in where a process has no example
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The tensors of a micro-batch on a device."""
+    """Return a micro-batch with its tensors on a device."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
+
+from open_instruct.model.evaluation_mode import evaluating
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -19,15 +22,15 @@ MIN_ROWS_OF_A_TRAINED_HEAD = 1024  # each piece adds a gradient as large as the 
 def chunked_cross_entropy(
     hidden: torch.Tensor, targets: torch.Tensor, head: Head, vocab_size: int, trained: list[nn.Parameter]
 ) -> Any:
-    """Summed cross-entropy of head(hidden) against the targets.
+    """Return the summed cross-entropy of head(hidden) against the targets.
 
-    Each piece's gradient is computed with its loss, in the forward pass, and only the gradient is kept: one pass over the
-    head, where recomputing logits in the backward pass takes two. Works for any head that treats positions alone.
-    (`torch.nn.functional.linear_cross_entropy` does the same for linear heads, and was 2 to 10 times slower on CPU with torch 2.13:
-    `benchmarks/RESULTS.md`.)
+    Each piece's gradient is computed with its loss, in the forward pass, and only the gradient is kept: one pass over
+    the head, where recomputing logits in the backward pass takes two. Works for any head that treats positions alone.
+    (`torch.nn.functional.linear_cross_entropy` does the same for linear heads, and was 2 to 10 times slower on CPU with
+    torch 2.13: `benchmarks/RESULTS.md`.)
 
     Args:
-        hidden: [N, D], the state before each target.
+        hidden: [N, D], the state that predicts each target.
         targets: [N], token ids.
         head: [n, D] → logits [n, V].
         vocab_size: V, which decides how many positions make a piece.
@@ -36,46 +39,70 @@ def chunked_cross_entropy(
     Returns:
         Scalar, float32, in nats.
     """
-    return _ChunkedCrossEntropy.apply(
-        hidden, targets, head, rows_at_once(hidden.device, vocab_size, bool(trained)), *trained
-    )
+    num_rows = rows_at_once(hidden.device, vocab_size, bool(trained))
+    return _ChunkedCrossEntropy.apply(hidden, targets, head, num_rows, *trained)
 
 
 def rows_at_once(device: torch.device, vocab_size: int, trained: bool) -> int:
-    """Positions whose logits exist at once."""
+    """Return the number of positions whose logits exist at once.
+
+    Args:
+        device: where they are computed.
+        vocab_size: V
+        trained: the head has parameters that want a gradient.
+    """
     rows = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cpu"]) // vocab_size
     return max(rows, MIN_ROWS_OF_A_TRAINED_HEAD if trained else 1)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy whose gradient is computed in the forward pass.
+
+    With logits z_i = head(h_i; θ) [V] of position i, and its target t_i:
+
+        L         = Σ_i (log Σ_v exp z_iv - z_i,t_i)
+        dL/dz_iv  = softmax(z_i)_v - [v = t_i]
+        dL/dh_i   = (dz_i/dh_i)ᵀ dL/dz_i
+        dL/dθ     = Σ_i (dz_i/dθ)ᵀ dL/dz_i
+
+    Both gradients need the logits of position i and nothing of other positions. The piece that computes its loss holds
+    these logits anyway, and they are gone by the time of the backward pass. So the gradients are taken here, where they
+    cost no second product with the head, and [N, D] is kept instead of [N, V]. They are those of L itself. If the loss
+    that is differentiated is f(L), as when a step's sum is divided by its number of tokens, the chain rule multiplies
+    them by f'(L), a scalar: that is all that is left for the backward pass.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, rows: int, *trained: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, num_rows: int, *trained: torch.Tensor
     ) -> torch.Tensor:
+        """Return L, from pieces of `num_rows` positions; hidden [N, D], targets [N], head [n, D] → [n, V]."""
         total = torch.zeros((), device=hidden.device)
-        wanted = any(ctx.needs_input_grad)
-        grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_trained = [torch.zeros_like(parameter) for parameter in trained] if wanted else []
-        for start in range(0, len(hidden), rows):
-            piece = hidden[start : start + rows].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
-                loss = F.cross_entropy(head(piece).float(), targets[start : start + rows], reduction="sum")
+        needs_gradient = any(ctx.needs_input_grad)  # not in evaluation
+        grad_hidden = torch.empty_like(hidden) if needs_gradient else None
+        grads_of_head = [torch.zeros_like(parameter) for parameter in trained] if needs_gradient else []
+        for start in range(0, len(hidden), num_rows):
+            # A leaf of its own, so that autograd stops here and frees the piece's logits with its graph.
+            piece = hidden[start : start + num_rows].detach().requires_grad_(needs_gradient)
+            with torch.set_grad_enabled(needs_gradient):  # autograd switches it off within a forward pass
+                loss = F.cross_entropy(head(piece).float(), targets[start : start + num_rows], reduction="sum")
             total += loss.detach()
             if grad_hidden is not None:
-                grad_hidden[start : start + rows], *more = torch.autograd.grad(loss, (piece, *trained))
-                for sum_so_far, part in zip(grad_trained, more, strict=True):
-                    sum_so_far += part
-        ctx.save_for_backward(grad_hidden, *grad_trained)
+                grad_hidden[start : start + num_rows], *grads_of_piece = torch.autograd.grad(loss, (piece, *trained))
+                for grad_of_head, grad_of_piece in zip(grads_of_head, grads_of_piece, strict=True):
+                    grad_of_head += grad_of_piece
+        ctx.save_for_backward(grad_hidden, *grads_of_head)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
-        grad_hidden, *grad_trained = ctx.saved_tensors
-        return grad_hidden * grad_output, None, None, None, *(grad * grad_output for grad in grad_trained)
+        """Return the kept gradients times that of the sum, a scalar."""
+        grad_hidden, *grads_of_head = ctx.saved_tensors
+        return grad_hidden * grad_output, None, None, None, *(grad * grad_output for grad in grads_of_head)
 
 
 def head_forms(causal: Any) -> dict[str, Head]:
-    """Known functions from the decoder's last hidden state [n, D] to the logits [n, V], by name.
+    """Return the known functions from the decoder's last hidden state [n, D] to the logits [n, V], by name.
 
     A head is a linear map, for some families followed by a scale (Granite, Cohere) or a soft cap (Gemma).
     """
@@ -90,20 +117,26 @@ def head_forms(causal: Any) -> dict[str, Head]:
 
 
 def find_head(causal: Any) -> str | None:
-    """Name of the form that gives the model's own logits, found by trying all on it; None if none does.
+    """Return the name of the form that gives the model's own logits, by trying all on it, or None if none does.
+
+    None, too, if the model doesn't say which part of it is the decoder. Then its own forward pass has to make the
+    logits.
 
     Args:
         causal: a causal language model of `transformers`.
     """
+    decoder = causal.get_decoder()
+    # transformers 5.23 names Llama 4's whole text model here, and of ModernBERT's decoder the output layer.
+    if decoder is causal or not isinstance(decoder, PreTrainedModel):
+        return None
     ids = torch.arange(4, device=causal.get_output_embeddings().weight.device)[None]
-    was_training = causal.training
-    causal.eval()
-    with torch.no_grad():
-        hidden = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    with evaluating(causal), torch.no_grad():
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
         expected = causal(input_ids=ids, use_cache=False).logits.float()
-        off = {name: (form(hidden).float() - expected).abs().max().item() for name, form in head_forms(causal).items()}
-        near = 1e-2 * expected.abs().max().item()  # rounding of 16 bits
-    causal.train(was_training)
+        differences = {
+            name: (form(hidden).float() - expected).abs().max().item() for name, form in head_forms(causal).items()
+        }
+        tolerance = 1e-2 * expected.abs().max().item()  # rounding of 16 bits
     # The nearest form, not the first that is near: small logits hardly feel a soft cap.
-    nearest = min(off, key=lambda name: off[name])
-    return nearest if off[nearest] <= near else None
+    nearest = min(differences, key=lambda name: differences[name])
+    return nearest if differences[nearest] <= tolerance else None

@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off, and give the model back in the mode it had, also after an error."""
+    """Switch dropout and the like off, and restore the mode that the model had, also after an error."""
     was_training = model.training
     model.eval()
     try:

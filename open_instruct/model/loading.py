@@ -6,6 +6,8 @@ import hashlib
 import importlib
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from open_instruct.errors import InputError
-
-HUB_OPTIONS = ("revision", "trust_remote_code")
+from open_instruct.errors import InputError, one_line
 
 
 def load_config(name: str, **options: Any) -> PretrainedConfig:
-    """The model's configuration.
+    """Return the configuration of a model.
+
+    Args:
+        name: a folder, or a name on the Hub.
+        options: of `from_pretrained` (revision, trust_remote_code, …).
 
     Raises:
         InputError: the folder or name holds no model.
@@ -37,9 +41,17 @@ def load_config(name: str, **options: Any) -> PretrainedConfig:
 
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
-    """A fast tokenizer with a pad token: a missing one is replaced by another special token, which the loss never sees.
+    """Return a fast tokenizer with a pad token.
 
-    No token is added, so the embedding matrix keeps its size and the adapter fits the plain base model.
+    A missing pad token is replaced by another special token, which the loss never sees there. No token is added, so the
+    embedding matrix keeps its size and the adapter fits the plain base model.
+
+    Args:
+        name: a folder, or a name on the Hub.
+        options: of `from_pretrained`.
+
+    Raises:
+        InputError: there is no tokenizer, or no fast one.
     """
     with readable(f"tokenizer {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **options)
@@ -52,7 +64,11 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
 
 
 def check_folder(name: str) -> None:
-    """A path that exists must be a model folder; one that looks like a path must exist."""
+    """Check that an existing path is a model folder, and that a name that looks like a path exists.
+
+    Raises:
+        InputError: it is not, or it does not.
+    """
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise InputError(f"model folder {name} has no config.json: name the folder that holds the model")
@@ -63,7 +79,11 @@ def check_folder(name: str) -> None:
 
 
 def check_weights(name: str, allow_pickle: bool) -> None:
-    """Refuse a local folder without safetensors, unless pickle files are there and allowed."""
+    """Refuse a local folder without safetensors, unless it has pickle files and these are allowed.
+
+    Raises:
+        InputError: no weights, or only pickled ones.
+    """
     path = Path(name)
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return
@@ -72,41 +92,44 @@ def check_weights(name: str, allow_pickle: bool) -> None:
         raise InputError(f"model folder {name} holds no weights: *.safetensors is needed")
     if not allow_pickle:
         raise InputError(
-            f"model folder {name} has its weights only as pickle ({pickled[0]}), and loading one can run code that is in it: "
-            "convert it to safetensors, or pass --allow_pickle if you trust its source"
+            f"model folder {name} has its weights only as pickle ({pickled[0]}), and loading one can run code "
+            "that is in it: convert it to safetensors, or pass --allow_pickle if you trust its source"
         )
 
 
-class readable:
-    """Turn the dozens of errors of loading into one line that names what could not be loaded."""
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Turn the dozens of errors of loading into one InputError that names what could not be loaded.
 
-    def __init__(self, what: str) -> None:
-        """Name what is being loaded."""
-        self.what = what
-
-    def __enter__(self) -> None:
-        """Nothing to set up."""
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        """Whatever loading raises (safetensors, pickle, the Hub and JSON have types of their own), it could not be loaded."""
-        if isinstance(error, Exception) and not isinstance(error, InputError):
-            text = " ".join(str(error).split())[:400]
-            raise InputError(
-                f"{self.what} can't be loaded ({text}): check the name, the folder and the network"
-            ) from error
+    Safetensors, pickle, the Hub and JSON raise errors of their own types. To the user they all mean the same.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        text = one_line(error, 400)
+        raise InputError(f"{what} can't be loaded ({text}): check the name, the folder and the network") from error
 
 
 def choose_dtype(name: str) -> torch.dtype:
-    """`auto`: bfloat16 where a GPU computes it, float32 elsewhere."""
+    """Return the type of this name; "auto" is bfloat16 where a GPU computes it, and float32 elsewhere."""
     if name == "auto":
         name = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
     return getattr(torch, name)
 
 
 def choose_attention(use_flash_attn: bool | None) -> str | None:
-    """FlashAttention-2 where it is installed and can run (or was asked for); None: what transformers takes for the model.
+    """Return the name of FlashAttention-2 where it can run, unless it is switched off, or None.
 
-    That is SDPA, or plain matrix products for models whose scores SDPA can't compute (Gemma 2).
+    None leaves the choice to transformers: SDPA, or plain matrix products for models whose scores SDPA can't compute
+    (Gemma 2).
+
+    Args:
+        use_flash_attn: True: required; False: switched off; None: used if it is installed and there is a GPU.
+
+    Raises:
+        InputError: it is required and can't run.
     """
     available = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
     if use_flash_attn and not available:
@@ -126,9 +149,18 @@ def load_model(
     use_liger_kernel: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """The base model, on this process's device, in `dtype`; its linear layers quantised on demand.
+    """Return the base model in `dtype`, on this process's device.
 
-    `quantise` "4bit" is NormalFloat with double quantisation, "8bit" is LLM.int8().
+    Args:
+        name: a folder, or a name on the Hub.
+        config: from `load_config`.
+        dtype: type of the weights, and of the products of quantised ones.
+        attention: from `choose_attention`.
+        quantise: "4bit" (NormalFloat with double quantisation, as in QLoRA), "8bit" (LLM.int8()), or None; for linear
+            layers.
+        allow_pickle: weights may be pickled.
+        use_liger_kernel: load it with Liger's GPU kernels.
+        options: of `from_pretrained`.
 
     Raises:
         InputError: weights missing, pickled, or of another shape; an extra that is not installed.
@@ -154,8 +186,8 @@ def load_model(
         model = loader.from_pretrained(name, config=config, dtype=dtype, attn_implementation=attention, **options)
     if quantise:
         for module in model.modules():
-            # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weights at the first evaluation for a kernel that has no
-            # derivative: from then on, training would reach the last layers only, without an error.
+            # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weights at the first evaluation for a kernel that
+            # has no derivative: from then on, training would reach the last layers only, without an error.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
@@ -163,24 +195,32 @@ def load_model(
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Every token id needs a row of the embedding matrix."""
+    """Check that every token id has a row of the embedding matrix.
+
+    Raises:
+        InputError: some have none.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values())
     if not getattr(model, "is_quantized", False) and highest >= rows:
         raise InputError(
-            f"the tokenizer ({tokenizer.name_or_path}) has ids up to {highest}, but the model embeds only {rows} tokens: "
-            "use the model's own tokenizer"
+            f"the tokenizer ({tokenizer.name_or_path}) has ids up to {highest}, but the model embeds only {rows} "
+            "tokens: use the model's own tokenizer"
         )
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Positions that the model was made for, or None where it says nothing."""
+    """Return the number of positions that the model was made for, or None where its configuration names none."""
     text = config.get_text_config()
     return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
 
 
 def weights_key(name: str, config: PretrainedConfig) -> str:
-    """Identifies a base model: a hash of its configuration and of samples spread over its weight files, or its name on the Hub."""
+    """Return a key that identifies a base model: its name on the Hub, or a hash for a local folder.
+
+    The hash covers the configuration, the sizes of the weight files, and samples spread over them: reading all of a
+    large model would take minutes.
+    """
     digest = hashlib.sha256(json.dumps(config.to_diff_dict(), sort_keys=True, default=str).encode())
     for path in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []:
         size = path.stat().st_size

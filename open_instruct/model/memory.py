@@ -9,8 +9,9 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# Numbers that a layer keeps for each token, in hidden and in feed-forward sizes: growth of a step's peak memory over layers and sizes of
-# random Llamas in float32 on CPU (torch 2.13). Frozen matrices need no copy of their inputs.
+# Numbers that a layer keeps for each token, in hidden and in feed-forward sizes: fitted to the growth of a step's peak
+# memory over layers and sizes of random Llamas in float32 on CPU (torch 2.13). Frozen matrices need no copy of their
+# inputs.
 KEPT = {"soft prompt": (6.3, 3.1), "layers": (8.3, 4.0), "full": (10.0, 4.0)}
 DROPPED = (9.0, 1.0)  # more with LoRA's dropout: seven layers' inputs after it, and their masks
 OPTIMIZER_BYTES = {False: 8, True: 2}  # AdamW's two moments in float32, or in 8 bits
@@ -18,11 +19,11 @@ OPTIMIZER_BYTES = {False: 8, True: 2}  # AdamW's two moments in float32, or in 8
 
 @dataclass(frozen=True)
 class Sharing:
-    """What several processes share out, and what that costs each of them."""
+    """How several processes shard the model and the optimizer, and the memory that this costs each of them."""
 
     weights: int = 1  # processes among which each weight is split
     states: int = 1  # processes among which gradients and the optimizer's moments are split
-    bytes_for_trained: int = 0  # for each trained number: buffers to exchange its gradient, or a second original
+    bytes_for_trained: int = 0  # for each trained number: buffers to exchange its gradient, or a second copy of it
     kept_gathered: float = 0  # numbers that an engine keeps gathered at most, where that is more than the parts in use
 
 
@@ -38,26 +39,28 @@ def estimate_mb(
     dropout: bool = False,
     sharing: Sharing = Sharing(),
 ) -> dict[str, float]:
-    """Megabytes of one process in a training step, by what they hold.
+    """Return the megabytes of one process in a training step, by what they hold.
 
-    The activation part counts what a pre-norm decoder with a gated feed-forward keeps for the backward pass (`KEPT`), or one hidden
-    size a layer with checkpointing; then logits three times in float32 (themselves, their softmax, their gradient). An estimate:
-    other architectures, allocators and kernels differ by tens of percent.
+    Activations are what a pre-norm decoder with a gated feed-forward keeps for the backward pass (`KEPT`). With
+    checkpointing they are one hidden size a layer, and one layer that is recomputed. Logits exist three times in
+    float32: themselves, their softmax and their gradient. This is an estimate: other architectures, allocators and
+    kernels differ by tens of percent.
 
     Args:
         model: base with adapter.
-        config: of the base.
+        config: the base's configuration.
         tokens: positions of a micro-batch, padding and virtual tokens included, B · T.
         logit_rows: positions whose logits exist at once.
         gradient_checkpointing: only layer inputs are kept.
         use_8bit_optimizer: AdamW's moments in 8 bits.
         activation_bytes: bytes of an activation (4 or 2).
         trains: "soft prompt", "layers" (LoRA, IA3) or "full", a key of `KEPT`.
-        dropout: the adapter drops inputs, and keeps what is left of them.
-        sharing: of several processes.
+        dropout: the adapter drops inputs, and has to keep the rest of them.
+        sharing: how several processes shard the model.
 
     Returns:
-        weights, gradients, optimizer, activations, logits, with shared weights those that are gathered at a time, total.
+        weights, gradients, optimizer, activations, logits, with sharded weights those that are gathered at a time,
+        total; in MB of 10⁶ bytes.
     """
     text = config.get_text_config()
     weights = bytes_of(model)
@@ -67,17 +70,17 @@ def estimate_mb(
     per_hidden, per_feed_forward = KEPT[trains]
     if dropout:
         per_hidden, per_feed_forward = per_hidden + DROPPED[0], per_feed_forward + DROPPED[1]
-    whole_layer = per_hidden * hidden + per_feed_forward * feed_forward
-    a_layer = hidden if gradient_checkpointing else whole_layer
-    recomputed = whole_layer if gradient_checkpointing else 0
+    full_layer = per_hidden * hidden + per_feed_forward * feed_forward
+    kept_by_layer = hidden if gradient_checkpointing else full_layer
+    recomputed = full_layer if gradient_checkpointing else 0
     parts = {
         "weights": weights / sharing.weights,
         "gradients": trained * 4 / sharing.states,
         "optimizer": trained * (OPTIMIZER_BYTES[use_8bit_optimizer] + sharing.bytes_for_trained) / sharing.states,
-        "activations": tokens * (a_layer * layers + recomputed) * activation_bytes,
+        "activations": tokens * (kept_by_layer * layers + recomputed) * activation_bytes,
         "logits": logit_rows * text.vocab_size * 4 * 3,
     }
-    if sharing.weights > 1:  # what stands outside of layers, a layer, and the next one on its way
+    if sharing.weights > 1:  # the weights outside of layers, a layer, and the next one on its way
         in_layers = [bytes_of(module) for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         in_use = weights - sum(in_layers) + 2 * max(in_layers, default=0)
         kept = min(weights, sharing.kept_gathered * activation_bytes)
@@ -87,18 +90,20 @@ def estimate_mb(
 
 
 def bytes_of(module: torch.nn.Module) -> int:
-    """Bytes of a module's parameters."""
+    """Return the bytes of a module's parameters."""
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def counts(model: torch.nn.Module) -> dict[str, Any]:
-    """Trained and all parameters; a 4-bit weight counts as the numbers that it stands for."""
+    """Count trained and all parameters; a 4-bit weight counts as the numbers that it stands for."""
     trained = total = 0
     for parameter in model.parameters():
-        number = getattr(parameter, "ds_numel", parameter.numel())  # of a weight that ZeRO-3 shares out
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            number = state.shape.numel()
-        total += number
-        trained += number if parameter.requires_grad else 0
+        num_elements = getattr(
+            parameter, "ds_numel", parameter.numel()
+        )  # ZeRO-3 leaves a sharded weight none of its own
+        quantisation = getattr(parameter, "quant_state", None)
+        if quantisation is not None:
+            num_elements = quantisation.shape.numel()
+        total += num_elements
+        trained += num_elements if parameter.requires_grad else 0
     return {"trainable_parameters": trained, "total_parameters": total}

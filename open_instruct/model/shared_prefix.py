@@ -8,6 +8,9 @@ the row's own in every layer. Adapters without virtual tokens have P = 0.
 `transformers` calls `attention` for every layer of a model whose attention implementation is NAME; the row's boundaries
 reach it as a keyword argument of the model's forward. The prefix does not travel through a key/value cache, so gradient
 checkpointing works with prefix tuning.
+
+Dimensions: T tokens in the row, S shared keys, P virtual tokens, D hidden size, H query heads, K key/value heads, E
+head size.
 """
 
 from __future__ import annotations
@@ -38,7 +41,13 @@ class CannotPack(Exception):
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """What a method puts before every example: embeddings [P, D], or keys and values [1, K, P, E] of each layer. `length` is P."""
+    """The virtual tokens that a method puts before every example.
+
+    Args:
+        length: P, the number of virtual tokens.
+        embeddings: [P, D], or None.
+        keys_values: keys and values [1, K, P, E] of each layer, or None.
+    """
 
     length: int = 0
     embeddings: torch.Tensor | None = None
@@ -49,55 +58,89 @@ class SoftPrompt:
 class Segments:
     """Which positions of a row belong together, for one layer.
 
-    The keys that a segment sees are the first `num_shared` of all, and its own. With a prefix of embeddings the shared
-    ones are the row's own first positions, which are a segment, too; with one of keys and values they come from outside.
+    A segment sees the shared keys, which are the first `num_shared` of all keys, and its own. With a prefix of
+    embeddings the shared keys are those of the row's first positions, which are a segment themselves. With a prefix of
+    keys and values they come from outside of the row.
 
     Args:
-        bounds: (start, end) of each segment in the row; the first is the virtual tokens' where `num_head` is not 0.
-        num_head: virtual tokens that stand in the row.
-        num_shared: keys that all examples share.
+        bounds: (start, end) of each segment in the row; the first is the virtual tokens' if `num_prefix_tokens` is not
+            0.
+        num_prefix_tokens: virtual tokens that stand in the row, P or 0.
+        num_shared: S, the keys that all examples share.
     """
 
     bounds: tuple[tuple[int, int], ...]
-    num_head: int
+    num_prefix_tokens: int
     num_shared: int
 
     def spans(self) -> list[tuple[int, int, int]]:
-        """(start, end, number of shared keys before its own) of each segment."""
-        return [(start, end, 0 if start < self.num_head else self.num_shared) for start, end in self.bounds]
+        """Return (start, end, number of shared keys before its own) of each segment.
+
+        The segment of the virtual tokens shares nothing: the shared keys are its own.
+        """
+        return [(start, end, 0 if start < self.num_prefix_tokens else self.num_shared) for start, end in self.bounds]
 
 
-Backend = Callable[..., torch.Tensor]
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """Everything that the attention of one layer over a packed row depends on.
+
+    Args:
+        query: [1, H, T, E]
+        key: [1, K, T, E]; H is a multiple of K.
+        value: [1, K, T, E]
+        shared_key: [1, K, S, E], which every example sees before its own.
+        shared_value: [1, K, S, E]
+        segments: the boundaries of the row; `segments.num_shared` is S.
+        scale: factor of the scores.
+        window: number of keys that a query sees, itself and the shared ones included; None: all up to itself.
+        softcap: c; scores s become c·tanh(s/c); None: they stay as they are.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    shared_key: torch.Tensor
+    shared_value: torch.Tensor
+    segments: Segments
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+Backend = Callable[[AttentionInputs], torch.Tensor]  # returns [1, T, H, E]
 
 
 @dataclass
-class Row:
-    """A packed row on its way through the model.
+class PackedContext:
+    """What the attention of every layer has to know of the packed row that passes through the model.
 
     Args:
         lengths: tokens of each example, in order.
-        num_head: virtual tokens that stand at the row's head, P or 0.
-        prefix: keys and values [1, K, P, E] of each layer, or None.
+        num_prefix_tokens: virtual tokens that stand at the head of the row, P or 0.
+        keys_values: a prefix of keys and values [1, K, P, E] of each layer, or None.
         backend: computes the attention of one layer.
+        layers_seen: indices of the layers whose attention was computed here.
+        segments_by_num_shared: the boundaries that were made already.
     """
 
     lengths: tuple[int, ...]
-    num_head: int
-    prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] | None
+    num_prefix_tokens: int
+    keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]] | None
     backend: Backend
     layers_seen: set[int] = field(default_factory=set)
-    by_shared: dict[int, Segments] = field(default_factory=dict)
+    segments_by_num_shared: dict[int, Segments] = field(default_factory=dict)
 
     def segments(self, num_shared: int) -> Segments:
-        """The boundaries, made once for all layers with so many shared keys."""
-        if num_shared not in self.by_shared:
-            bounds = [(0, self.num_head)] if self.num_head else []
-            at = self.num_head
+        """Return the boundaries for layers with `num_shared` shared keys; made once for all of them."""
+        if num_shared not in self.segments_by_num_shared:
+            bounds = [(0, self.num_prefix_tokens)] if self.num_prefix_tokens else []
+            start = self.num_prefix_tokens
             for length in self.lengths:
-                bounds.append((at, at + length))
-                at += length
-            self.by_shared[num_shared] = Segments(tuple(bounds), self.num_head, num_shared)
-        return self.by_shared[num_shared]
+                bounds.append((start, start + length))
+                start += length
+            self.segments_by_num_shared[num_shared] = Segments(tuple(bounds), self.num_prefix_tokens, num_shared)
+        return self.segments_by_num_shared[num_shared]
 
 
 @torch.compiler.disable
@@ -107,52 +150,61 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    row: Row | None = None,
+    packed_context: PackedContext | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer over a packed row, as `transformers` calls it.
+    """Compute the attention of one layer over a packed row, as `transformers` calls it.
 
     Args:
         module: the layer's attention; `layer_idx` names the layer.
         query: [1, H, T, E]
         key: [1, K, T, E]; H is a multiple of K.
         value: [1, K, T, E]
-        attention_mask: None: boundaries are in `row`.
-        row: boundaries and prefix.
-        scaling: of the scores; None: 1/√E.
+        attention_mask: None, because the boundaries are in `packed_context`.
+        packed_context: boundaries and prefix of the row.
+        scaling: factor of the scores; None: 1/√E.
         sliding_window: positions that a query sees, its own and the virtual tokens included; None: all before it.
         softcap: scores s become c·tanh(s/c) (Gemma 2).
         dropout: must be 0.
-        others: anything else that the model wants; what is not known to be harmless is refused.
+        others: further arguments of the model; those that are not known to be harmless are refused.
 
     Returns:
-        [1, T, H, E], None
+        [1, T, H, E], and None instead of the attention weights.
 
     Raises:
         CannotPack: the layer uses something that is not computed here.
     """
-    if row is None:
+    if packed_context is None:
         raise CannotPack("its attention loses the row's boundaries on the way to the layers")
     unknown = sorted(name for name, given in others.items() if given is not None and name not in HARMLESS)
     if unknown or dropout or others.get("is_causal") is False:
         raise CannotPack(f"its attention uses {', '.join(unknown) or ('dropout' if dropout else 'no causal order')}")
-    row.layers_seen.add(module.layer_idx)
+    packed_context.layers_seen.add(module.layer_idx)
     query, key = query.to(value), key.to(value)  # under autocast, rotation leaves them in float32
-    if row.prefix is None:
-        shared_key, shared_value = key[:, :, : row.num_head], value[:, :, : row.num_head]
+    if packed_context.keys_values is None:
+        num_shared = packed_context.num_prefix_tokens
+        shared_key, shared_value = key[:, :, :num_shared], value[:, :, :num_shared]
     else:
-        shared_key, shared_value = (tensor.to(key) for tensor in row.prefix[module.layer_idx])
-    segments = row.segments(shared_key.shape[2])
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        shared_key, shared_value = (tensor.to(key) for tensor in packed_context.keys_values[module.layer_idx])
+    inputs = AttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        shared_key=shared_key,
+        shared_value=shared_value,
+        segments=packed_context.segments(shared_key.shape[2]),
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+    )
     with torch.autocast(query.device.type, enabled=False):
-        return row.backend(query, key, value, shared_key, shared_value, segments, scale, sliding_window, softcap), None
+        return packed_context.backend(inputs), None
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(
-    NAME, lambda *args, **kwargs: None
-)  # unregistered names get no mask either, but log a warning
+# A name without a mask function gets no mask either, but transformers logs a warning.
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

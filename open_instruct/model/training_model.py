@@ -13,15 +13,15 @@ from torch import nn
 from open_instruct.data.collate import IGNORE
 from open_instruct.model import shared_prefix
 from open_instruct.model.chunked_loss import chunked_cross_entropy, find_head, head_forms
-from open_instruct.model.shared_prefix import Backend, CannotPack, Row, SoftPrompt
+from open_instruct.model.shared_prefix import Backend, CannotPack, PackedContext, SoftPrompt
 
 
 class TrainingModel(nn.Module):
-    """What `accelerate` wraps: DDP, DeepSpeed and FSDP act only on the forward of the module that they wrap.
+    """The module that `accelerate` wraps: DDP, DeepSpeed and FSDP act only on the forward of what they wrap.
 
-    `forward` takes a micro-batch and returns the summed loss of its labelled tokens in nats (float32), and their number.
-    The sum, not the mean, is returned: only the caller knows how many labelled tokens the whole step has, on every
-    process, and dividing earlier would weigh tokens by the micro-batch that they happen to be in.
+    `forward` takes a micro-batch and returns the summed loss of its labelled tokens in nats (float32), and their
+    number. The sum, not the mean, is returned: only the caller knows how many labelled tokens the whole step has, on
+    every process, and dividing earlier would weigh tokens by the micro-batch that they happen to be in.
     """
 
     def __init__(self, model: Any) -> None:
@@ -31,18 +31,18 @@ class TrainingModel(nn.Module):
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """The base model, for as long as the context lasts. A plain model (full fine-tuning) has none."""
+        """Compute with the base model for as long as the context lasts; for PeftModels only."""
         with self.model.disable_adapter():
             yield
 
 
 class PaddedModel(TrainingModel):
-    """PEFT's own forward on right-padded rows: the reference, and what serves models that can't be packed."""
+    """PEFT's own forward on right-padded rows: the reference, and the way for models that can't be packed."""
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of a batch of `collate.Padding`.
+        """Return the summed loss of a batch of `collate.Padding`, and the number of its labelled tokens.
 
         Args:
             input_ids: [B, T]
@@ -58,91 +58,129 @@ class PaddedModel(TrainingModel):
 
 
 class PackedModel(TrainingModel):
-    """One row without padding, one shared prefix, logits at labelled positions only."""
+    """One row without padding, one shared prefix, logits at labelled positions only.
+
+    It computes only while it is active: then the wrapped model's layers call `shared_prefix.attention`, and the model
+    can't be used in any other way. Use it as a context manager, or call `activate` and `release`.
+    """
 
     def __init__(
         self, model: Any, soft_prompt: Callable[[], SoftPrompt | None], backend: Backend, head: str | None = "find"
     ) -> None:
-        """Switch the model's attention to the packed one; `release` switches it back.
+        """Wrap a model, which keeps its own attention until `activate`.
 
         Args:
             model: a causal language model or a PeftModel around one.
-            soft_prompt: gives what stands before every example, differentiable; None where a method has no such thing.
-            backend: of `model.backends`.
-            head: which of `chunked_loss.head_forms` makes logits of the decoder's states; "find": tries them; None: the model's own
-                forward does, for all labelled positions at once.
+            soft_prompt: returns what stands before every example, differentiable; None where a method has no such
+                thing.
+            backend: computes attention; a value of `backends.BACKENDS`.
+            head: which of `chunked_loss.head_forms` makes logits of the decoder's states. "find": try all of them.
+                None: the model's own forward makes them, for all labelled positions at once.
         """
         super().__init__(model)
         self.soft_prompt = soft_prompt
         self.backend = backend
-        name = find_head(self.causal) if head == "find" else head
-        self.head_name, self.head = name, head_forms(self.causal)[name] if name else None
-        self.own_attention = self.causal.config._attn_implementation
-        self.causal.set_attn_implementation(shared_prefix.NAME)
+        self.head_name = find_head(self.causal) if head == "find" else head
+        self.head = head_forms(self.causal)[self.head_name] if self.head_name else None
+        self._own_attention: str | None = None  # the model's, while it is replaced
 
     @property
     def causal(self) -> Any:
         """The causal language model, adapter layers included."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
+    def activate(self) -> None:
+        """Give the model the packed attention. Nothing happens if this object has done so already.
+
+        Raises:
+            RuntimeError: another PackedModel of the same model is active; its release would undo this.
+        """
+        if self._own_attention is not None:
+            return
+        own_attention = self.causal.config._attn_implementation
+        if own_attention == shared_prefix.NAME:
+            raise RuntimeError("another PackedModel of this model is active: release it first")
+        self._own_attention = own_attention
+        self.causal.set_attn_implementation(shared_prefix.NAME)
+
     def release(self) -> None:
-        """Give the model its own attention back, for generation."""
-        self.causal.set_attn_implementation(self.own_attention)
+        """Give the model its own attention back, for generation. Nothing happens if it has it already."""
+        if self._own_attention is not None:
+            self.causal.set_attn_implementation(self._own_attention)
+            self._own_attention = None
+
+    def __enter__(self) -> PackedModel:
+        """Activate."""
+        self.activate()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Release, also after an error."""
+        self.release()
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """The base model: no soft prompt, and positions from 0."""
-        own, self.soft_prompt = self.soft_prompt, no_soft_prompt
+        """Compute with the base model for as long as the context lasts: no soft prompt, and positions from 0."""
+        soft_prompt, self.soft_prompt = self.soft_prompt, no_soft_prompt
         try:
             with super().without_adapter():
                 yield
         finally:
-            self.soft_prompt = own
+            self.soft_prompt = soft_prompt
 
     def forward(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         lengths: tuple[int, ...],
-        before: torch.Tensor,
+        target_positions: torch.Tensor,
         targets: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of a batch of `collate.Packing`.
+        """Return the summed loss of a batch of `collate.Packing`, and the number of its labelled tokens.
 
         Args:
             input_ids: [1, T], the examples one after another, without virtual tokens.
             position_ids: [1, T], from 0 for each example.
             lengths: tokens of each example.
-            before: [N], index into the row of the token before each labelled one.
+            target_positions: [N], for each labelled token the index into input_ids of the position whose hidden state
+                predicts it, which is the one before it.
             targets: [N], the labelled tokens.
+
+        Raises:
+            RuntimeError: the model is not active.
+            CannotPack: the model computes something that packed attention would get wrong.
         """
+        if self._own_attention is None:
+            raise RuntimeError("this PackedModel is not active: call activate() first, or use it in a with statement")
         prompt = self.soft_prompt() or SoftPrompt()
-        num_head = 0
+        num_prefix_tokens = 0  # those that stand in the row, which keys and values don't
         inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids + prompt.length}
         if prompt.embeddings is not None:
-            num_head = prompt.length
+            num_prefix_tokens = prompt.length
             embedded = self.causal.get_input_embeddings()(input_ids)
-            head_positions = torch.arange(num_head, device=position_ids.device)[None]
+            prefix_positions = torch.arange(num_prefix_tokens, device=position_ids.device)[None]
             inputs = {
                 "inputs_embeds": torch.cat([prompt.embeddings[None].to(embedded.dtype), embedded], 1),
-                "position_ids": torch.cat([head_positions, inputs["position_ids"]], 1),
+                "position_ids": torch.cat([prefix_positions, inputs["position_ids"]], 1),
             }
-        inputs["row"] = row = Row(tuple(lengths), num_head, prompt.keys_values, self.backend)
-        loss = self._loss(inputs, before + num_head, targets)
-        if not row.layers_seen:
+        packed_context = PackedContext(tuple(lengths), num_prefix_tokens, prompt.keys_values, self.backend)
+        inputs["packed_context"] = packed_context
+        loss = self._loss(inputs, target_positions + num_prefix_tokens, targets)
+        if not packed_context.layers_seen:
             raise CannotPack("its attention does not go through transformers' AttentionInterface")
         return loss, torch.tensor(len(targets), device=targets.device)
 
-    def _loss(self, inputs: dict[str, Any], before: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _loss(self, inputs: dict[str, Any], target_positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the summed loss; positions [N] count from the row's first virtual token."""
         if self.head is None:
-            logits = self.causal(**inputs, use_cache=False, logits_to_keep=before).logits[0]
+            logits = self.causal(**inputs, use_cache=False, logits_to_keep=target_positions).logits[0]
             return F.cross_entropy(logits.float(), targets, reduction="sum")
-        hidden = self.causal.get_decoder()(**inputs, use_cache=False).last_hidden_state[0, before]
-        output = self.causal.get_output_embeddings()
-        trained = [p for p in output.parameters() if p.requires_grad and torch.is_grad_enabled()]
-        return chunked_cross_entropy(hidden, targets, self.head, output.weight.shape[0], trained)
+        hidden = self.causal.get_decoder()(**inputs, use_cache=False).last_hidden_state[0, target_positions]
+        output_layer = self.causal.get_output_embeddings()
+        trained = [p for p in output_layer.parameters() if p.requires_grad and torch.is_grad_enabled()]
+        return chunked_cross_entropy(hidden, targets, self.head, output_layer.weight.shape[0], trained)
 
 
 def no_soft_prompt() -> SoftPrompt | None:
-    """Of methods that put nothing before the examples."""
+    """Return None: the base model has nothing before the examples."""
     return None
