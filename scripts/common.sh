@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced by the launchers: makes the environment once, and composes the launch command from environment variables.
+# Sourced by the launchers: creates the environment once, and builds the launch command from environment variables.
 
 REPO_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 export PYTHONPATH="$REPO_ROOT${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-true}"
 
-# ensure_environment core|dev|…: stay in the present environment if it has what setup.py asks for, with that extra; else use
-# .venv, made on first use.
+# ensure_environment core|dev|…: keep the current environment if it has the packages that setup.py requires with that
+# extra; otherwise use .venv, which is created on first use.
 ensure_environment() {
     local python=python3 extra=$1 name
     [[ -z "${PRINT_COMMAND:-}" ]] || return 0
@@ -50,7 +50,8 @@ require_variables() {
 # launch FLAG …: run finetune_peft.py through accelerate. Environment variables (default):
 #   MODEL (the bundled model)            TRAIN_FILE (the bundled sample)     VALIDATION_FILE (held out from TRAIN_FILE)
 #   OUTPUT_DIR (output/NAME_OF_SCRIPT)   NUM_PROCESSES (GPUs, or 1)          TOTAL_BATCH_SIZE (16)
-#   BATCH_SIZE_PER_GPU (TOTAL / processes, at most 16)   MAX_SEQ_LENGTH, LEARNING_RATE, NUM_EPOCHS, SEED (finetune_peft.py's)
+#   BATCH_SIZE_PER_GPU (TOTAL / processes, at most 16)
+#   MAX_SEQ_LENGTH, LEARNING_RATE, NUM_EPOCHS, SEED (the defaults of finetune_peft.py)
 #   ENGINE (zero2 on several GPUs; or ddp, zero3, fsdp)  DS_CONFIG (configs/ds_configs/ENGINE.json)
 #   PRINT_COMMAND=1: print the command instead of running it
 launch() {

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# LoRA on one node with all its GPUs, with checkpoints that a preempted run goes on from: run the same command again.
+# LoRA on all GPUs of one node. The run writes checkpoints: after a preemption, run the same command again.
 #
 #   MODEL=meta-llama/Llama-3.1-8B TRAIN_FILE=data/tulu_90k.jsonl OUTPUT_DIR=output/8b-lora \
 #       bash scripts/finetune_lora_with_accelerate.sh
-#   MODEL=… TRAIN_FILE=… OUTPUT_DIR=… ENGINE=ddp TOTAL_BATCH_SIZE=128 BATCH_SIZE_PER_GPU=2 LEARNING_RATE=5e-3 \
+#   MODEL=… TRAIN_FILE=… OUTPUT_DIR=… ENGINE=ddp TOTAL_BATCH_SIZE=128 BATCH_SIZE_PER_GPU=2 LORA_RANK=16 \
 #       bash scripts/finetune_lora_with_accelerate.sh --max_seq_length 4096
 #
-# scripts/common.sh lists the environment variables; further arguments go to open_instruct/finetune_peft.py.
+# Without LEARNING_RATE, the method's recipe sets the rate. scripts/common.sh lists the environment variables; further
+# arguments go to open_instruct/finetune_peft.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 require_variables MODEL TRAIN_FILE OUTPUT_DIR

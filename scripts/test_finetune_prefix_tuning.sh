@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Try prefix tuning. Unset, everything is bundled: a tiny pretrained model and a sample of conversations.
+# Try prefix tuning on the bundled model and sample; environment variables name others.
 #
 #   bash scripts/test_finetune_prefix_tuning.sh
-#   bash scripts/test_finetune_prefix_tuning.sh --learning_rate 1e-2 --max_train_steps 100
+#   bash scripts/test_finetune_prefix_tuning.sh --num_virtual_tokens 10 --max_train_steps 100
 #   MODEL=meta-llama/Llama-3.2-1B TRAIN_FILE=data/my.jsonl OUTPUT_DIR=output/mine TOTAL_BATCH_SIZE=32 \
 #       bash scripts/test_finetune_prefix_tuning.sh --max_seq_length 2048
 #
