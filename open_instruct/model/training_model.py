@@ -87,7 +87,7 @@ class PackedModel(TrainingModel):
     @property
     def causal(self) -> Any:
         """The causal language model, adapter layers included."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return causal_of(self.model)
 
     def activate(self) -> None:
         """Give the model the packed attention. Nothing happens if this object has done so already.
@@ -179,6 +179,11 @@ class PackedModel(TrainingModel):
         output_layer = self.causal.get_output_embeddings()
         trained = [p for p in output_layer.parameters() if p.requires_grad and torch.is_grad_enabled()]
         return chunked_cross_entropy(hidden, targets, self.head, output_layer.weight.shape[0], trained)
+
+
+def causal_of(model: Any) -> Any:
+    """Return the causal language model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def no_soft_prompt() -> SoftPrompt | None:
