@@ -1,4 +1,4 @@
-"""Merged checkpoints say what base + adapter say."""
+"""Merged checkpoints answer as base + adapter do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from transformers import (
 
 import open_instruct
 from open_instruct import InputError, Sampling
-from open_instruct.adapters import prompt_tokens as vocabulary
+from open_instruct.adapters import prompt_tokens
 from open_instruct.merge_peft import main as merge_main
 from open_instruct.methods import METHODS, MethodSettings
 from tests.conftest import TINY_MODEL
@@ -209,12 +209,12 @@ def test_a_merged_soft_prompt_needs_no_peft(tmp_path):
     ids = AutoTokenizer.from_pretrained(base)("the red stone", return_tensors="pt")["input_ids"]
     wanted = own.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
     assert json.loads(result.stdout) == wanted
-    told = pipeline("text-generation", model=str(tmp_path / "merged"), device="cpu")(
+    piped = pipeline("text-generation", model=str(tmp_path / "merged"), device="cpu")(
         "the red stone", max_new_tokens=12, do_sample=False
     )
     assert (
         AutoTokenizer.from_pretrained(base).decode(wanted, skip_special_tokens=True).strip()
-        in told[0]["generated_text"]
+        in piped[0]["generated_text"]
     )
 
 
@@ -222,7 +222,7 @@ def test_verification_notices_a_wrong_row(tmp_path, monkeypatch, capsys):
     """Negative control: a soft prompt that is written a little off is not kept."""
     base = make_base(tmp_path / "base", "tied")
     adapter = make_adapter(tmp_path / "adapter", base, "prompt_tuning")
-    monkeypatch.setattr(vocabulary, "embedding_scale", lambda embedding: 1.05)
+    monkeypatch.setattr(prompt_tokens, "embedding_scale", lambda embedding: 1.05)
     assert merge_main(["--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 2
     assert "merged model's logits differ from base + adapter" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists() and sorted(path.name for path in tmp_path.iterdir()) == [
@@ -278,7 +278,7 @@ def test_a_soft_prompt_that_fills_the_context_is_refused(tmp_path):
     config = json.loads((base / "config.json").read_text())
     adapter = make_adapter(tmp_path / "adapter", base, "prompt_tuning")
     (base / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 5}))
-    with pytest.raises(InputError, match="5 virtual tokens, and the model has room for 5"):
+    with pytest.raises(InputError, match="5 virtual tokens, and the model has positions for 5 tokens"):
         open_instruct.merge([str(adapter)], str(tmp_path / "merged"))
 
 
@@ -289,7 +289,7 @@ def test_generation_marks_leave_white_space_as_it_was():
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     tokenizer.chat_template = marked
     wanted = tokenizer.apply_chat_template(messages, tokenize=False)
-    tokenizer.chat_template = vocabulary.without_generation_marks(marked)
+    tokenizer.chat_template = prompt_tokens.without_generation_marks(marked)
     assert (
         "generation" not in tokenizer.chat_template
         and tokenizer.apply_chat_template(messages, tokenize=False) == wanted

@@ -1,4 +1,4 @@
-"""Answers against references, with intervals: exact match, ROUGE, BLEU, loss. The figures are those of rouge-score and sacrebleu."""
+"""Answers against references: exact match, ROUGE (rouge-score) and BLEU (sacrebleu), with bootstrapped intervals."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import numpy as np
 
 from open_instruct.errors import InputError
 
+METRICS = ("loss", "exact_match", "rouge", "bleu")
 NORMALISERS = ("none", "text", "number")
-RESAMPLES = 1000
-Statistic = Callable[[np.ndarray], float]  # indices of rows, repeated ones included → a figure of them
+NUM_RESAMPLES = 1000
+Statistic = Callable[[np.ndarray], float]  # indices of rows, some of them repeated → a figure of these rows
 
 
 def normalise(text: str, how: str) -> str:
-    """What two answers are compared by.
+    """Return the form of an answer in which it is compared with another.
 
     Args:
         text: an answer.
-        how: "none": as it is, without surrounding white space; "text": lower case, without punctuation and English articles (SQuAD);
-            "number": without thousands' commas, currency signs and a final point or ".00".
+        how: "none": as it is, without surrounding white space; "text": lower case, without punctuation and English
+            articles (as SQuAD does); "number": without thousands' commas, currency signs and a final point or ".00".
     """
     if how == "text":
         text = "".join(char for char in text.lower() if char not in string.punctuation)
@@ -35,17 +36,22 @@ def normalise(text: str, how: str) -> str:
 
 
 def final_answer(text: str, regex: str | None) -> str:
-    """The part of an answer that counts: the last match's first group (the whole match where it has none); "" where none matches."""
+    """Return the part of an answer that counts: the first group of the regular expression's last match.
+
+    Without a group it is the match, without a match "", and without an expression the answer itself.
+    """
     if regex is None:
         return text
-    found = list(re.finditer(regex, text))
-    if not found:
+    matches = list(re.finditer(regex, text))
+    if not matches:
         return ""
-    return (found[-1].group(1) if found[-1].re.groups else found[-1].group(0)) or ""
+    return (matches[-1].group(1) if matches[-1].re.groups else matches[-1].group(0)) or ""
 
 
 def exact_matches(answers: Sequence[str], references: Sequence[str], regex: str | None, how: str) -> np.ndarray:
-    """1 where an answer is the reference, else 0. An answer in which the expression does not match is wrong.
+    """Return 1 where an answer equals its reference and 0 elsewhere, as [rows] floats.
+
+    An answer in which the expression does not match is wrong.
 
     Raises:
         InputError: the expression does not match a reference.
@@ -56,13 +62,18 @@ def exact_matches(answers: Sequence[str], references: Sequence[str], regex: str 
     )
     if without is not None:
         raise InputError(
-            f"--answer_regex {regex!r} does not match the answer {without[:80]!r} of the file: give one that matches all answers"
+            f"--answer_regex {regex!r} does not match the answer {without[:80]!r} of the file: "
+            "give one that matches all answers"
         )
     return np.array([float((a != "" or regex is None) and normalise(a, how) == normalise(r, how)) for a, r in pairs])
 
 
 def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
-    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L of each row, without stemming, from 0 to 1."""
+    """Return the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L of each row, without stemming, from 0 to 1.
+
+    Raises:
+        InputError: rouge-score is not installed.
+    """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
@@ -75,13 +86,21 @@ def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, np.nda
 
 @dataclass(frozen=True)
 class Bleu:
-    """What BLEU counts in each row: [rows, 10] matches and totals of 1- to 4-grams, lengths of answer and reference."""
+    """The counts of each row from which BLEU is computed.
+
+    Args:
+        counts: [rows, 10] matches of 1- to 4-grams, their totals, and the lengths of answer and reference in tokens.
+    """
 
     counts: np.ndarray
 
     @classmethod
-    def of(cls, answers: Sequence[str], references: Sequence[str]) -> Bleu:
-        """Count, with sacrebleu's own tokeniser (13a)."""
+    def count(cls, answers: Sequence[str], references: Sequence[str]) -> Bleu:
+        """Count the n-grams of answers, with sacrebleu's own tokeniser (13a).
+
+        Raises:
+            InputError: sacrebleu is not installed.
+        """
         try:
             from sacrebleu.metrics import BLEU
         except ImportError:
@@ -93,7 +112,7 @@ class Bleu:
         return cls(np.array([[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows]))
 
     def score(self, rows: np.ndarray) -> float:
-        """Corpus BLEU of some rows, from 0 to 100."""
+        """Return the corpus BLEU of some rows, from 0 to 100."""
         from sacrebleu.metrics import BLEU
 
         total = [int(number) for number in self.counts[rows].sum(0)]
@@ -102,33 +121,33 @@ class Bleu:
         )
 
 
-def resamples(number: int, seed: int) -> list[np.ndarray]:
-    """Indices of rows drawn with replacement, the same for every adapter, so that differences are paired."""
+def resamples(num_rows: int, seed: int) -> list[np.ndarray]:
+    """Draw indices of rows with replacement, the same for every adapter, so that differences are paired."""
     generator = np.random.default_rng([seed, 0xB007])
-    return [generator.integers(0, number, number) for _ in range(RESAMPLES)]
+    return [generator.integers(0, num_rows, num_rows) for _ in range(NUM_RESAMPLES)]
 
 
 def interval(values: Sequence[float]) -> list[float]:
-    """The middle 95 % of bootstrapped values."""
+    """Return the bounds of the middle 95 % of bootstrapped values (the percentile interval)."""
     return [float(value) for value in np.percentile(values, [2.5, 97.5])]
 
 
-def figures(statistics: dict[str, Statistic], number: int, draws: Sequence[np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Value, interval and bootstrapped values of each figure of one adapter."""
-    every = np.arange(number)
-    found = {}
+def figures(statistics: dict[str, Statistic], num_rows: int, draws: Sequence[np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Return value, interval and bootstrapped values ("drawn") of each figure of one adapter."""
+    all_rows = np.arange(num_rows)
+    results = {}
     for name, statistic in statistics.items():
         drawn = [statistic(rows) for rows in draws]
-        found[name] = {"value": statistic(every), "interval": interval(drawn), "drawn": drawn}
-    return found
+        results[name] = {"value": statistic(all_rows), "interval": interval(drawn), "drawn": drawn}
+    return results
 
 
-def differences(mine: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each figure less the base's on the same rows, with the interval of that difference."""
+def differences(adapter: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return each figure of an adapter less the base's on the same rows, with the interval of that difference."""
     return {
         name: {
             "value": figure["value"] - base[name]["value"],
             "interval": interval([a - b for a, b in zip(figure["drawn"], base[name]["drawn"], strict=True)]),
         }
-        for name, figure in mine.items()
+        for name, figure in adapter.items()
     }

@@ -21,11 +21,12 @@ from transformers import (
 
 from open_instruct.data import chat
 from open_instruct.errors import InputError
+from open_instruct.model.evaluation_mode import evaluating
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn; names and meanings are those of transformers' `generate`."""
+    """Settings for drawing answers; names and meanings are those of transformers' `generate`."""
 
     max_new_tokens: int = 256
     do_sample: bool = False
@@ -37,26 +38,30 @@ class Sampling:
     seed: int = 42
 
     def warpers(self) -> LogitsProcessorList:
-        """What `generate` applies to the scores before it draws."""
-        found = LogitsProcessorList()
+        """Return what transformers' `generate` applies to the scores before it draws, in its order."""
+        processors = LogitsProcessorList()
         if self.temperature != 1.0:
-            found.append(TemperatureLogitsWarper(self.temperature))
+            processors.append(TemperatureLogitsWarper(self.temperature))
         if self.top_k:
-            found.append(TopKLogitsWarper(self.top_k))
+            processors.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:
-            found.append(TopPLogitsWarper(self.top_p))
-        return found
+            processors.append(TopPLogitsWarper(self.top_p))
+        return processors
 
 
 class DrawByRow(LogitsProcessor):
-    """Adds Gumbel noise, so that the largest score is a draw from the softmax (Gumbel-max). Each row has random numbers of its own."""
+    """Adds Gumbel noise to the scores, so that the largest is a draw from their softmax (the Gumbel-max trick).
+
+    If E is exponentially distributed, -log E is Gumbel noise. Each row has a random generator of its own, so that its
+    draws do not depend on the other rows.
+    """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        """One seed for each row."""
+        """Make the generators, one seed for each row."""
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, V] with noise."""
+        """Return the scores [B, V] with noise."""
         noise = [torch.empty(scores.shape[1], dtype=torch.float64).exponential_(generator=g) for g in self.generators]
         return scores.float() - torch.stack(noise).log().to(scores.device, torch.float32)
 
@@ -71,7 +76,7 @@ def generate(
     batch_size: int = 32,
     streamer: Any = None,
 ) -> Iterator[tuple[int, list[str]]]:
-    """Answer each prompt (token ids), and give (its index, its answers) as soon as they are there.
+    """Answer each prompt, and yield its index and its answers as soon as they are there.
 
     Only prompts of equal length share a batch: left padding shifts what soft prompts compute, and right padding has no
     meaning in generation. What is drawn for a prompt follows from the seed and the prompt alone.
@@ -81,87 +86,97 @@ def generate(
         tokenizer: decodes the answers.
         prompts: token ids of each prompt.
         sampling: how answers are drawn.
-        max_length: prompt and answer together at most, virtual tokens not counted. A prompt that fills it gets empty answers.
-        batch_size: rows in a batch at most.
-        streamer: transformers' own, for one prompt and one answer.
+        max_length: most tokens of prompt and answer together, virtual tokens not counted; None: unlimited. A prompt
+            that fills it gets empty answers.
+        batch_size: most rows in a batch.
+        streamer: one of transformers' streamers, for one prompt and one answer.
 
     Yields:
-        Answers without special tokens and surrounding white space, `num_return_sequences` of each prompt.
+        The index of a prompt, and its `num_return_sequences` answers, without special tokens and surrounding white
+        space.
     """
     copies = sampling.num_return_sequences
     by_length: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         by_length[len(prompt)] += [(index, copy) for copy in range(copies)]
-    found: dict[int, list[str]] = defaultdict(lambda: [""] * copies)
+    answers: dict[int, list[str]] = defaultdict(lambda: [""] * copies)
     device = next(model.parameters()).device
-    ends, end_text = turn_ends(model, tokenizer)
-    was_training = model.training
-    model.eval()
-    for length, rows in by_length.items():
-        room = min(sampling.max_new_tokens, max_length - length) if max_length else sampling.max_new_tokens
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
-            if room > 0:
-                ids = torch.tensor([list(prompts[index]) for index, _ in chosen], device=device)
-                processors = LogitsProcessorList()
-                if sampling.do_sample:
-                    seeds = [seed_of(sampling.seed, prompts[index], copy) for index, copy in chosen]
-                    processors = LogitsProcessorList([*sampling.warpers(), DrawByRow(seeds)])
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=room,
-                    do_sample=False,
-                    num_beams=1,
-                    repetition_penalty=sampling.repetition_penalty,
-                    use_cache=True,
-                    eos_token_id=ends,
-                    pad_token_id=tokenizer.pad_token_id,
-                    logits_processor=processors,
-                    streamer=streamer,
-                    **({"stop_strings": end_text, "tokenizer": tokenizer} if end_text else {}),
-                )
-                for (index, copy), row in zip(chosen, out[:, length:], strict=True):
-                    text = tokenizer.decode(row, skip_special_tokens=True)
-                    found[index][copy] = (text.partition(end_text)[0] if end_text else text).strip()
-            for index, copy in chosen:
-                if copy == copies - 1:
-                    yield index, found[index]
-    model.train(was_training)
+    end_ids, end_text = turn_ends(model, tokenizer)
+    with evaluating(model):
+        for length, rows in by_length.items():
+            max_new_tokens = sampling.max_new_tokens
+            if max_length is not None:
+                max_new_tokens = min(max_new_tokens, max_length - length)
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
+                if max_new_tokens > 0:
+                    ids = torch.tensor([list(prompts[index]) for index, _ in batch], device=device)
+                    processors = LogitsProcessorList()
+                    if sampling.do_sample:
+                        seeds = [seed_of(sampling.seed, prompts[index], copy) for index, copy in batch]
+                        processors = LogitsProcessorList([*sampling.warpers(), DrawByRow(seeds)])
+                    out = model.generate(
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=max_new_tokens,
+                        do_sample=False,  # the noise draws
+                        num_beams=1,
+                        repetition_penalty=sampling.repetition_penalty,
+                        use_cache=True,
+                        eos_token_id=end_ids,
+                        pad_token_id=tokenizer.pad_token_id,
+                        logits_processor=processors,
+                        streamer=streamer,
+                        **({"stop_strings": end_text, "tokenizer": tokenizer} if end_text else {}),
+                    )
+                    for (index, copy), row in zip(batch, out[:, length:], strict=True):
+                        text = tokenizer.decode(row, skip_special_tokens=True)
+                        answers[index][copy] = (text.partition(end_text)[0] if end_text else text).strip()
+                for index, copy in batch:
+                    if copy == copies - 1:
+                        yield index, answers[index]
 
 
 def turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int] | None, str | None]:
-    """What ends an answer: the tokenizer's and the model's end tokens, and the end of turn that the chat template taught.
+    """Return what ends an answer.
+
+    An answer ends at the tokenizer's end token, at the end tokens of the model's generation config, and where the chat
+    template ends the assistant's turn. Many templates end it with a token or a text of their own, and training taught
+    the adapter to write that.
 
     Returns:
-        Tokens; and a text, where the template ends a turn with one that is no special token.
+        The ids of the end tokens, or None where there are none. The text that ends a turn where that is no special
+        token, else None: generation then has to look for it in the decoded answer.
     """
     named = model.generation_config.eos_token_id
-    found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    end_ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
     end_text = None
     if isinstance(tokenizer.chat_template, str):
         text = taught_end(tokenizer)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         if len(ids) == 1 and ids[0] in tokenizer.all_special_ids:
-            found.add(ids[0])
+            end_ids.add(ids[0])
         elif text:
             end_text = text
-    return sorted(found) or None, end_text
+    return sorted(end_ids) or None, end_text
 
 
 def taught_end(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template puts behind an answer inside of what training labels; "" where that is nothing, or can't be found."""
-    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    """Return the text after an answer that training labels, and so teaches the model to write.
+
+    It is found by rendering a sample conversation. It is "" if the template writes nothing there, or can't be rendered.
+    """
+    sample = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     try:
-        (text,), (spans,) = chat.render(tokenizer, [probe])
+        (text,), (spans,) = chat.render(tokenizer, [sample])
     except (TemplateError, InputError):
         return ""
-    said = text[slice(*spans[-1])] if spans else ""
-    return said.partition("answer")[2].strip()
+    labelled = text[slice(*spans[-1])] if spans else ""
+    return labelled.partition("answer")[2].strip()
 
 
 def seed_of(seed: int, prompt: Sequence[int], copy: int) -> int:
-    """Seed of one answer: a function of the run's seed, the prompt, and which of its answers it is."""
+    """Return the seed of one answer, which follows from the run's seed, the prompt and the answer's number alone."""
     digest = hashlib.sha256(f"{seed} {copy} {list(prompt)}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -174,8 +189,8 @@ def greedy_answers(
     max_length: int | None = None,
     batch_size: int = 32,
 ) -> list[str]:
-    """The one greedy answer to each prompt, in the order of the prompts. See `generate`."""
+    """Return the greedy answer to each prompt, in the order of the prompts; see `generate` for the arguments."""
     answers = [""] * len(prompts)
-    for index, found in generate(model, tokenizer, prompts, Sampling(max_new_tokens), max_length, batch_size):
-        answers[index] = found[0]
+    for index, texts in generate(model, tokenizer, prompts, Sampling(max_new_tokens), max_length, batch_size):
+        answers[index] = texts[0]
     return answers

@@ -1,7 +1,7 @@
 """Base and adapters as models of the EleutherAI harness (lm-eval), soft prompts included.
 
-The harness's own `peft=` cuts padded vocabularies and pads on the left, where a soft prompt computes something else; here every request is
-scored and answered by the functions that this project evaluates with.
+The harness's own `peft=` cuts padded vocabularies and pads on the left, where a soft prompt computes something else.
+Here every request is scored and answered by the functions with which this project evaluates.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.scoring import token_scores
 from open_instruct.adapters.served import Served
 from open_instruct.errors import InputError
+
+SHARES = ("acc", "acc_norm", "exact_match", "em", "f1")  # metrics from 0 to 1, and so are their intervals
 
 
 def evaluate(
@@ -30,13 +32,14 @@ def evaluate(
     Args:
         served: base and adapters.
         tasks: names of tasks.
-        path: folder with further tasks; where it is given, no network is needed for them.
+        path: folder with further tasks, which need no network; None: no such folder.
         limit: documents of each task; None: all.
-        batch_size: rows computed at once at most.
+        batch_size: most rows computed at once.
         apply_chat_template: put questions into the chat template.
 
     Returns:
-        figures: for base and each adapter, "task metric" → value and interval (1.96 standard errors); no paired differences.
+        `model`, `adapters`, `tasks`, and `figures`: for base and each adapter, "task metric" → value and interval
+        (1.96 standard errors to both sides). There are no paired differences.
 
     Raises:
         InputError: lm-eval is not installed, or a task is unknown.
@@ -50,7 +53,8 @@ def evaluate(
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise InputError(
-            f"the harness has no task {', '.join(unknown)}: name others, or the folder that defines them with --lm_eval_path"
+            f"the harness has no task {', '.join(unknown)}: "
+            "name others, or the folder that defines them with --lm_eval_path"
         )
     figures: dict[str, dict[str, Any]] = {}
     for name in [BASE, *served.names]:
@@ -59,7 +63,7 @@ def evaluate(
         result = lm_eval.simple_evaluate(model, tasks=list(tasks), limit=limit, task_manager=manager, **options)
         figures[name] = read_figures(result["results"])
     return {
-        "model": str(served.adapters.base.config._name_or_path),
+        "model": served.base_name,
         "adapters": {name: str(folder.path) for name, folder in served.adapters.folders.items()},
         "tasks": list(tasks),
         "figures": figures,
@@ -67,24 +71,28 @@ def evaluate(
 
 
 def read_figures(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Value and interval of each metric of each task."""
-    found = {}
+    """Return value and interval of each metric of each task, from the harness's `results`."""
+    figures = {}
     for task, values in results.items():
         for key, value in values.items():
-            metric, _, kind = key.partition(",")
-            if not kind or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            metric, _, filtered = key.partition(
+                ","
+            )  # "exact_match,strict-match"; "none" where answers are not filtered
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
-            error = values.get(f"{metric}_stderr,{kind}")
-            margin = 1.96 * error if isinstance(error, (int, float)) else None
-            found[f"{task} {metric}" + ("" if kind == "none" else f" ({kind})")] = {
-                "value": value,
-                "interval": None if margin is None else [value - margin, value + margin],
-            }
-    return found
+            interval = None
+            error = values.get(f"{metric}_stderr,{filtered}")
+            if isinstance(error, (int, float)):
+                interval = [value - 1.96 * error, value + 1.96 * error]
+                if metric in SHARES:
+                    interval = [max(0.0, interval[0]), min(1.0, interval[1])]
+            name = f"{task} {metric}" + ("" if filtered == "none" else f" ({filtered})")
+            figures[name] = {"value": value, "interval": interval}
+    return figures
 
 
 def make_model(served: Served, name: str, batch_size: int) -> Any:
-    """A harness model that runs one adapter (or "base")."""
+    """Return a harness model that runs one adapter (or "base")."""
     from lm_eval.api.model import TemplateLM
 
     class Model(TemplateLM):
@@ -98,59 +106,58 @@ def make_model(served: Served, name: str, batch_size: int) -> Any:
             else served.tokenizer.eos_token_id
         )
         tokenizer_name = served.tokenizer.name_or_path.replace("/", "__")
-        room = served.room(name) or 1 << 30
+        max_length = served.max_length(name) or 1 << 30  # a model that names no limit
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-            """Token ids; special ones as the tokenizer adds them, unless the text has them already."""
+            """Return token ids; special ones as the tokenizer adds them, unless the text has them already."""
             bos = served.tokenizer.bos_token
             special = not (bos and string.startswith(bos)) if add_special_tokens is None else add_special_tokens
             return served.tokenizer(string, add_special_tokens=special)["input_ids"]
 
         def _loglikelihood_tokens(self, requests: Any, **options: Any) -> list[tuple[float, bool]]:
-            rows = [(context + continuation)[-self.room :] for _, context, continuation in requests]
+            rows = [(context + continuation)[-self.max_length :] for _, context, continuation in requests]
             scores = token_scores(served.adapters.use(name), rows, batch_size)
-            found = []
+            likelihoods = []
             for (_, _, continuation), (losses, likeliest) in zip(requests, scores, strict=True):
                 first = max(len(losses) - len(continuation), 0)
-                found.append((-losses[first:].double().sum().item(), bool(likeliest[first:].all())))
-            return found
+                likelihoods.append((-losses[first:].double().sum().item(), bool(likeliest[first:].all())))
+            return likelihoods
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            """Log-likelihood of whole texts, in pieces as long as the context allows."""
+            """Return the log-likelihood of each text, scored in pieces as long as the context allows."""
             from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-            found = []
+            likelihoods = []
             for (text,) in (request.args for request in requests):
                 ids = self.tok_encode(text, add_special_tokens=False)
                 windows = map(
-                    make_disjoint_window, get_rolling_token_windows(ids, self.prefix_token_id, self.room - 1, 1)
+                    make_disjoint_window, get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1)
                 )
                 pieces = [(("", ""), list(context), list(continuation)) for context, continuation in windows]
-                found.append(sum(score for score, _ in self._loglikelihood_tokens(pieces)))
-            return found
+                likelihoods.append(sum(score for score, _ in self._loglikelihood_tokens(pieces)))
+            return likelihoods
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            """Answers, cut at the first of each request's stop texts."""
-            found = [""] * len(requests)
+            """Return answers, each cut at the first of its request's stop texts."""
+            answers = [""] * len(requests)
             groups: dict[Sampling, list[int]] = {}
-            for number, request in enumerate(requests):
-                groups.setdefault(sampling_of(request.args[1]), []).append(number)
-            for sampling, numbers in groups.items():
-                if sampling.max_new_tokens >= self.room:
+            for index, request in enumerate(requests):
+                groups.setdefault(sampling_of(request.args[1]), []).append(index)
+            for sampling, indices in groups.items():
+                if sampling.max_new_tokens >= self.max_length:
                     raise InputError(
-                        f"a task wants {sampling.max_new_tokens} new tokens, and there is room for {self.room}: choose another task"
+                        f"a task wants {sampling.max_new_tokens} new tokens, and the model has {self.max_length} "
+                        "positions for question and answer: choose another task"
                     )
-                prompts = [
-                    self.tok_encode(requests[i].args[0])[-max(self.room - sampling.max_new_tokens, 1) :]
-                    for i in numbers
-                ]
-                for place, answers in served.stream(prompts, name, sampling, batch_size):
-                    stops = requests[numbers[place]].args[1].get("until") or []
-                    found[numbers[place]] = cut([stops] if isinstance(stops, str) else stops, answers[0])
-            return found
+                longest = max(self.max_length - sampling.max_new_tokens, 1)
+                prompts = [self.tok_encode(requests[i].args[0])[-longest:] for i in indices]
+                for i, texts in served.stream(prompts, name, sampling, batch_size):
+                    stops = requests[indices[i]].args[1].get("until") or []
+                    answers[indices[i]] = cut([stops] if isinstance(stops, str) else stops, texts[0])
+            return answers
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            """A conversation as text."""
+            """Return a conversation as text."""
             return str(
                 served.tokenizer.apply_chat_template(
                     chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -161,7 +168,7 @@ def make_model(served: Served, name: str, batch_size: int) -> Any:
 
 
 def sampling_of(options: dict[str, Any]) -> Sampling:
-    """What a task asks of generation."""
+    """Return how a task wants answers to be drawn, from its `generation_kwargs`."""
     temperature = options.get("temperature") or 0.0
     draw = bool(options.get("do_sample")) and temperature > 0
     return Sampling(
@@ -174,6 +181,6 @@ def sampling_of(options: dict[str, Any]) -> Sampling:
 
 
 def cut(stops: Sequence[str], answer: str) -> str:
-    """An answer up to the first stop text."""
+    """Return an answer up to the first stop text."""
     ends = [answer.find(stop) for stop in stops if stop and stop in answer]
     return answer[: min(ends)] if ends else answer

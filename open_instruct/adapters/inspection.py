@@ -1,7 +1,8 @@
-"""What a trained soft prompt looks like in numbers: neighbours in the vocabulary, norms, similarities, drift, attention."""
+"""A trained soft prompt in numbers: neighbours in the vocabulary, norms, similarities, drift, attention."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,81 +12,157 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.adapters.folders import AdapterFolder
+from open_instruct.adapters.folders import AdapterFolder, check_prompt
+from open_instruct.adapters.served import Served, load
+from open_instruct.data import questions, reading
 from open_instruct.model.tokens import ordinary_tokens
 
 START = "soft_prompt_start.safetensors"  # beside the adapter: the vectors before the first step
 
 
+def inspect(
+    adapter: str,
+    model_name_or_path: str | None = None,
+    file: str | None = None,
+    rows: int = 16,
+    neighbours: int = 3,
+    **options: Any,
+) -> dict[str, Any]:
+    """Look inside a soft prompt.
+
+    Args:
+        adapter: folder of prompt tuning, P-tuning or prefix tuning.
+        model_name_or_path: base model; unset: the one that the adapter names.
+        file: questions on which attention is measured; None: it is not measured.
+        rows: number of questions that are taken from the file.
+        neighbours: number of nearest tokens of each virtual token.
+        options: further arguments of `load`.
+
+    Returns:
+        Content of inspection.json.
+
+    Raises:
+        InputError: the adapter is no soft prompt, or wrong input.
+    """
+    conversations = []
+    if file:
+        every = questions.questions(reading.read_files(reading.files_of(file)))
+        conversations = [question.messages for question in itertools.islice(every, rows)]
+    served = load(adapter, model_name_or_path, **options)
+    (folder,) = served.adapters.folders.values()
+    check_prompt(folder)
+    result: dict[str, Any] = {
+        "adapter": str(folder.path),
+        "method": folder.title,
+        "virtual_tokens": folder.num_virtual_tokens,
+    }
+    model, base = served.adapters.use(folder.name), served.adapters.base
+    prompts = [questions.prompt_ids(served.tokenizer, messages) for messages in conversations]
+    if folder.prompt_kind == "keys_values":
+        result["prefix_norms"] = prefix_norms(model)
+        if prompts:
+            result["base_norms"] = base_norms(base, prompts)
+    else:
+        result |= embedding_figures(served, folder, neighbours)
+    if prompts:
+        served.adapters.use(folder.name)
+        result["attention"] = attention_mass(model, base, prompts, folder.num_virtual_tokens)
+    return result
+
+
+def embedding_figures(served: Served, folder: AdapterFolder, num_neighbours: int) -> dict[str, Any]:
+    """Return neighbours, norms, similarities and drift of a soft prompt of embeddings."""
+    vocabulary, ids = vocabulary_vectors(served.adapters.base, served.tokenizer)
+    end = served.adapters.models[folder.name].get_prompt(batch_size=1)[0].detach().float().cpu()
+    figures: dict[str, Any] = {
+        "norms": {"vocabulary": norms(vocabulary), "prompt": norms(end)},
+        "end": nearest_tokens(end, vocabulary, ids, served.tokenizer, num_neighbours),
+        "similarity": similarity(end).tolist(),
+    }
+    start = start_of(folder)
+    if start is not None:
+        figures["norms"]["prompt at start"] = norms(start)
+        figures["start"] = nearest_tokens(start, vocabulary, ids, served.tokenizer, num_neighbours)
+        figures["moved"] = (end - start).norm(dim=1).tolist()
+        figures["drift"] = drift(folder, start)
+    return figures
+
+
 @torch.no_grad()
 def vocabulary_vectors(base: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, list[int]]:
-    """Embeddings [V', D] of the tokens that stand for text, as the decoder takes them, and their ids."""
+    """Return the embeddings [V', D] of the tokens that stand for text, in the decoder's scale, and the tokens' ids."""
     ids = ordinary_tokens(tokenizer)
     return base.get_input_embeddings()(torch.tensor(ids, device=base.device)).float().cpu(), ids
 
 
 def start_of(folder: AdapterFolder) -> torch.Tensor | None:
-    """The soft prompt [P, D] before the first step, where the run kept it."""
+    """Return the soft prompt [P, D] before the first step, or None where the run did not keep it."""
     path = folder.path / START
     return load_file(path)["embeddings"] if path.is_file() else None
 
 
 def drift(folder: AdapterFolder, start: torch.Tensor) -> list[dict[str, float]]:
-    """How far each checkpoint's soft prompt is from the start: mean distance of a virtual token, and mean norm.
+    """Return how far each checkpoint's soft prompt is from the start: mean distance of a virtual token, and mean norm.
 
-    Prompt tuning only: P-tuning's checkpoints hold the network, not its output.
+    Only a soft prompt that is trained itself can be read from its checkpoints. Where a network makes it (P-tuning), a
+    checkpoint holds that network, which is several tensors.
     """
-    found = []
+    rows = []
     for path in sorted(folder.path.glob("checkpoints/step_*/trained.safetensors"), key=step_of):
-        tensors = [tensor for name, tensor in load_file(path).items() if tensor.shape == start.shape]
-        if folder.method == "PROMPT_TUNING" and len(tensors) == 1:
+        tensors = list(load_file(path).values())
+        if len(tensors) == 1 and tensors[0].shape == start.shape:
             distance = (tensors[0] - start).norm(dim=1).mean().item()
-            found.append({"step": step_of(path), "distance": distance, "norm": tensors[0].norm(dim=1).mean().item()})
-    return found
+            rows.append({"step": step_of(path), "distance": distance, "norm": tensors[0].norm(dim=1).mean().item()})
+    return rows
 
 
 def step_of(path: Path) -> int:
-    """Step of a checkpoint's file."""
+    """Return the step of a checkpoint's file."""
     return int(path.parent.name.removeprefix("step_"))
 
 
-def neighbours(
-    prompt: torch.Tensor, vocabulary: torch.Tensor, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, count: int
+def nearest_tokens(
+    prompt: torch.Tensor,
+    vocabulary: torch.Tensor,
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    num_neighbours: int,
 ) -> list[dict[str, Any]]:
-    """The nearest tokens of each virtual token, by cosine and by distance.
+    """Return the nearest tokens of each virtual token, by cosine and by distance.
 
     Args:
         prompt: [P, D]
         vocabulary: [V', D]
-        ids: of its rows.
-        tokenizer: for their texts.
-        count: neighbours of each.
+        ids: token ids of the vocabulary's rows.
+        tokenizer: decodes them.
+        num_neighbours: most neighbours of a virtual token.
     """
-    cosine = F.normalize(prompt, dim=1) @ F.normalize(vocabulary, dim=1).T
-    distance = torch.cdist(prompt, vocabulary)
-    found = []
-    count = min(count, len(ids))
+    cosine_PV = F.normalize(prompt, dim=1) @ F.normalize(vocabulary, dim=1).T
+    distance_PV = torch.cdist(prompt, vocabulary)
+    num_neighbours = min(num_neighbours, len(ids))
 
     def named(top: Any) -> list[list[Any]]:
-        return [
-            [tokenizer.decode([ids[i]]), round(value, 4)]
-            for value, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        ]
+        pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        return [[tokenizer.decode([ids[i]]), round(value, 4)] for value, i in pairs]
 
-    for number in range(len(prompt)):
-        near, close = cosine[number].topk(count), distance[number].topk(count, largest=False)
-        found.append({"norm": prompt[number].norm().item(), "cosine": named(near), "distance": named(close)})
-    return found
+    return [
+        {
+            "norm": vector.norm().item(),
+            "cosine": named(cosines.topk(num_neighbours)),
+            "distance": named(distances.topk(num_neighbours, largest=False)),
+        }
+        for vector, cosines, distances in zip(prompt, cosine_PV, distance_PV, strict=True)
+    ]
 
 
 def norms(vectors: torch.Tensor) -> dict[str, float]:
-    """Quantiles of the vectors' lengths."""
+    """Return quantiles of the lengths of vectors [N, D]."""
     quantiles = vectors.norm(dim=1).quantile(torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0])).tolist()
     return dict(zip(("smallest", "5 %", "median", "95 %", "largest"), quantiles, strict=True))
 
 
 def similarity(prompt: torch.Tensor) -> torch.Tensor:
-    """Cosines [P, P] of the virtual tokens with each other."""
+    """Return the cosines [P, P] of the virtual tokens [P, D] with each other."""
     unit = F.normalize(prompt, dim=1)
     return unit @ unit.T
 
@@ -94,20 +171,24 @@ def similarity(prompt: torch.Tensor) -> torch.Tensor:
 def attention_mass(
     model: Any, base: Any, prompts: Sequence[Sequence[int]], num_virtual_tokens: int
 ) -> dict[str, list[float]]:
-    """Share of its attention that each layer gives to the virtual tokens, mean over heads, real positions and rows.
+    """Return the share of its attention that each layer gives to the virtual tokens.
+
+    It is a mean over heads, rows and the rows' positions; the virtual tokens' own positions don't count.
 
     Args:
         model: PeftModel with the soft prompt.
-        base: inside it; its attention is computed as plain matrix products meanwhile.
+        base: the model inside it; meanwhile its attention is computed as plain matrix products, which return the
+            weights.
         prompts: token ids of sample rows.
         num_virtual_tokens: P.
 
     Returns:
-        mass: of each layer, from 0 to 1; uniform: what it would be if all visible positions got the same, one number.
+        mass: the share in each layer, from 0 to 1; uniform: the share if all visible positions got the same, one
+        number.
     """
-    own = base.config._attn_implementation
+    implementation = base.config._attn_implementation
     base.set_attn_implementation("eager")
-    total, uniform, positions = None, 0.0, 0
+    total, uniform, num_positions = None, 0.0, 0
     try:
         for ids in prompts:
             rows = torch.tensor([list(ids)], device=base.device)
@@ -117,16 +198,16 @@ def attention_mass(
                 [layer[0, :, -len(ids) :, :num_virtual_tokens].float().sum(-1).mean(0).sum() for layer in layers]
             )
             total = mass if total is None else total + mass
-            uniform += sum(num_virtual_tokens / (num_virtual_tokens + place) for place in range(1, len(ids) + 1))
-            positions += len(ids)
+            uniform += sum(num_virtual_tokens / (num_virtual_tokens + position) for position in range(1, len(ids) + 1))
+            num_positions += len(ids)
     finally:
-        base.set_attn_implementation(own)
+        base.set_attn_implementation(implementation)
     assert total is not None
-    return {"mass": (total / positions).tolist(), "uniform": [uniform / positions]}
+    return {"mass": (total / num_positions).tolist(), "uniform": [uniform / num_positions]}
 
 
 def prefix_norms(model: Any) -> dict[str, list[float]]:
-    """Mean length of a prefix's keys and values in each layer (over heads and virtual tokens)."""
+    """Return the mean length of a prefix's keys and values in each layer, over heads and virtual tokens."""
     layers = model.get_prompt(batch_size=1).layers
     return {
         "keys": [layer.keys.float().norm(dim=-1).mean().item() for layer in layers],
@@ -136,7 +217,7 @@ def prefix_norms(model: Any) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def base_norms(base: Any, prompts: Sequence[Sequence[int]]) -> dict[str, list[float]]:
-    """The same of the base's own keys and values on sample rows, to compare with."""
+    """Return the mean length of the base's own keys and values in each layer on sample rows, to compare with."""
     keys, values = [], []
     for ids in prompts:
         cache = base(input_ids=torch.tensor([list(ids)], device=base.device), use_cache=True).past_key_values

@@ -1,20 +1,25 @@
-"""Adapter → plain checkpoint, checked against base + adapter before anybody relies on it."""
+"""Adapter → plain checkpoint without PEFT, compared with base + adapter before it is kept."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from open_instruct.adapters import prompt_tokens as vocabulary
-from open_instruct.adapters.folders import AdapterFolder, Adapters
+from open_instruct.adapters import kinds, loaded, prompt_tokens
+from open_instruct.adapters.folders import AdapterFolder, base_name, check_mergeable, parse_adapters, quantisation
 from open_instruct.adapters.generation import greedy_answers, turn_ends
+from open_instruct.adapters.loaded import Adapters
+from open_instruct.adapters.prompt_tokens import NewTokens
 from open_instruct.errors import InputError
-from open_instruct.model import loading
+from open_instruct.files import flush, write_json
+from open_instruct.quiet import silence_transformers
 
 PROBES = ("The sum of seven and five is", "Write one sentence about the sea.", "x")
 NEW_TOKENS = 16  # of the greedy text that is compared
@@ -23,38 +28,105 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}  # 
 
 @dataclass(frozen=True)
 class Expected:
-    """What base + adapter answer to the probes, by adapter: logits [T, V] of each probe, and greedy text."""
+    """Outputs of base + adapter for the probes, by adapter: logits [T, V] of each probe, and its greedy text."""
 
     logits: dict[str, list[torch.Tensor]]
     texts: dict[str, list[str]]
 
 
-def check_mergeable(folders: Sequence[AdapterFolder]) -> None:
-    """Refuse what a plain checkpoint can't express.
+def merge(
+    adapter: Sequence[str],
+    output: str,
+    model_name_or_path: str | None = None,
+    dtype: str = "stored",
+    any_base: bool = False,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> dict[str, Any]:
+    """Merge adapters into a plain checkpoint and verify it.
+
+    Args:
+        adapter: folders, or NAME=FOLDER.
+        output: folder of the checkpoint; must not exist.
+        model_name_or_path: base model; unset: the one that the adapters name.
+        dtype: precision of the checkpoint: stored (as the base is), float32, bfloat16, float16.
+        any_base: accept a base under another name than the adapters'.
+        trust_remote_code: run Python code that comes with the model.
+        allow_pickle: load a base whose weights exist only as pickle files.
+
+    Returns:
+        Content of `merged.json`: adapters, their tokens, largest relative difference of a logit, leaked probability.
 
     Raises:
-        InputError: prefix tuning, an unknown method, or several adapters of which one changes weights.
+        InputError: nothing to merge, an adapter that no plain checkpoint can hold, or a result that differs.
+    """
+    silence_transformers()
+    folders = parse_adapters(adapter)
+    check_mergeable(folders, output)
+    name = base_name(model_name_or_path, folders, any_base)
+    base = loaded.load_base(name, dtype, folders, trust_remote_code, allow_pickle)
+    if getattr(base, "is_quantized", False):
+        base = base.dequantize()  # an adapter corrects the base that it was trained on, rounding included
+    check_length(base, folders)
+    adapters = Adapters(base, folders)
+    tokenizer = loaded.load_tokenizer(name, folders, trust_remote_code)
+    plain_tokenizer = loaded.load_tokenizer(name, folders, trust_remote_code)
+    templates = {
+        folder.name: loaded.load_tokenizer(name, [folder], trust_remote_code).chat_template for folder in folders
+    }
+    wanted = expected(adapters, tokenizer)
+    model, new_tokens = merged_model(adapters, tokenizer, templates)
+
+    final = Path(output)
+    working = final.with_name(f".{final.name}.merging")
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir(parents=True)
+    try:
+        model.save_pretrained(working)
+        tokenizer.save_pretrained(working)
+        device, precision = model.device, model.dtype
+        del model, adapters, base  # a second copy of the model comes next
+        reloaded = AutoModelForCausalLM.from_pretrained(working, dtype=precision, trust_remote_code=trust_remote_code)
+        reloaded = reloaded.to(device).eval()
+        figures = verify(reloaded, AutoTokenizer.from_pretrained(working), plain_tokenizer, new_tokens, wanted)
+        result = {
+            "base": name,
+            "adapters": {folder.name: {"path": str(folder.path), "method": folder.title} for folder in folders},
+            "tokens": {
+                new.adapter: {"first": new.ids[0], "number": len(new.ids), "text": new.text} for new in new_tokens
+            },
+            "vocabulary_rows": reloaded.get_input_embeddings().weight.shape[0],
+            "quantised_in_training": quantisation(folders),
+            "dtype": str(precision).removeprefix("torch."),
+            **figures,
+        }
+        write_json(working / "merged.json", result)
+        for path in working.iterdir():
+            flush(path)
+        working.rename(final)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    return result
+
+
+def check_length(base: Any, folders: Sequence[AdapterFolder]) -> None:
+    """Refuse a soft prompt that leaves no position of the model for anything else.
+
+    Raises:
+        InputError: naming it.
     """
     for folder in folders:
-        if folder.method == "PREFIX_TUNING":
+        max_length = loaded.max_length(base.config, folder.num_virtual_tokens)
+        if max_length is not None and max_length <= 0:
             raise InputError(
-                f"adapter {folder.name} is a prefix of keys and values in each layer, and no plain checkpoint can hold that: serve it with "
-                "generate_peft.py or plain PEFT, or train prompt tuning or P-tuning instead"
+                f"adapter {folder.name} has {folder.num_virtual_tokens} virtual tokens, "
+                f"and the model has positions for {loaded.max_length(base.config)} tokens in all"
             )
-        if folder.method not in ("PROMPT_TUNING", "P_TUNING", "LORA", "IA3"):
-            raise InputError(
-                f"adapter {folder.name} is {folder.title}, which can't be merged here: use LoRA, IA3, prompt tuning or P-tuning"
-            )
-    if len(folders) > 1 and any(not folder.num_virtual_tokens for folder in folders):
-        others = ", ".join(f"{folder.name} ({folder.title})" for folder in folders if not folder.num_virtual_tokens)
-        raise InputError(
-            f"{others} would change the weights that the others share: merge it alone, only soft prompts go together"
-        )
 
 
 @torch.no_grad()
 def expected(adapters: Adapters, tokenizer: PreTrainedTokenizerBase) -> Expected:
-    """Run the probes through base + adapter, as PEFT does it."""
+    """Run the probes through base + adapter, by PEFT's own forward pass."""
     logits, texts = {}, {}
     for name in adapters.folders:
         model = adapters.use(name)
@@ -67,129 +139,122 @@ def expected(adapters: Adapters, tokenizer: PreTrainedTokenizerBase) -> Expected
     return Expected(logits, texts)
 
 
-def merge(
+def merged_model(
     adapters: Adapters, tokenizer: PreTrainedTokenizerBase, templates: dict[str, str | None]
-) -> tuple[Any, list[vocabulary.NewTokens]]:
-    """The plain model, and the tokens that stand for soft prompts (none for LoRA and IA3). The tokenizer is changed with it.
+) -> tuple[Any, list[NewTokens]]:
+    """Return the plain model, and the tokens that stand for soft prompts (none for LoRA and IA3).
+
+    The base inside `adapters` becomes that model.
 
     Args:
         adapters: one that changes weights, or soft prompts of embeddings.
-        tokenizer: of the base.
+        tokenizer: the base's; it gets the new tokens.
         templates: chat template of each adapter.
     """
     folders = list(adapters.folders.values())
     settings = adapters.base.generation_config
     if any(getattr(settings, name, None) not in (None, 1.0, 0, 50) for name in ("temperature", "top_p", "top_k")):
-        settings.do_sample = True  # what they mean; transformers saves no other
-    add_end(adapters.base, tokenizer)
-    if not folders[0].num_virtual_tokens:
+        settings.do_sample = True  # what such values mean; transformers refuses to save them without it
+    settings.eos_token_id = turn_ends(adapters.base, tokenizer)[0]  # stop where training taught the adapter to stop
+    if kinds.merges_into(folders[0].peft_type) == "weights":
         model = adapters.use(folders[0].name)
         assert isinstance(model, PeftModel)
         return model.merge_and_unload(safe_merge=True), []
     prompts = []
     for folder in folders:
         vectors = adapters.models[folder.name].get_prompt(batch_size=1)[0]
-        prompts.append((vocabulary.add_tokens(tokenizer, folder.name, folder.num_virtual_tokens), vectors))
-    vocabulary.grow(adapters.base, prompts)
-    sets = [new for new, _ in prompts]
-    vocabulary.put_first(tokenizer, sets, templates)
-    check_template(tokenizer, sets, templates)
-    return adapters.base, sets
-
-
-def add_end(base: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let the checkpoint stop where training taught the adapter to."""
-    base.generation_config.eos_token_id = turn_ends(base, tokenizer)[0]
+        prompts.append((prompt_tokens.add_tokens(tokenizer, folder.name, folder.num_virtual_tokens), vectors))
+    prompt_tokens.grow(adapters.base, prompts)
+    new_tokens = [new for new, _ in prompts]
+    prompt_tokens.put_first(tokenizer, new_tokens, templates)
+    check_template(tokenizer, new_tokens, templates)
+    return adapters.base, new_tokens
 
 
 def check_template(
-    tokenizer: PreTrainedTokenizerBase, sets: Sequence[vocabulary.NewTokens], templates: dict[str, str | None]
+    tokenizer: PreTrainedTokenizerBase, new_tokens: Sequence[NewTokens], templates: dict[str, str | None]
 ) -> None:
-    """A chat must be what the adapter was trained with, after its tokens.
+    """Check that a chat is rendered as in an adapter's training, after its tokens.
 
     Raises:
         InputError: it is not.
     """
     chat = [{"role": "user", "content": "question"}]
-    for new in sets:
-        if templates[new.adapter]:
-            own = tokenizer.apply_chat_template(
-                chat, chat_template=templates[new.adapter], tokenize=False, add_generation_prompt=True
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    for new in new_tokens:
+        template = templates[new.adapter]
+        if not template:
+            continue
+        in_training = str(tokenizer.apply_chat_template(chat, chat_template=template, **options))
+        if tokenizer.apply_chat_template(chat, adapter=new.adapter, **options) != new.text + in_training:
+            raise InputError(
+                f"the chat template of adapter {new.adapter} can't be extended by its tokens: "
+                "merge it alone, or serve it with PEFT"
             )
-            if tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True, adapter=new.adapter
-            ) != new.text + str(own):
-                raise InputError(
-                    f"the chat template of adapter {new.adapter} can't be extended by its tokens: merge it alone, or serve it with PEFT"
-                )
 
 
 @torch.no_grad()
 def verify(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    plain: PreTrainedTokenizerBase,
-    sets: Sequence[vocabulary.NewTokens],
+    plain_tokenizer: PreTrainedTokenizerBase,
+    new_tokens: Sequence[NewTokens],
     wanted: Expected,
 ) -> dict[str, Any]:
     """Compare a merged checkpoint, as reloaded, with base + adapter.
 
     Args:
         model: the merged model.
-        tokenizer: saved with it.
-        plain: the tokenizer before.
-        sets: tokens of each soft prompt.
-        wanted: of base + adapter.
+        tokenizer: the one that was saved with it.
+        plain_tokenizer: the one before the merge.
+        new_tokens: the tokens of each soft prompt.
+        wanted: outputs of base + adapter.
 
     Returns:
-        Largest difference of a logit, relative to the largest logit; the probability that new tokens take at most; how many greedy
-        texts are equal (all in float32; near ties may differ where 16 bits round).
+        `largest_difference` of a logit, relative to the largest logit; `leaked_probability`, the most that new tokens
+        take; how many greedy texts are equal, `equal_texts` of `texts` (in float32 all of them; where 16 bits round,
+        near ties may differ).
 
     Raises:
         InputError: they differ.
     """
-    worst, leaked, equal, count = 0.0, 0.0, 0, 0
+    worst, leaked, num_equal, num_texts = 0.0, 0.0, 0, 0
     tolerance = TOLERANCE[model.dtype]
-    tokens_of = {new.adapter: list(new.ids) for new in sets}
-    for number, name in enumerate(wanted.logits):
-        first = tokens_of.get(name, [])
-        probes = [plain(text)["input_ids"] for text in PROBES]
-        if number == 0 and [tokenizer(text)["input_ids"] for text in PROBES] != [first + ids for ids in probes]:
-            raise InputError(
-                "the tokenizer does not put the new tokens before plain text: this tokenizer can't be merged into"
-            )
-        for ids, own in zip(probes, wanted.logits[name], strict=True):
-            logits = model(input_ids=torch.tensor([first + ids], device=model.device)).logits[0, len(first) :].float()
-            width = own.shape[-1]
-            worst = max(worst, ((logits[:, :width] - own).abs().max() / own.abs().max()).item())
-            if first:
-                leaked = max(
-                    leaked, logits.softmax(-1)[:, [token for new in sets for token in new.ids]].sum(-1).max().item()
-                )
+    ids_of = {new.adapter: list(new.ids) for new in new_tokens}
+    all_new_ids = [token for ids in ids_of.values() for token in ids]
+    probes = [plain_tokenizer(text)["input_ids"] for text in PROBES]
+    default = ids_of[new_tokens[0].adapter] if new_tokens else []
+    if [tokenizer(text)["input_ids"] for text in PROBES] != [default + ids for ids in probes]:
+        raise InputError(
+            "the tokenizer does not put the new tokens before plain text: this tokenizer can't be merged into"
+        )
+    for name, wanted_logits in wanted.logits.items():
+        prompt = ids_of.get(name, [])
+        for ids, wanted_TV in zip(probes, wanted_logits, strict=True):
+            inputs = torch.tensor([prompt + ids], device=model.device)
+            logits_TV = model(input_ids=inputs).logits[0, len(prompt) :].float()
+            difference = (logits_TV[:, : wanted_TV.shape[-1]] - wanted_TV).abs().max() / wanted_TV.abs().max()
+            worst = max(worst, difference.item())
+            if prompt:
+                leaked = max(leaked, logits_TV.softmax(-1)[:, all_new_ids].sum(-1).max().item())
         if not worst <= tolerance:
             raise InputError(
-                f"the merged model's logits differ from base + {name} by {worst:.1e} of the largest (at most {tolerance:.0e} is rounding): "
-                "its architecture does more with token ids than look up one embedding; serve the adapter with PEFT instead"
+                f"the merged model's logits differ from base + {name} by {worst:.1e} of the largest "
+                f"(at most {tolerance:.0e} is rounding): its architecture does more with token ids than look up one "
+                "embedding; serve the adapter with PEFT instead"
             )
-        texts = greedy_answers(model, plain, [first + ids for ids in probes], NEW_TOKENS)
-        equal, count = equal + sum(a == b for a, b in zip(texts, wanted.texts[name], strict=True)), count + len(texts)
-        if texts != wanted.texts[name] and model.dtype == torch.float32:
-            pair = next(both for both in zip(texts, wanted.texts[name], strict=True) if both[0] != both[1])
+        texts = greedy_answers(model, plain_tokenizer, [prompt + ids for ids in probes], NEW_TOKENS)
+        pairs = list(zip(texts, wanted.texts[name], strict=True))
+        num_equal, num_texts = num_equal + sum(a == b for a, b in pairs), num_texts + len(pairs)
+        different = next(((text, wanted_text) for text, wanted_text in pairs if text != wanted_text), None)
+        if different and model.dtype == torch.float32:
             raise InputError(
-                f"the merged model says {pair[0]!r} where base + {name} says {pair[1]!r}: serve the adapter with PEFT instead"
+                f"the merged model says {different[0]!r} where base + {name} says {different[1]!r}: "
+                "serve the adapter with PEFT instead"
             )
-    return {"largest_difference": worst, "leaked_probability": leaked, "equal_texts": equal, "texts": count}
-
-
-def check_room(base: Any, folders: Sequence[AdapterFolder]) -> None:
-    """Soft prompts take positions of the context.
-
-    Raises:
-        InputError: one fills it.
-    """
-    context = loading.context_length(base.config)
-    for folder in folders:
-        if context and folder.num_virtual_tokens >= context:
-            raise InputError(
-                f"adapter {folder.name} has {folder.num_virtual_tokens} virtual tokens, and the model has room for {context}"
-            )
+    return {
+        "largest_difference": worst,
+        "leaked_probability": leaked,
+        "equal_texts": num_equal,
+        "texts": num_texts,
+    }

@@ -1,8 +1,9 @@
 """Soft prompts as vocabulary entries, so that a plain checkpoint holds them and any engine can serve them.
 
-A soft prompt of embeddings is P rows that stand before the input. Put into the embedding matrix as rows of P new tokens, which the
-tokenizer writes before everything else, they give the same hidden states, with no PEFT at inference. The head gets rows of zeros, so
-the new tokens are hardly ever predicted, and `generation_config` suppresses them.
+A soft prompt of embeddings is P vectors before the input's. They become rows of the embedding matrix, the rows of P
+new tokens, which the tokenizer writes before everything else. The hidden states are then the same, with no PEFT at
+inference. The head gets rows of zeros, so the new tokens are hardly ever predicted, and `generation_config` suppresses
+them.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ class NewTokens:
 
     @property
     def text(self) -> str:
-        """What the tokenizer reads as these tokens."""
+        """The text that the tokenizer reads as these tokens."""
         return "".join(self.tokens)
 
 
-def add_tokens(tokenizer: PreTrainedTokenizerBase, adapter: str, count: int) -> NewTokens:
-    """Give the tokenizer the special tokens `<|ADAPTER_0|>` and so on.
+def add_tokens(tokenizer: PreTrainedTokenizerBase, adapter: str, num_tokens: int) -> NewTokens:
+    """Give the tokenizer `num_tokens` special tokens, `<|ADAPTER_0|>` and so on, and return them.
 
     Raises:
         InputError: it has one of them already.
     """
-    tokens = tuple(f"<|{adapter}_{number}|>" for number in range(count))
+    tokens = tuple(f"<|{adapter}_{number}|>" for number in range(num_tokens))
     known = tokenizer.get_vocab()
     clash = next((token for token in tokens if token in known), None)
     if clash:
@@ -64,50 +65,50 @@ def grow(model: Any, prompts: Sequence[tuple[NewTokens, torch.Tensor]]) -> None:
 
     Args:
         model: a causal language model; changed in place.
-        prompts: new tokens, and their vectors [P, D] as the decoder takes them.
+        prompts: new tokens with their vectors [P, D], in the scale that the decoder receives.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rows = embedding.weight.shape[0]
+    old_rows = embedding.weight.shape[0]
     highest = max(max(new.ids) for new, _ in prompts)
-    multiple = math.gcd(rows, 128)
-    wanted = max(rows, math.ceil((highest + 1) / multiple) * multiple)
+    multiple = math.gcd(old_rows, 128)
+    num_rows = max(old_rows, math.ceil((highest + 1) / multiple) * multiple)
     scale = embedding_scale(embedding)
-    weight = torch.cat([embedding.weight, embedding.weight.new_zeros(wanted - rows, embedding.weight.shape[1])])
+    weight = torch.cat([embedding.weight, embedding.weight.new_zeros(num_rows - old_rows, embedding.weight.shape[1])])
     for new, vectors in prompts:
         weight[list(new.ids)] = (vectors.float().to(weight.device) / scale).to(weight.dtype)
-    head_weight = torch.cat([head.weight, head.weight.new_zeros(wanted - rows, head.weight.shape[1])]).clone()
+    head_weight = torch.cat([head.weight, head.weight.new_zeros(num_rows - old_rows, head.weight.shape[1])]).clone()
     embedding.weight = nn.Parameter(weight, requires_grad=False)
-    embedding.num_embeddings = wanted
+    embedding.num_embeddings = num_rows
     head.weight = nn.Parameter(head_weight, requires_grad=False)
-    head.out_features = wanted
+    head.out_features = num_rows
     if getattr(head, "bias", None) is not None:
-        more = head.bias.new_full((wanted - rows,), BIAS_OF_NEW_TOKENS)
+        more = head.bias.new_full((num_rows - old_rows,), BIAS_OF_NEW_TOKENS)
         head.bias = nn.Parameter(torch.cat([head.bias, more]), requires_grad=False)
     model.config.tie_word_embeddings = False
     text = model.config.get_text_config()
-    text.tie_word_embeddings, text.vocab_size = False, wanted
-    model.vocab_size = wanted
+    text.tie_word_embeddings, text.vocab_size = False, num_rows
+    model.vocab_size = num_rows
     ids = [token for new, _ in prompts for token in new.ids]
     model.generation_config.suppress_tokens = sorted({*(model.generation_config.suppress_tokens or []), *ids})
 
 
 def embedding_scale(embedding: nn.Module) -> float:
-    """What the embedding module multiplies its rows by (Gemma 3: the root of the hidden size), 1 for most.
+    """Return the factor by which the embedding module multiplies its rows: 1 for most, sqrt(D) for Gemma 3.
 
-    A soft prompt stands behind that factor, a row before it.
+    A row of the matrix is multiplied by it, a soft prompt is not.
     """
     weight = embedding.weight
     assert isinstance(weight, torch.Tensor)
     ids = torch.arange(min(64, len(weight)), device=weight.device)
-    given, raw = embedding(ids).float(), weight[ids].float()
-    return (given.norm() / raw.norm()).item() if not torch.equal(given, raw) else 1.0
+    output, rows = embedding(ids).float(), weight[ids].float()
+    return (output.norm() / rows.norm()).item() if not torch.equal(output, rows) else 1.0
 
 
 def put_first(tokenizer: PreTrainedTokenizerBase, sets: Sequence[NewTokens], templates: dict[str, str | None]) -> None:
     """Make the tokenizer write an adapter's tokens before everything else: in chats, and before plain text.
 
-    The adapter of a chat is chosen by `chat_template_kwargs={"adapter": NAME}`, "base" for none. Where none is named, and before plain
-    text, it is the first one's.
+    A chat chooses its adapter by `chat_template_kwargs={"adapter": NAME}`, where "base" is the plain model. Chats that
+    choose none, and plain text, get the first adapter's tokens.
 
     Args:
         tokenizer: changed in place.
@@ -124,24 +125,24 @@ def put_first(tokenizer: PreTrainedTokenizerBase, sets: Sequence[NewTokens], tem
     if not any(bodies.values()):
         return
     choice = f"{{%- set adapter = adapter if adapter is defined else {first.adapter!r} -%}}"
+    writes = {new.adapter: f"{{{{- {new.text!r} -}}}}" for new in sets}
     if len(set(bodies.values())) == 1:
-        tokens = "".join(branch(number, new.adapter, f"{{{{- {new.text!r} -}}}}") for number, new in enumerate(sets))
-        text = f"{choice}{tokens}{otherwise(sets, '')}{{%- endif -%}}{bodies[first.adapter]}"
+        tokens = "".join(branch(number, adapter, write) for number, (adapter, write) in enumerate(writes.items()))
+        text = f"{choice}{tokens}{last_branches(sets, '')}{{%- endif -%}}{bodies[first.adapter]}"
     else:
-        parts = "".join(
-            branch(number, new.adapter, f"{{{{- {new.text!r} -}}}}{bodies[new.adapter]}")
-            for number, new in enumerate(sets)
+        chats = "".join(
+            branch(number, adapter, write + bodies[adapter]) for number, (adapter, write) in enumerate(writes.items())
         )
-        text = f"{choice}{parts}{otherwise(sets, bodies[first.adapter])}{{%- endif -%}}"
+        text = f"{choice}{chats}{last_branches(sets, bodies[first.adapter])}{{%- endif -%}}"
     tokenizer.chat_template = text
 
 
 def post_processor(own: dict[str, Any] | None, new: NewTokens) -> dict[str, Any]:
-    """A post-processor that puts new tokens before what the tokenizer's own puts there, as JSON of the tokenizers library.
+    """Return a post-processor that writes new tokens before those of the tokenizer's own, as tokenizers' JSON.
 
     Args:
-        own: what the tokenizer has; None: nothing.
-        new: tokens to put first.
+        own: the tokenizer's post-processor; None: it has none.
+        new: tokens to write first.
     """
     first = [{"SpecialToken": {"id": token, "type_id": 0}} for token in new.tokens]
     known = {
@@ -162,17 +163,20 @@ def post_processor(own: dict[str, Any] | None, new: NewTokens) -> dict[str, Any]
 
 
 def branch(number: int, adapter: str, body: str) -> str:
-    """One case of the template."""
+    """Return the branch of the template for one adapter, the `number`-th."""
     return f"{{%- {'elif' if number else 'if'} adapter == {adapter!r} -%}}{body}"
 
 
-def otherwise(sets: Sequence[NewTokens], base_body: str) -> str:
-    """The plain model's case, and the error for a name that there is not."""
+def last_branches(sets: Sequence[NewTokens], base_body: str) -> str:
+    """Return the branches for the plain model and for an unknown name, which is an error."""
     names = ", ".join([new.adapter for new in sets] + [BASE])
     wrong = f"{{{{- raise_exception('no adapter ' ~ adapter ~ ': there are {names}') -}}}}"
     return f"{{%- elif adapter == {BASE!r} -%}}{base_body}{{%- else -%}}{wrong}"
 
 
 def without_generation_marks(template: str) -> str:
-    """A chat template without `generation` blocks, which only training needs and few servers know; white space stays as it was."""
+    """Return a chat template without its `generation` blocks, which only training needs and few servers know.
+
+    White space stays as it was.
+    """
     return re.sub(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}", r"{#\1 \2#}", template)

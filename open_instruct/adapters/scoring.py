@@ -1,4 +1,7 @@
-"""How likely a model finds given answers: summed loss of each row, independent of the rows beside it."""
+"""Losses of given answers: the loss of each token, and their sum over the labelled tokens of a row.
+
+A row's figures do not depend on the rows beside it.
+"""
 
 from __future__ import annotations
 
@@ -15,51 +18,52 @@ LOGITS_AT_ONCE = 1 << 28  # elements: half a gigabyte in bfloat16
 
 @torch.no_grad()
 def token_scores(model: Any, rows: Sequence[Sequence[int]], batch_size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Loss of each token of each row but its first, in nats, and whether it is the likeliest one.
+    """Return the loss of every token but a row's first, in nats, and whether it is the likeliest one.
 
-    Rows are padded on the right, where padding changes nothing before it.
+    Rows are padded on the right, which changes nothing to the left of it.
 
     Args:
         model: a causal language model or a PeftModel.
         rows: token ids of each row.
-        batch_size: rows computed at once at most.
+        batch_size: most rows computed at once.
 
     Returns:
         For each row of T tokens, [T - 1] float32 and [T - 1] bool, on the CPU.
     """
-    found: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
+    scores: list[tuple[torch.Tensor, torch.Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
     device = next(model.parameters()).device
     vocab_size = model.get_input_embeddings().weight.shape[0]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     while order:
         longest = len(rows[order[0]])
         size = max(1, min(batch_size, LOGITS_AT_ONCE // (longest * vocab_size)))
-        chosen, order = order[:size], order[size:]
-        ids = torch.tensor([[*rows[i], *[0] * (longest - len(rows[i]))] for i in chosen], device=device)
-        mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in chosen], device=device)
-        # Prompt tuning and P-tuning put P positions before the row: count from its end.
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -longest:][:, :-1]
-        for place, i in enumerate(chosen):
-            own, targets = logits[place, : len(rows[i]) - 1], ids[place, 1 : len(rows[i])]
-            losses = F.cross_entropy(own.float(), targets, reduction="none")  # a row at a time: float32 of one
-            found[i] = losses.cpu(), (own.argmax(-1) == targets).cpu()
-    return found
+        batch, order = order[:size], order[size:]
+        ids = torch.tensor([[*rows[i], *[0] * (longest - len(rows[i]))] for i in batch], device=device)
+        mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch], device=device)
+        # Prompt tuning and P-tuning put P positions before the row, so positions are counted from the end.
+        logits_BTV = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, -longest:][:, :-1]
+        for b, i in enumerate(batch):
+            logits_TV, targets = logits_BTV[b, : len(rows[i]) - 1], ids[b, 1 : len(rows[i])]
+            # One row at a time: in float32 the logits of the batch would take twice the memory again.
+            losses = F.cross_entropy(logits_TV.float(), targets, reduction="none")
+            scores[i] = losses.cpu(), (logits_TV.argmax(-1) == targets).cpu()
+    return scores
 
 
 def answer_losses(
     model: Any, rows: Sequence[Sequence[int]], spans: Sequence[Spans], batch_size: int
 ) -> list[tuple[float, int]]:
-    """(summed loss, number) of the labelled tokens of each row.
+    """Return, for each row, the summed loss of its labelled tokens in nats, and their number.
 
     Args:
         model: a causal language model or a PeftModel.
-        rows: token ids.
-        spans: [start, end) of labelled tokens of each row; the first token of a row has no loss.
-        batch_size: rows computed at once at most.
+        rows: token ids of each row.
+        spans: [start, end) of the labelled tokens of each row; the first token of a row has no loss.
+        batch_size: most rows computed at once.
     """
-    found = []
-    for (losses, _), pieces in zip(token_scores(model, rows, batch_size), spans, strict=True):
-        wanted = [losses[max(start, 1) - 1 : end - 1] for start, end in pieces]
-        picked = torch.cat(wanted) if wanted else torch.empty(0)
-        found.append((picked.double().sum().item(), len(picked)))
-    return found
+    sums = []
+    for (losses, _), row_spans in zip(token_scores(model, rows, batch_size), spans, strict=True):
+        pieces = [losses[max(start, 1) - 1 : end - 1] for start, end in row_spans]
+        labelled = torch.cat(pieces) if pieces else torch.empty(0)
+        sums.append((labelled.double().sum().item(), len(labelled)))
+    return sums

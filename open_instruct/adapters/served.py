@@ -1,21 +1,20 @@
-"""A base model with its adapters, ready to be asked: what every tool that uses a trained adapter starts from."""
+"""A base model with its adapters and a tokenizer, ready to answer: every tool that runs an adapter begins with one."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.adapters import folders as adapters
-from open_instruct.adapters import generation
-from open_instruct.adapters.folders import BASE, Adapters
+from open_instruct.adapters import generation, loaded
+from open_instruct.adapters.folders import BASE, AdapterFolder, base_name, parse_adapters
 from open_instruct.adapters.generation import Sampling
-from open_instruct.data import chat, questions
-from open_instruct.errors import InputError
-from open_instruct.model import loading
+from open_instruct.adapters.loaded import Adapters
+from open_instruct.data import chat
+from open_instruct.data.questions import prompt_ids
+from open_instruct.errors import InputError, warn
 from open_instruct.quiet import silence_transformers
 
 
@@ -31,11 +30,19 @@ class Served:
         """The adapters, without the base."""
         return list(self.adapters.folders)
 
-    def room(self, name: str) -> int | None:
-        """Tokens that prompt and answer may have together, virtual ones not counted; None where the model says nothing."""
-        context = loading.context_length(self.adapters.base.config)
-        folder = self.adapters.folders.get(name)
-        return context and context - (folder.num_virtual_tokens if folder else 0)
+    @property
+    def base_name(self) -> str:
+        """Name or folder from which the base was loaded."""
+        return str(self.adapters.base.config._name_or_path)
+
+    def max_length(self, *names: str) -> int | None:
+        """Return how many tokens prompt and answer may have together with any of some adapters (or "base").
+
+        Virtual tokens are not counted. None: the model names no limit.
+        """
+        folders = [self.adapters.folders.get(name) for name in names]
+        most = max((folder.num_virtual_tokens for folder in folders if folder), default=0)
+        return loaded.max_length(self.adapters.base.config, most)
 
     def stream(
         self,
@@ -45,13 +52,14 @@ class Served:
         batch_size: int = 32,
         streamer: Any = None,
     ) -> Iterator[tuple[int, list[str]]]:
-        """Answers of one adapter to token ids, as they come; see `generation.generate`."""
+        """Yield the answers of one adapter to token ids as they come; see `generation.generate`."""
         model = self.adapters.use(name)
-        return generation.generate(model, self.tokenizer, prompts, sampling, self.room(name), batch_size, streamer)
+        max_length = self.max_length(name)
+        return generation.generate(model, self.tokenizer, prompts, sampling, max_length, batch_size, streamer)
 
     def answers(
         self,
-        asked: Sequence[str | list[dict[str, Any]]],
+        questions: Sequence[str | list[dict[str, Any]]],
         adapter: str | None = None,
         sampling: Sampling | None = None,
         batch_size: int = 32,
@@ -59,18 +67,21 @@ class Served:
         """Answer questions.
 
         Args:
-            asked: texts, each said by the user, or conversations as lists of {"role", "content"}.
-            adapter: name; unset: the only adapter, or the base where there is none.
+            questions: texts of the user, or conversations as lists of {"role", "content"}.
+            adapter: name; unset: the first adapter, or the base where there is none.
             sampling: how answers are drawn; unset: greedy.
-            batch_size: answers computed at once at most.
+            batch_size: most answers computed at once.
 
         Returns:
             For each question its answers, `sampling.num_return_sequences` of them.
+
+        Raises:
+            InputError: there is no adapter of that name, or the chat template refuses a conversation.
         """
         name = adapter or (self.names[0] if self.names else BASE)
-        conversations = [[{"role": "user", "content": item}] if isinstance(item, str) else item for item in asked]
-        prompts = [questions.prompt_ids(self.tokenizer, messages) for messages in conversations]
-        return [found for _, found in sorted(self.stream(prompts, name, sampling or Sampling(), batch_size))]
+        conversations = [[{"role": "user", "content": item}] if isinstance(item, str) else item for item in questions]
+        prompts = [prompt_ids(self.tokenizer, messages) for messages in conversations]
+        return [answers for _, answers in sorted(self.stream(prompts, name, sampling or Sampling(), batch_size))]
 
 
 def load(
@@ -87,7 +98,8 @@ def load(
     Args:
         adapter: folder in PEFT's format, or NAME=FOLDER, or several of them, of any methods; none: the base alone.
         model_name_or_path: base model; unset: the one that the adapters name.
-        dtype: of the base: auto (bfloat16 on a GPU that has it, float32 elsewhere), stored (as in its files), float32, bfloat16, float16.
+        dtype: precision of the base: auto (bfloat16 on a GPU that has it, float32 elsewhere), stored (as in its files),
+            float32, bfloat16, float16.
         any_base: accept a base under another name than the adapters'.
         trust_remote_code: run Python code that comes with the model.
         chat_template_name: see finetune_peft.py; unset: the tokenizer's own, or tulu where it has none.
@@ -97,26 +109,44 @@ def load(
         InputError: an adapter is missing, damaged, pickled, or belongs to another base.
     """
     silence_transformers()
-    folders = adapters.parse_adapters([adapter] if isinstance(adapter, str) else adapter)
-    name = adapters.base_name(model_name_or_path, folders, any_base)
-    tokenizer = adapters.load_tokenizer(name, folders, trust_remote_code)
-    templates = {folder.name: adapters.chat_template(folder.path) for folder in folders}
-    if not chat_template_name and len(set(templates.values()) - {None}) > 1:
-        raise InputError(
-            f"the adapters {', '.join(templates)} were trained with different chat templates: use them one at a time, or give one template "
-            "for all with --chat_template_name"
-        )
-    if chat_template_name or not tokenizer.chat_template:
-        if not chat_template_name:
-            print(
-                f"warning: the tokenizer of {name} has no chat template: taking tulu's (--chat_template_name)",
-                file=sys.stderr,
-            )
-        chat.set_chat_template(tokenizer, chat_template_name or "tulu")
-    biased = next((folder.name for folder in folders if getattr(folder.config, "bias", "none") != "none"), None)
-    if biased:
-        raise InputError(
-            f"adapter {biased} trains the base's biases, so no other could share the base: merge it with merge_peft.py, and use that"
-        )
-    base = adapters.load_base(name, dtype, folders, trust_remote_code, allow_pickle)
+    folders = parse_adapters([adapter] if isinstance(adapter, str) else adapter)
+    name = base_name(model_name_or_path, folders, any_base)
+    check_biases(folders)
+    tokenizer = loaded.load_tokenizer(name, folders, trust_remote_code)
+    if not chat_template_name:
+        check_templates(folders)
+        if not tokenizer.chat_template:
+            warn(f"the tokenizer of {name} has no chat template: taking tulu's (--chat_template_name)")
+            chat_template_name = "tulu"
+    if chat_template_name:
+        chat.set_chat_template(tokenizer, chat_template_name)
+    base = loaded.load_base(name, dtype, folders, trust_remote_code, allow_pickle)
     return Served(Adapters(base, folders), tokenizer)
+
+
+def check_templates(folders: Sequence[AdapterFolder]) -> None:
+    """Refuse adapters that were trained with different chat templates.
+
+    Raises:
+        InputError: naming the adapters.
+    """
+    templates = {loaded.chat_template(folder.path) for folder in folders} - {None}
+    if len(templates) > 1:
+        raise InputError(
+            f"the adapters {', '.join(folder.name for folder in folders)} were trained with different chat templates: "
+            "use them one at a time, or give one template for all with --chat_template_name"
+        )
+
+
+def check_biases(folders: Sequence[AdapterFolder]) -> None:
+    """Refuse adapters that change the base itself.
+
+    Raises:
+        InputError: naming one.
+    """
+    for folder in folders:
+        if folder.settings.get("bias", "none") != "none":
+            raise InputError(
+                f"adapter {folder.name} trains the base's biases, so no other could share the base: "
+                "merge it with merge_peft.py, and use that"
+            )

@@ -12,14 +12,14 @@ from matplotlib import pyplot as plt
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Tables of what was measured."""
+    """Return tables of the figures."""
     lines = [f"{result['adapter']}: {result['method']}, {result['virtual_tokens']} virtual tokens"]
     if "norms" in result:
         names = list(result["norms"]["vocabulary"])
         lines += ["", "Length of vectors:", "", "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
         lines += [
-            f"| {who} | " + " | ".join(f"{values[name]:.3g}" for name in names) + " |"
-            for who, values in result["norms"].items()
+            f"| {vectors} | " + " | ".join(f"{values[name]:.3g}" for name in names) + " |"
+            for vectors, values in result["norms"].items()
         ]
         lines += [
             "",
@@ -32,7 +32,8 @@ def markdown(result: dict[str, Any]) -> str:
             moved = f"{result['moved'][number]:.3g}" if "moved" in result else ""
             before = listed(result["start"][number]["cosine"]) if "start" in result else "not kept"
             lines.append(
-                f"| {number} | {token['norm']:.3g} | {moved} | {listed(token['cosine'])} | {listed(token['distance'])} | {before} |"
+                f"| {number} | {token['norm']:.3g} | {moved} | {listed(token['cosine'])} "
+                f"| {listed(token['distance'])} | {before} |"
             )
     if result.get("drift"):
         lines += ["", "Drift:", "", "| step | mean distance from the start | mean length |", "|---|---|---|"]
@@ -48,47 +49,44 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         pairs = zip(result["prefix_norms"]["keys"], result["prefix_norms"]["values"], strict=True)
         for layer, (key, value) in enumerate(pairs):
-            own = f"{base['keys'][layer]:.3g} | {base['values'][layer]:.3g}" if base else "|"
-            lines.append(f"| {layer} | {key:.3g} | {value:.3g} | {own} |")
+            of_base = f"{base['keys'][layer]:.3g} | {base['values'][layer]:.3g}" if base else "|"
+            lines.append(f"| {layer} | {key:.3g} | {value:.3g} | {of_base} |")
     if "attention" in result:
-        lines += [
-            "",
-            f"Attention to the virtual tokens (all positions alike would give {result['attention']['uniform'][0]:.1%}):",
-            "",
-        ]
+        uniform = result["attention"]["uniform"][0]
+        lines += ["", f"Attention to the virtual tokens (all positions alike would give {uniform:.1%}):", ""]
         lines += ["| layer | share |", "|---|---|"]
         lines += [f"| {layer} | {share:.1%} |" for layer, share in enumerate(result["attention"]["mass"])]
     return "\n".join(lines)
 
 
 def listed(tokens: list[list[Any]]) -> str:
-    """Tokens with their figures, safe inside a table."""
+    """Return tokens with their figures, safe inside a table."""
     return ", ".join(f"`{str(text).replace('|', '¦').replace(chr(10), '⏎')}` {value:.2f}" for text, value in tokens)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Similarities of the virtual tokens, and attention or norms of each layer, as a PNG."""
+    """Write similarities of the virtual tokens, and attention or norms of each layer, as a PNG."""
     panels = [name for name in ("similarity", "prefix_norms", "attention") if name in result]
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
-    for place, name in zip(axes[0], panels, strict=True):
+    figure, grid = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for axes, name in zip(grid[0], panels, strict=True):
         if name == "similarity":
-            image = place.imshow(result[name], vmin=-1, vmax=1, cmap="coolwarm")
-            figure.colorbar(image, ax=place, shrink=0.8)
-            place.set_title("cosine between virtual tokens")
+            image = axes.imshow(result[name], vmin=-1, vmax=1, cmap="coolwarm")
+            figure.colorbar(image, ax=axes, shrink=0.8)
+            axes.set_title("cosine between virtual tokens")
         elif name == "attention":
-            place.bar(range(len(result[name]["mass"])), result[name]["mass"])
-            place.axhline(
+            axes.bar(range(len(result[name]["mass"])), result[name]["mass"])
+            axes.axhline(
                 result[name]["uniform"][0], color="black", linestyle="--", linewidth=1, label="all positions alike"
             )
-            place.set(title="attention to virtual tokens", xlabel="layer", ylabel="share", ylim=(0, 1))
-            place.legend()
+            axes.set(title="attention to virtual tokens", xlabel="layer", ylabel="share", ylim=(0, 1))
+            axes.legend()
         else:
             for kind, values in result[name].items():
-                place.plot(values, "o-", label=f"prefix {kind}")
+                axes.plot(values, "o-", label=f"prefix {kind}")
             for kind, values in result.get("base_norms", {}).items():
-                place.plot(values, "--", label=f"base {kind}")
-            place.set(title="length of keys and values", xlabel="layer")
-            place.legend()
+                axes.plot(values, "--", label=f"base {kind}")
+            axes.set(title="length of keys and values", xlabel="layer")
+            axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

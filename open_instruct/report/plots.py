@@ -14,13 +14,13 @@ from matplotlib import pyplot as plt
 
 
 def plot_losses(rows: list[dict[str, Any]], base_loss: float | None, title: str, path: Path) -> None:
-    """Training loss, held-out loss and the base model's held-out loss over steps, as a PNG.
+    """Write training loss, held-out loss and the base model's held-out loss over steps, as a PNG.
 
     Args:
         rows: rows of metrics.jsonl.
         base_loss: held-out loss of the base model, in nats per labelled token.
-        title: of the picture.
-        path: PNG to write.
+        title: title of the picture.
+        path: the PNG to write.
     """
     figure, axes = plt.subplots(figsize=(8, 5))
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
@@ -51,19 +51,19 @@ def plot_losses(rows: list[dict[str, Any]], base_loss: float | None, title: str,
 
 
 def plot_rates(rates: list[float], losses: list[float], before: float, chosen: float, path: Path) -> None:
-    """What a learning-rate range test found, as a PNG.
+    """Write the losses of a learning-rate range test, as a PNG.
 
     Args:
-        rates: tried.
-        losses: after a short training at each, in nats per labelled token; not finite where one broke down.
+        rates: the learning rates that were tried.
+        losses: loss after a short training at each rate, in nats per labelled token; not finite where it diverged.
         before: the loss without training.
-        chosen: rate.
-        path: PNG to write.
+        chosen: the rate that was chosen.
+        path: the PNG to write.
     """
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    found = [(rate, loss) for rate, loss in zip(rates, losses, strict=True) if math.isfinite(loss)]
-    if found:
-        axes.plot(*zip(*found, strict=True), "o-", color="tab:blue", label="after a short training")
+    finite = [(rate, loss) for rate, loss in zip(rates, losses, strict=True) if math.isfinite(loss)]
+    if finite:
+        axes.plot(*zip(*finite, strict=True), "o-", color="tab:blue", label="after a short training")
     axes.axhline(before, color="black", linestyle="--", linewidth=1, label=f"before ({before:.3f})")
     axes.axvline(chosen, color="tab:orange", label=f"chosen: {chosen:.3g}")
     axes.set_xscale("log")
@@ -76,7 +76,7 @@ def plot_rates(rates: list[float], losses: list[float], before: float, chosen: f
 
 
 def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+    """Return the exponential moving average, corrected for its start from 0 (as in Adam, Kingma and Ba 2015)."""
     average, out = 0.0, []
     for count, value in enumerate(values, start=1):
         average = weight * average + (1 - weight) * value
@@ -85,21 +85,21 @@ def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def plot_sources(counts: dict[str, Counter[str]], title: str, path: Path, most: int = 30) -> None:
-    """Shares of each value, input against subsets, as grouped bars.
+    """Write the share of each value, input against subsets, as grouped bars in a PNG.
 
     Args:
-        counts: for "input" and each subset, how many rows have each value.
-        title: of the picture.
-        path: PNG to write.
-        most: values shown, the commonest of the input first.
+        counts: for "input" and each subset, the number of rows with each value.
+        title: title of the picture.
+        path: the PNG to write.
+        most: number of values shown, the input's commonest first.
     """
     names = [name for name, _ in counts["input"].most_common(most)][::-1]
     height = 0.8 / len(counts)
     figure, axes = plt.subplots(figsize=(9, 1.5 + 0.4 * len(names)))
     for number, (label, counter) in enumerate(counts.items()):
         total = sum(counter.values())
-        places = [row + 0.4 - (number + 0.5) * height for row in range(len(names))]
-        axes.barh(places, [counter[name] / total for name in names], height=height, label=f"{label} ({total:,} rows)")
+        heights = [row + 0.4 - (number + 0.5) * height for row in range(len(names))]
+        axes.barh(heights, [counter[name] / total for name in names], height=height, label=f"{label} ({total:,} rows)")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("share of the rows")
     axes.set_title(title)

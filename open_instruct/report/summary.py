@@ -1,4 +1,4 @@
-"""What a run prints before its first step and after its last."""
+"""Texts that a run prints before its first step and after its last."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def hyperparameter_lines(title: str, values: dict[str, Any], origins: dict[str, str], sources: str) -> str:
-    """One line for each resolved hyperparameter, with its origin."""
+    """Return one line for each resolved hyperparameter, with its origin."""
     width = max(len(name) for name in values)
     lines = []
     for name, value in values.items():
@@ -16,49 +16,58 @@ def hyperparameter_lines(title: str, values: dict[str, Any], origins: dict[str, 
 
 
 def loss_text(value: float | None) -> str:
-    """A loss for people."""
+    """Return a loss for people to read."""
     return "not measured" if value is None else f"{value:.4f}"
 
 
 def summary_lines(
     summary: dict[str, Any], samples: list[dict[str, str]], exact: dict[str, float] | None, output_dir: str
 ) -> str:
-    """The readable end of a run.
+    """Return the lines with which a run ends.
 
     Args:
         summary: content of summary.json.
         samples: question, reference, base and tuned answer of some held-out conversations.
-        exact: share of answers equal to the reference, for base and tuned model, and over how many.
-        output_dir: folder of the run.
+        exact: share of answers equal to the reference, of base and tuned model, and the number of answers; None: not
+            measured.
+        output_dir: the run's folder.
     """
     share = summary["trainable_parameters"] / summary["total_parameters"]
     lines = [
         "",
-        f"held-out loss       base {loss_text(summary['base_eval_loss'])} | first {loss_text(summary['initial_eval_loss'])} | "
+        f"held-out loss       base {loss_text(summary['base_eval_loss'])} | "
+        f"first {loss_text(summary['initial_eval_loss'])} | "
         f"final {loss_text(summary['final_eval_loss'])} nats per token",
         f"trained parameters  {summary['trainable_parameters']:,} of {summary['total_parameters']:,} ({share:.3%})",
         f"adapter size        {summary['adapter_bytes'] / 1e3:,.1f} kB",
-        f"time                {summary['wall_seconds']:.1f} s for {summary['steps']} steps, {summary['tokens']:,} tokens "
-        f"({summary['tokens_per_second']:,.0f} tokens/s), peak memory {summary['peak_memory_mb']:,.0f} MB",
+        f"time                {summary['wall_seconds']:.1f} s for {summary['steps']} steps, "
+        f"{summary['tokens']:,} tokens ({summary['tokens_per_second']:,.0f} tokens/s), "
+        f"peak memory {summary['peak_memory_mb']:,.0f} MB",
     ]
     if exact:
         lines.append(
-            f"exact match         base {exact['base']:.0%} | tuned {exact['tuned']:.0%} of {exact['number']:.0f} held-out answers"
+            f"exact match         base {exact['base']:.0%} | tuned {exact['tuned']:.0%} "
+            f"of {exact['number']:.0f} held-out answers"
         )
     for number, sample in enumerate(samples[:3], start=1):
+        question, reference, base, tuned = (
+            shortened(sample[key]) for key in ("question", "reference", "base", "tuned")
+        )
         lines += [
-            f"question {number}          {one_line(sample['question'])}",
-            f"  reference         {one_line(sample['reference'])}",
-            f"  base model        {one_line(sample['base'])}",
-            f"  tuned model       {one_line(sample['tuned'])}",
+            f"question {number}          {question}",
+            f"  reference         {reference}",
+            f"  base model        {base}",
+            f"  tuned model       {tuned}",
         ]
-    base, final = summary["base_eval_loss"], summary["final_eval_loss"]
-    if base is not None and final is not None and final >= base:
-        lines.append(f"warning: the held-out loss is not below the base model's ({final:.4f} against {base:.4f})")
+    base_loss, final_loss = summary["base_eval_loss"], summary["final_eval_loss"]
+    if base_loss is not None and final_loss is not None and final_loss >= base_loss:
+        lines.append(
+            f"warning: the held-out loss is not below the base model's ({final_loss:.4f} against {base_loss:.4f})"
+        )
     return "\n".join([*lines, f"everything is in    {output_dir}"])
 
 
-def one_line(text: str, longest: int = 160) -> str:
-    """Text without line breaks, cut at `longest` characters."""
+def shortened(text: str, longest: int = 160) -> str:
+    """Return a text without line breaks (⏎ stands for them) and empty lines, cut at `longest` characters."""
     flat = " ⏎ ".join(line.strip() for line in text.strip().splitlines() if line.strip())
     return flat if len(flat) <= longest else flat[: longest - 1] + "…"

@@ -1,0 +1,129 @@
+"""A file of questions answered by adapters: one JSON line for each question, which a killed run can take up again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from open_instruct.adapters.folders import BASE
+from open_instruct.adapters.generation import Sampling
+from open_instruct.adapters.served import Served
+from open_instruct.data.questions import Question, prompt_ids
+from open_instruct.errors import InputError
+from open_instruct.files import write_json
+
+
+def prepare_output(path: Path, settings: dict[str, Any], resume: bool) -> int:
+    """Start an output file, or return how many answers a former run left in it.
+
+    The settings are kept beside the file, so that a later run can compare its own with them.
+
+    Args:
+        path: the output file.
+        settings: all on which the answers depend, as JSON.
+        resume: go on with a file that is there.
+
+    Raises:
+        InputError: a file exists and `resume` is not set, or it was made with other settings.
+    """
+    record = path.with_name(f"{path.name}.run.json")
+    if not path.exists() or not path.stat().st_size:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, settings)
+        path.touch()
+        return 0
+    if not resume:
+        raise InputError(f"--output_file {path} exists: name another, or pass --resume to go on with it")
+    before = json.loads(record.read_text()) if record.exists() else {}
+    different = [
+        f"{name} was {before.get(name)!r} and is now {value!r}"
+        for name, value in settings.items()
+        if before.get(name) != value
+    ]
+    if different:
+        raise InputError(
+            f"--output_file {path} was made with other settings ({'; '.join(different)}): "
+            "give the same, or name another file"
+        )
+    content = path.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    os.truncate(path, len(complete))  # a kill may have left half a line
+    return complete.count(b"\n")
+
+
+def answer_file(
+    served: Served,
+    questions: Sequence[Question],
+    path: Path,
+    num_done: int,
+    sampling: Sampling,
+    batch_size: int,
+    system: str | None,
+    combine: str | None,
+) -> int:
+    """Write one line for each question, in their order, a few batches at a time.
+
+    Args:
+        served: base and adapters.
+        questions: all of them, those included that have an answer already.
+        path: the output file, which holds `num_done` lines.
+        num_done: number of questions that have an answer already.
+        sampling: how answers are drawn.
+        batch_size: most answers computed at once.
+        system: system message of conversations that have none; None: leave them so.
+        combine: "vote", "concatenate", or None.
+
+    Returns:
+        How many questions have no answer because they fill the model's context.
+    """
+    names = served.names or [BASE]
+    size = 4 * batch_size  # of what is written at once: a kill loses no more
+    max_length = served.max_length(*names)
+    num_unanswered = 0
+    with (
+        path.open("a", encoding="utf-8") as file,
+        tqdm(total=len(questions), initial=num_done, unit="question", disable=None) as bar,
+    ):
+        for start in range(num_done, len(questions), size):
+            block = questions[start : start + size]
+            prompts = [prompt_ids(served.tokenizer, with_system(question.messages, system)) for question in block]
+            num_unanswered += sum(len(prompt) >= max_length for prompt in prompts) if max_length else 0
+            answers: dict[str, list[list[str]]] = {}
+            for name in names:
+                answers[name] = [texts for _, texts in sorted(served.stream(prompts, name, sampling, batch_size))]
+            for i, question in enumerate(block):
+                by_adapter = {name: answers[name][i] for name in names}
+                row: dict[str, Any] = {"number": start + i, "messages": question.messages, "answers": by_adapter}
+                if combine:
+                    row[combine] = combined(combine, by_adapter)
+                if question.reference is not None:
+                    row["reference"] = question.reference
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(block))
+    return num_unanswered
+
+
+def combined(how: str, answers: dict[str, list[str]]) -> str:
+    """Return one answer made of all adapters' answers.
+
+    Args:
+        how: "vote": the most frequent one, the earliest of equals; "concatenate": all, one after another.
+        answers: the answers of each adapter.
+    """
+    texts = [text for adapter_answers in answers.values() for text in adapter_answers]
+    return Counter(texts).most_common(1)[0][0] if how == "vote" else "\n".join(texts)
+
+
+def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
+    """Return a conversation with a system message: its own, or else the given one."""
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]

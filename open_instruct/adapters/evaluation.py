@@ -1,0 +1,182 @@
+"""A base model and adapters on it measured side by side: loss of given answers, and figures of generated ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from open_instruct.adapters import answer_metrics
+from open_instruct.adapters.answer_metrics import METRICS, Statistic
+from open_instruct.adapters.folders import BASE
+from open_instruct.adapters.generation import Sampling
+from open_instruct.adapters.scoring import answer_losses
+from open_instruct.adapters.served import Served, load
+from open_instruct.data import chat, questions, reading
+from open_instruct.data.questions import Question
+from open_instruct.errors import InputError
+
+
+def evaluate(
+    file: str,
+    adapter: Sequence[str] | str | None = None,
+    model_name_or_path: str | None = None,
+    names: Sequence[str] = METRICS,
+    answer_regex: str | None = None,
+    normaliser: str = "none",
+    max_samples: int | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 16,
+    seed: int = 42,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure base and adapters on a file; the flags of `evaluate_peft.py --help` say more of the arguments.
+
+    Args:
+        file: questions with answers.
+        adapter: as `load` takes it.
+        model_name_or_path: base model; unset: the one that the adapters name.
+        names: some of `METRICS`.
+        answer_regex: finds the part of an answer that counts.
+        normaliser: one of `NORMALISERS`, for exact match.
+        max_samples: number of rows, drawn by seed; None: all.
+        max_new_tokens: most tokens of an answer.
+        batch_size: most rows computed at once.
+        seed: for the choice of rows and for the bootstrap.
+        options: further arguments of `load`.
+
+    Returns:
+        Content of evaluation.json.
+
+    Raises:
+        InputError: wrong input.
+    """
+    rows = read_questions(file, max_samples, seed)
+    if answer_regex and "exact_match" in names:  # checked before the model is loaded
+        references = [str(question.reference) for question in rows]
+        answer_metrics.exact_matches(references, references, answer_regex, normaliser)
+    served = load(adapter, model_name_or_path, **options)
+    return measure(served, rows, names, answer_regex, normaliser, max_new_tokens, batch_size, seed)
+
+
+def read_questions(file: str, max_samples: int | None, seed: int) -> list[Question]:
+    """Return the questions of a file with their answers, in the file's order.
+
+    Raises:
+        InputError: there is none, or one has no answer.
+    """
+    rows = list(questions.questions(reading.read_files(reading.files_of(file))))
+    unanswered = next((question.place for question in rows if question.reference is None), None)
+    if unanswered:
+        raise InputError(
+            f"{unanswered}: no answer to compare with: give rows that end with the assistant's turn, "
+            "or use generate_peft.py"
+        )
+    if not rows:
+        raise InputError(f"{file} holds no row: there is nothing to measure")
+    if max_samples and max_samples < len(rows):
+        chosen = np.sort(np.random.default_rng([seed, 0xE7]).permutation(len(rows))[:max_samples])
+        rows = [rows[i] for i in chosen]
+    return rows
+
+
+def measure(
+    served: Served,
+    rows: Sequence[Question],
+    names: Sequence[str],
+    answer_regex: str | None,
+    normaliser: str,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Return all figures of base and adapters; see `evaluate`."""
+    draws = answer_metrics.resamples(len(rows), seed)
+    references = [str(question.reference) for question in rows]
+    models = [BASE, *served.names]
+    max_length = served.max_length(*models)  # the same for all, so that all score the same tokens
+    figures, answers = {}, {}
+    num_truncated = num_unanswered = 0
+    for name in models:
+        statistics: dict[str, Statistic] = {}
+        if "loss" in names:
+            losses, num_truncated = loss_statistics(served, name, rows, max_length, batch_size)
+            statistics |= losses
+        if set(names) - {"loss"}:
+            prompts = [questions.prompt_ids(served.tokenizer, question.messages) for question in rows]
+            num_unanswered = sum(len(prompt) >= max_length for prompt in prompts) if max_length else 0
+            answer_of = dict(served.stream(prompts, name, Sampling(max_new_tokens=max_new_tokens), batch_size))
+            answers[name] = [answer_of[i][0] for i in range(len(rows))]
+            statistics |= answer_statistics(answers[name], references, names, answer_regex, normaliser)
+        figures[name] = answer_metrics.figures(statistics, len(rows), draws)
+    differences = {name: answer_metrics.differences(figures[name], figures[BASE]) for name in served.names}
+    for by_metric in figures.values():
+        for figure in by_metric.values():
+            del figure["drawn"]
+    return {
+        "model": served.base_name,
+        "adapters": {name: str(folder.path) for name, folder in served.adapters.folders.items()},
+        "rows": len(rows),
+        "truncated": num_truncated,
+        "unanswered": num_unanswered,
+        "answer_regex": answer_regex,
+        "normaliser": normaliser,
+        "figures": figures,
+        "differences_from_base": differences,
+        "examples": [
+            {"question": question.text, "reference": question.reference, **{name: answers[name][i] for name in answers}}
+            for i, question in enumerate(rows[:20])
+        ],
+    }
+
+
+def loss_statistics(
+    served: Served, name: str, rows: Sequence[Question], max_length: int | None, batch_size: int
+) -> tuple[dict[str, Statistic], int]:
+    """Return loss and perplexity per labelled token, and how many rows were cut to `max_length` tokens.
+
+    All of the assistant's turns are labelled, as in training.
+
+    Raises:
+        InputError: nothing is labelled within `max_length` tokens.
+    """
+    messages = [[*question.messages, {"role": "assistant", "content": question.reference}] for question in rows]
+    ids, spans = chat.tokenize(served.tokenizer, messages, max_length or 1 << 30)
+    sums = np.array(
+        answer_losses(served.adapters.use(name), ids, spans, batch_size)
+    )  # [rows, 2]: loss, labelled tokens
+    if not sums[:, 1].sum():
+        raise InputError(
+            f"no row has a labelled token within the model's maximum of {max_length} tokens: give shorter rows"
+        )
+
+    def loss(indices: np.ndarray) -> float:
+        total = sums[indices].sum(0)
+        return float(total[0] / total[1]) if total[1] else math.nan
+
+    def perplexity(indices: np.ndarray) -> float:
+        return math.exp(min(loss(indices), 700.0))  # above, float64 overflows
+
+    return {"loss": loss, "perplexity": perplexity}, sum(len(row) == max_length for row in ids)
+
+
+def answer_statistics(
+    answers: Sequence[str], references: Sequence[str], names: Sequence[str], regex: str | None, normaliser: str
+) -> dict[str, Statistic]:
+    """Return the figures of generated answers."""
+    per_row: dict[str, np.ndarray] = {}
+    if "exact_match" in names:
+        per_row["exact_match"] = answer_metrics.exact_matches(answers, references, regex, normaliser)
+    if "rouge" in names:
+        per_row |= answer_metrics.rouge(answers, references)
+    statistics: dict[str, Statistic] = {name: mean_of(values) for name, values in per_row.items()}
+    if "bleu" in names:
+        statistics["bleu"] = answer_metrics.Bleu.count(answers, references).score
+    return statistics
+
+
+def mean_of(values: np.ndarray) -> Statistic:
+    """Return a statistic: the mean of a value over rows."""
+    return lambda rows: float(values[rows].mean())
