@@ -36,7 +36,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import open_instruct.quiet  # noqa: F401
 from open_instruct.data import collate
 from open_instruct.data.collate import Packing, to_device
-from open_instruct.methods import METHODS, MethodSettings
+from open_instruct.flags import default_values
+from open_instruct.methods import METHODS
 from open_instruct.model import backends
 from open_instruct.model.backends import blocked
 from open_instruct.model.training_model import PackedModel
@@ -91,14 +92,14 @@ def make_model(method: str, num_virtual_tokens: int, shape: tuple[int, ...], dty
     tokenizer: Any = SimpleNamespace(
         all_special_ids=[], added_tokens_decoder={}, get_vocab=lambda: {str(i): i for i in range(1000)}
     )
-    settings = MethodSettings(
+    values = default_values(
         num_virtual_tokens=num_virtual_tokens,
         prompt_tuning_init="sample_vocab",
         prefix_init="zero",
         lora_rank=16,
         lora_dropout=0.0,
     )
-    return METHODS[method].wrap(base, tokenizer, settings).train()
+    return METHODS[method].wrap(base, tokenizer, METHODS[method].settings(values)).train()
 
 
 def draw(rng: np.random.Generator, lengths: list[int], vocab_size: int) -> list[dict[str, Any]]:

@@ -10,27 +10,9 @@ import json
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from open_instruct.arguments import GROUPS, AcceptedFlags, FinetuneArguments
+from open_instruct.flags import FIELDS, GROUPS, AcceptedFlags, Flags
 
 ROOT = Path(__file__).resolve().parents[1]
-REASONS = {
-    "chat_template_name": "the default of the 2024 snapshot",
-    "clean_checkpoints_at_end": "checkpoints are kept unless asked otherwise",
-    "clip_grad_norm": "the method's recipe (1.0)",
-    "dataset_mixer_list": "no data set is downloaded unless named",
-    "exp_name": "the same: the script's name",
-    "learning_rate": "the method's recipe: 2e-5 is right for full fine-tuning only",
-    "additional_model_arguments": "a JSON object",
-    "logging_steps": "every step",
-    "lr_scheduler_type": "the method's recipe (linear)",
-    "packing": "micro-batches are one row without padding, exact for soft prompts too",
-    "push_to_hub": "nothing is uploaded unless asked for",
-    "report_to": "the same, as a list",
-    "sft_messages_key": "the same",
-    "use_flash_attn": "used where it is installed",
-    "warmup_ratio": "the method's recipe",
-    "weight_decay": "the method's recipe (0)",
-}
 
 
 def render() -> str:
@@ -49,12 +31,12 @@ def render() -> str:
         "| flag | open-instruct | here | why |",
         "|---|---|---|---|",
     ]
-    defaults = FinetuneArguments()
+    defaults = Flags()
     accepted = {field.name for field in fields(AcceptedFlags)}
     for name, default in sorted({**upstream["2024-12"], **upstream["2026-08"]}.items()):
         ours = getattr(defaults, name)
         if name not in accepted and literal(default) != ours:
-            lines.append(f"| `{name}` | `{default}` | `{ours!r}` | {REASONS[name]} |")
+            lines.append(f"| `{name}` | `{default}` | `{ours!r}` | {FIELDS[name].metadata['differs']} |")
     lines += [
         "",
         "Accepted without effect (one warning names those that are given):",
@@ -62,7 +44,7 @@ def render() -> str:
         "| flag | why |",
         "|---|---|",
     ]
-    lines += [f"| `{field.name}` | {field.metadata['help']} |" for field in fields(AcceptedFlags)]
+    lines += [f"| `{field.name}` | {field.metadata['description']} |" for field in fields(AcceptedFlags)]
     lines += [
         "",
         "Behaviour that differs at the same value: the loss is the mean over all labelled tokens of a step, on every process, not a",
@@ -80,9 +62,7 @@ def render() -> str:
         ]
         for field in fields(group):
             default = field.default if field.default is not MISSING else field.default_factory()
-            lines.append(
-                f"| `{field.name}` | `{default!r}` | {field.metadata['help'].replace('%%', '%').replace('|', '/')} |"
-            )
+            lines.append(f"| `{field.name}` | `{default!r}` | {field.metadata['description'].replace('|', '/')} |")
     return "\n".join(lines) + "\n"
 
 

@@ -32,6 +32,11 @@ def method_flags(method: str) -> list[str]:
     return [] if method == "full" else [f"--use_{method}"]
 
 
+def no_dropout(method: str) -> list[str]:
+    """The flag that switches dropout off, of methods that have it."""
+    return ["--lora_dropout", "0"] if method in ("lora", "qlora") else []
+
+
 MODEST = {  # rates and sizes at which rounding grows little and the numbers in tests stay as they are, whatever the recipes say
     "lora": ["--learning_rate", "3.2e-3"],
     "ia3": ["--learning_rate", "1e-2"],

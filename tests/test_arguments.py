@@ -2,14 +2,15 @@
 
 import ast
 import json
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
 from docs.make_flags import render
-from open_instruct.arguments import AcceptedFlags, FinetuneArguments, check_arguments
 from open_instruct.command_line import parse
 from open_instruct.errors import InputError
+from open_instruct.flags import FIELDS, AcceptedFlags, Flags, check_flags
+from open_instruct.flags.declare import out_of_bounds
 from tests.conftest import ROOT
 
 UPSTREAM = json.loads((ROOT / "tests" / "upstream_defaults.json").read_text())
@@ -18,7 +19,7 @@ GOOD = ["--model_name_or_path", "m", "--train_file", "t.jsonl"]
 
 @pytest.mark.parametrize("snapshot", UPSTREAM)
 def test_every_flag_of_open_instruct_is_accepted(snapshot):
-    assert set(UPSTREAM[snapshot]) <= {field.name for field in fields(FinetuneArguments)}
+    assert set(UPSTREAM[snapshot]) <= set(FIELDS)
 
 
 def test_flags_take_the_values_that_open_instruct_commands_give_them():
@@ -97,7 +98,10 @@ def test_bad_configurations_are_named(tmp_path, text, says):
     [
         (["--use_lora", "--use_prompt_tuning"], "--use_lora and --use_prompt_tuning exclude each other"),
         (["--dataset_name", "d"], "--train_file and --dataset_name"),
-        (["--use_prompt_tuning", "--num_virtual_tokens", "-3"], "--num_virtual_tokens -3 is too small"),
+        (
+            ["--use_prompt_tuning", "--num_virtual_tokens", "-3"],
+            "--num_virtual_tokens -3 is out of range: it must be at least 1",
+        ),
         (["--num_virtual_tokens", "3"], "--num_virtual_tokens has no meaning for full"),
         (["--use_lora", "--prefix_init", "zero"], "--prefix_init has no meaning for lora"),
         (["--use_prefix_tuning", "--prefix_projection", "--prefix_init", "text"], "can't start a projected prefix"),
@@ -105,25 +109,88 @@ def test_bad_configurations_are_named(tmp_path, text, says):
             ["--use_prompt_tuning", "--prompt_tuning_init", "random", "--prompt_tuning_init_text", "x"],
             "the initialisation is random",
         ),
-        (["--learning_rate", "-1"], "--learning_rate -1.0 is not a rate"),
-        (["--learning_rate", "nan"], "--learning_rate nan is not a rate"),
-        (["--warmup_ratio", "1.5"], "--warmup_ratio 1.5 is out of range"),
-        (["--validation_fraction", "1"], "--validation_fraction 1.0 is out of range"),
+        (["--learning_rate", "-1"], "--learning_rate -1.0 is out of range: it must be above 0"),
+        (["--learning_rate", "nan"], "--learning_rate nan is out of range: it must be above 0"),
+        (["--warmup_ratio", "1.5"], "--warmup_ratio 1.5 is out of range: it must be at least 0 and at most 1"),
+        (
+            ["--validation_fraction", "1"],
+            "--validation_fraction 1.0 is out of range: it must be at least 0 and below 1",
+        ),
         (["--checkpointing_steps", "often"], "--checkpointing_steps often"),
-        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0 is too small"),
+        (
+            ["--per_device_train_batch_size", "0"],
+            "--per_device_train_batch_size 0 is out of range: it must be at least 1",
+        ),
         (["--additional_model_arguments", "{"], "not a JSON object"),
         (["--sequence_parallel_size", "2"], "is not supported"),
+        (["--lora_rank", "8"], "--lora_rank has no meaning for full: remove it, or choose --use_lora or --use_qlora"),
+        (["--use_prompt_tuning", "--lora_dropout", "0.9"], "--lora_dropout has no meaning for prompt_tuning"),
+        (["--use_prefix_tuning", "--encoder_hidden_size", "8"], "only with --prefix_projection"),
+        (["--use_prefix_tuning", "--prefix_projection", "--prompt_tuning_init_text", "x"], "can't start from a text"),
+        (["--dataset_config_name", "c"], "--dataset_config_name has no effect without --dataset_name"),
+        (["--dataset_mixer_list_splits", "test"], "--dataset_mixer_list_splits ['test']: it needs a mixture"),
+        (["--validation_file", "v", "--validation_fraction", "0.1"], "no effect beside --validation_file"),
+        (["--hf_entity", "me"], "--hf_entity me: it has no effect without --push_to_hub"),
+        (["--wandb_project_name", "p"], "no effect without --with_tracking"),
+        (["--report_to", "wandb"], "no effect without --with_tracking"),
+        (
+            ["--final_lr_ratio", "0.1", "--lr_scheduler_type", "constant"],
+            "--final_lr_ratio 0.1: it works with the linear",
+        ),
+        (["--warmup_ratio", "0.1", "--lr_scheduler_type", "constant"], "the constant schedule has no warm-up"),
+        (["--packing", "False", "--compile"], "--compile: it belongs to the packed forward pass"),
+        (["--resume_from_checkpoint", "--overwrite_output_dir"], "it contradicts --overwrite_output_dir"),
+        (["--seed", "4294967296"], "--seed 4294967296 is out of range: it must be at least 0 and at most 4294967295"),
+        (["--weight_decay", "inf"], "--weight_decay inf is out of range"),
+        (["--clip_grad_norm", "nan"], "--clip_grad_norm nan is out of range"),
+        (["--use_lora", "--lora_alpha", "nan"], "--lora_alpha nan is out of range"),
+        (["--use_lora", "--lora_alpha", "0"], "--lora_alpha 0.0 is out of range: it must be above 0"),
+        (["--checkpointing_steps", "²"], "neither a positive number of steps nor `epoch`"),
     ],
 )
 def test_contradictions_are_found_before_anything_is_read(words, says):
     with pytest.raises(InputError) as error:
-        check_arguments(parse([*GOOD, *words])[0])
+        check_flags(*parse([*GOOD, *words]))
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--use_qlora", "--use_lora"],  # open-instruct's script gives both
+        ["--report_to", "none"],
+        ["--use_lora", "--prefix_projection", "False"],
+        ["--lr_scheduler_type", "cosine", "--final_lr_ratio", "0.1"],
+        ["--with_tracking", "--report_to", "tensorboard"],
+    ],
+)
+def test_combinations_that_mean_something_are_accepted(words):
+    check_flags(*parse([*GOOD, *words]))
+
+
+def test_qlora_is_lora_on_a_quantised_base():
+    assert parse([*GOOD, "--use_lora", "--use_qlora"])[0].method == "qlora"
+
+
+def test_flags_are_frozen():
+    flags, _ = parse(GOOD)
+    with pytest.raises(FrozenInstanceError):
+        flags.seed = 3
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_default_passes_its_own_checks(name):
+    """A flag that is given its default value is refused only because it belongs elsewhere or has no effect."""
+    item, value = FIELDS[name], getattr(Flags(), name)
+    assert out_of_bounds(item, value) is None
+    for bound, step in (("at_least", -1), ("at_most", 1), ("above", 0), ("below", 0)):
+        if item.metadata[bound] is not None:
+            assert f"--{name}" in str(out_of_bounds(item, item.metadata[bound] + step))
 
 
 def test_all_problems_are_told_at_once():
     with pytest.raises(InputError) as error:
-        check_arguments(parse(["--seed", "-1", "--lora_dropout", "2"])[0])
+        check_flags(*parse(["--seed", "-1", "--lora_dropout", "2"]))
     for part in ("--model_name_or_path is missing", "source of training data", "--seed -1", "--lora_dropout 2.0"):
         assert part in str(error.value)
 
@@ -139,7 +206,7 @@ def test_the_table_of_flags_is_generated_from_the_code():
 def test_the_table_names_every_default_that_differs_from_open_instruct():
     text = (ROOT / "docs" / "flags.md").read_text()
     accepted = {field.name for field in fields(AcceptedFlags)}
-    ours = FinetuneArguments()
+    ours = Flags()
     for name, default in UPSTREAM["2026-08"].items():
         try:
             theirs = ast.literal_eval(default)

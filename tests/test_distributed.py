@@ -50,7 +50,7 @@ def launch(engine: str, runs: list[list[str]], folder: Path, processes: int = 2)
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *words, engine, str(listed)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *words, engine, str(listed)], env=environment, capture_output=True, text=True, timeout=900
     )
 
 
@@ -178,40 +178,43 @@ SHARES = """
 import gc, sys, torch
 from tests.engines import make_run
 make_run(sys.argv[1])
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import DistributedType, PartialState
 from transformers import AutoConfig, AutoTokenizer
-from open_instruct.arguments import FinetuneArguments
-from open_instruct.training import engines, model_setup, packing
+from open_instruct.command_line import parse
+from open_instruct.training import base_model, engines, forward, settings, sharding
 
 if sys.argv[1] == "fsdp2":
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-accelerator = Accelerator()
-engines.start(accelerator)
-a = FinetuneArguments(model_name_or_path=sys.argv[2], use_lora=True)
-model = model_setup.load_base(a, AutoConfig.from_pretrained(sys.argv[2]), AutoTokenizer.from_pretrained(sys.argv[2]), accelerator)
+flags, _ = parse(["--model_name_or_path", sys.argv[2], "--train_file", "t.jsonl", "--use_lora"])
+config, tokenizer = AutoConfig.from_pretrained(sys.argv[2]), AutoTokenizer.from_pretrained(sys.argv[2])
+run_settings = settings.before_data(flags, {}, config)
+accelerator = engines.make_accelerator(run_settings.processes)
+model = base_model.load_base(run_settings.model, config, tokenizer, accelerator)
 assert {p.device.type for p in model.parameters()} == {"cpu" if accelerator.is_main_process else "meta"}
 before = {name: value.clone() for name, value in model.state_dict().items()} if accelerator.is_main_process else {}
 number = sum(p.numel() for p in model.parameters())
-place, live = engines.place, []
+broadcast_params, live = sharding.broadcast_params, []
 
 def watched(unit, accelerator):
-    place(unit, accelerator)
+    broadcast_params(unit, accelerator)
     gc.collect()
     tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu"]
     live.append(sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()) / 4)
 
-engines.place = watched
-engines.share_out(model, packing.decoder_layers(model), accelerator)
-root = model.get_input_embeddings().weight.numel() if sys.argv[1] == "fsdp2" else model.get_input_embeddings().weight.ds_numel
-layer = (number - root) / len(packing.decoder_layers(model))
+sharding.broadcast_params = watched
+sharding.shard(model, forward.decoder_layers(model), accelerator)
+embedding = model.get_input_embeddings().weight
+root = embedding.numel() if sys.argv[1] == "fsdp2" else embedding.ds_numel
+layer = (number - root) / len(forward.decoder_layers(model))
 if not accelerator.is_main_process:  # its share so far, and the part at work: never the weights of all layers
     for done, numbers in enumerate(live):
         assert numbers <= done * layer / 2 + max(layer, root) + 10_000, (done, numbers, layer, root)
 assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 mine = sum((p.ds_tensor if hasattr(p, "ds_id") else p.to_local()).numel() for p in model.parameters())
 assert abs(mine - number / 2) < 1000, (mine, number)
-whole = engines.whole(dict(model.named_parameters()), accelerator)
-assert all(torch.equal(value, before[name]) for name, value in whole.items()) and bool(whole) == accelerator.is_main_process
+gathered = sharding.gather_full(dict(model.named_parameters()), accelerator)
+assert all(torch.equal(value, before[name]) for name, value in gathered.items())
+assert bool(gathered) == accelerator.is_main_process
 """
 
 
@@ -234,5 +237,5 @@ def test_each_process_keeps_its_share_of_the_weights(engine, tmp_path):
         str(TINY_MODEL),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=200)
+    result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -6,10 +6,20 @@ from dataclasses import replace
 
 import pytest
 
-from open_instruct.training.doctor import Doctor, Patient
+from open_instruct.training.doctor import Doctor, RunInfo
+from open_instruct.training.checkpoint import state_values
+from open_instruct.training.state import History, TrainState
 from tests.conftest import METHODS, method_flags
 
-HEALTHY = Patient("lora", 1e-3, 200, 6, 1.0, 0.4, 0.02, 1.0, 1.0)
+HEALTHY = RunInfo(
+    learning_rate=1e-3,
+    num_steps=200,
+    warmup_steps=6,
+    clip_grad_norm=1.0,
+    labelled_share=0.4,
+    embedding_std=0.02,
+    vocabulary_norm=1.0,
+)
 RUN = ["--max_train_steps", "60", "--per_device_train_batch_size", "8", "--dataset_skip_cache"]
 
 
@@ -66,7 +76,7 @@ def test_answers_that_are_cut_away_are_named(train, tmp_path):
 
 
 def test_examples_learned_by_heart_are_a_gap():
-    doctor = Doctor(HEALTHY)
+    doctor = Doctor(HEALTHY, History())
     doctor.first(2.0, 2.0)
     for step, loss, trained in ((40, 1.5, 1.2), (80, 1.4, 0.6), (120, 1.7, 0.2)):
         for _ in range(40):
@@ -76,7 +86,7 @@ def test_examples_learned_by_heart_are_a_gap():
 
 
 def test_what_was_learned_and_lost_again_is_no_low_rate():
-    doctor = Doctor(replace(HEALTHY, num_steps=150))
+    doctor = Doctor(replace(HEALTHY, num_steps=150), History())
     doctor.first(3.67, 3.67)
     for step, loss, trained in ((30, 2.98, 1.9), (60, 3.43, 0.3), (90, 3.63, 0.1), (120, 3.65, 0.1)):
         for _ in range(30):
@@ -86,12 +96,12 @@ def test_what_was_learned_and_lost_again_is_no_low_rate():
 
 
 def test_a_rising_training_loss_is_a_rate_or_an_order():
-    rising = Doctor(HEALTHY)
+    rising = Doctor(HEALTHY, History())
     rising.first(2.0, 2.0)
     falling(rising, 60)
     found = [f.name for i in range(40) for f in rising.step(2.5 + i / 10, 5.0 + i)]
     assert found == ["rate too high"]
-    ordered = Doctor(HEALTHY)
+    ordered = Doctor(HEALTHY, History())
     ordered.first(2.0, 2.0)
     for step, loss, trained in ((40, 1.8, 1.2), (80, 1.6, 1.1), (120, 1.4, 1.7)):
         for _ in range(40):
@@ -101,13 +111,13 @@ def test_a_rising_training_loss_is_a_rate_or_an_order():
 
 
 def test_clipping_at_every_step_is_named_once():
-    doctor = Doctor(HEALTHY)
+    doctor = Doctor(HEALTHY, History())
     assert [f.name for _ in range(120) for f in doctor.step(1.0, 40.0)] == ["clipped"]
-    assert Doctor(replace(HEALTHY, clip_grad_norm=0.0)).step(1.0, 1e6) == []
+    assert Doctor(replace(HEALTHY, clip_grad_norm=0.0), History()).step(1.0, 1e6) == []
 
 
 def test_a_run_that_does_not_get_below_its_base_is_named():
-    doctor = Doctor(HEALTHY)
+    doctor = Doctor(HEALTHY, History())
     doctor.first(1.0, 1.6)
     falling(doctor, 100)
     assert [f.name for f in doctor.evaluation(80, 1.2)] == []  # not yet half of the steps
@@ -115,18 +125,37 @@ def test_a_run_that_does_not_get_below_its_base_is_named():
     assert doctor.evaluation(150, 1.04) == []  # once
 
 
-def test_a_resumed_run_is_told_what_was_measured_and_heard_before():
-    doctor = Doctor(HEALTHY)
-    doctor.remember(1.0, 1.6, ["clipped"])
+def test_a_resumed_run_knows_what_was_measured_and_reported_before():
+    doctor = Doctor(HEALTHY, History(base=1.0, initial=1.6, prompt_norm=1.0, reported=["clipped"]))
     assert [f.name for _ in range(60) for f in doctor.step(1.0, 40.0)] == []
     assert [f.name for f in doctor.evaluation(60, 2.5)] == ["rate too high"]
-    never_measured = Doctor(HEALTHY)
-    never_measured.remember(None, None, [])
+    never_measured = Doctor(HEALTHY, History())
     assert [f for step in (100, 150) for f in never_measured.evaluation(step, 3.0)] == []
 
 
+def test_a_resumed_run_finds_what_the_uninterrupted_one_finds():
+    """A history cut at any step and read back from JSON gives the same findings; an emptied one does not."""
+    losses = [(step, 1.2 - step / 100 if step < 60 else 2.5 + step / 20) for step in range(100)]
+
+    def findings(cut: int, keep: bool = True) -> list[tuple[int, str]]:
+        doctor, names = Doctor(HEALTHY, History()), []
+        names += [(0, f.name) for f in doctor.first(2.0, 2.0, 1.0)]
+        for step, loss in losses:
+            if step == cut:
+                state = TrainState(history=doctor.history)
+                values = json.loads(json.dumps(state_values(state)))["history"]
+                doctor = Doctor(HEALTHY, History(**values) if keep else History())
+            names += [(step, f.name) for f in doctor.step(loss, 1.0)]
+        return names
+
+    uninterrupted = findings(-1)
+    assert [name for _, name in uninterrupted] == ["rate too high"]
+    assert all(findings(cut) == uninterrupted for cut in range(5, 100, 5))
+    assert findings(62, keep=False) != uninterrupted
+
+
 def test_a_calm_run_is_left_alone():
-    doctor = Doctor(HEALTHY)
-    assert doctor.before() == [] == doctor.first(2.0, 2.1)
+    doctor = Doctor(HEALTHY, History())
+    assert doctor.before() == [] == doctor.first(2.0, 2.1, 1.0)
     assert falling(doctor, 200) == []
     assert [f for step in (40, 80, 120, 160, 200) for f in doctor.evaluation(step, 2.1 - step / 200, 1.5)] == []

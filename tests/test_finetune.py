@@ -17,7 +17,15 @@ from open_instruct.data import chat, collate
 from open_instruct.data.dataset import new_counts, tokenize_all
 from open_instruct.data.reading import conversations, read_rows
 from open_instruct.model.training_model import PaddedModel
-from tests.conftest import METHODS, TINY_MODEL, method_flags, run_script, without_measurements, write_conversations
+from tests.conftest import (
+    METHODS,
+    TINY_MODEL,
+    method_flags,
+    no_dropout,
+    run_script,
+    without_measurements,
+    write_conversations,
+)
 
 SHORT = ["--max_train_steps", "6", "--eval_steps", "3", "--per_device_train_batch_size", "4"]
 VARIANTS = {name: method_flags(name) for name in METHODS} | {
@@ -84,12 +92,14 @@ def test_the_saved_adapter_loads_with_plain_peft_and_gives_the_loss_of_the_summa
 
 def test_training_changes_no_parameter_of_the_base_in_memory():
     model = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
+    from open_instruct.flags import default_values
     from open_instruct.methods import METHODS as REGISTRY
-    from open_instruct.methods import MethodSettings
 
     wrapped = PaddedModel(
         REGISTRY["prompt_tuning"].wrap(
-            model, AutoTokenizer.from_pretrained(TINY_MODEL), MethodSettings(num_virtual_tokens=4)
+            model,
+            AutoTokenizer.from_pretrained(TINY_MODEL),
+            REGISTRY["prompt_tuning"].settings(default_values(num_virtual_tokens=4, prompt_tuning_init="sample_vocab")),
         )
     )
     frozen = {name: p.detach().clone() for name, p in wrapped.named_parameters() if not p.requires_grad}
@@ -342,7 +352,7 @@ def test_training_reads_what_the_tools_read(train, tmp_path):
 
 @pytest.mark.parametrize("method", ["full", "lora", "prompt_tuning", "p_tuning", "ia3"])
 def test_gradient_checkpointing_changes_nothing(method, train):
-    flags = [*method_flags(method), *SHORT, "--lora_dropout", "0"]
+    flags = [*method_flags(method), *SHORT, *no_dropout(method)]
     plain, recomputed = train("a", *flags), train("b", *flags, "--gradient_checkpointing")
     assert recomputed.code == 0, recomputed.err
     assert recomputed.summary["final_eval_loss"] == pytest.approx(plain.summary["final_eval_loss"], rel=1e-5)

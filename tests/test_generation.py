@@ -8,11 +8,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from open_instruct.adapters.generation import greedy_answers
 from open_instruct.data import collate
-from open_instruct.methods import METHODS, MethodSettings
+from open_instruct.flags import default_values
+from open_instruct.methods import METHODS
 from tests.conftest import TINY_MODEL
 from tests.test_shared_prefix import examples, packed_model, packed_token_losses, random_model, wrap
 
-SETTINGS = MethodSettings(num_virtual_tokens=6, prompt_tuning_init="sample_vocab", prefix_init="text", lora_rank=4)
+VALUES = default_values(num_virtual_tokens=6, prompt_tuning_init="sample_vocab", prefix_init="text", lora_rank=4)
 QUESTIONS = [
     "horse apple",
     "knife",
@@ -27,7 +28,8 @@ def adapted(method: str):
     """The bundled model with an adapter that changes its answers, and the token ids of QUESTIONS."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     torch.manual_seed(0)
-    model = METHODS[method].wrap(AutoModelForCausalLM.from_pretrained(TINY_MODEL), tokenizer, SETTINGS)
+    settings = METHODS[method].settings(VALUES)
+    model = METHODS[method].wrap(AutoModelForCausalLM.from_pretrained(TINY_MODEL), tokenizer, settings)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -12,14 +12,15 @@ from accelerate import Accelerator
 from open_instruct.data import collate
 from open_instruct.data.collate import Packing, Padding
 from open_instruct.data.dataset import SCHEMA, Examples
-from open_instruct.methods import METHODS, MethodSettings
+from open_instruct.flags import default_values
+from open_instruct.methods import METHODS
 from open_instruct.model.backends import blocked
 from open_instruct.model.training_model import PackedModel, PaddedModel, TrainingModel
 from open_instruct.training.loop import step_gradient
 from tests.conftest import tiny_llama
 from tests.tiny_models import gradient_error
 
-SETTINGS = MethodSettings(
+VALUES = default_values(
     num_virtual_tokens=3, prompt_tuning_init="random", prefix_init="random", lora_rank=4, lora_dropout=0.0
 )
 ADAPTERS = ["lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning"]
@@ -41,7 +42,7 @@ def wrapped(method: str, packed: bool = False) -> TrainingModel:
     tokenizer = SimpleNamespace(
         all_special_ids=[0], added_tokens_decoder={}, get_vocab=lambda: {str(i): i for i in range(200)}
     )
-    adapted = METHODS[method].wrap(base, tokenizer, SETTINGS)
+    adapted = METHODS[method].wrap(base, tokenizer, METHODS[method].settings(VALUES))
     model = PaddedModel(adapted)
     if packed:
         model = PackedModel(adapted, partial(METHODS[method].soft_prompt, adapted), blocked)
@@ -56,9 +57,11 @@ def wrapped(method: str, packed: bool = False) -> TrainingModel:
 def gradient_of(model, examples, batching) -> tuple[float, torch.Tensor]:
     """Mean loss and adapter gradient of one step over all examples."""
     model.zero_grad()
-    settings = SimpleNamespace(batching=batching, sum_loss=False, sync_each_batch=False, accumulation_steps=1, seed=0)
+    settings = SimpleNamespace(sum_loss=False, sync_each_batch=False, accumulation_steps=1, seed=0)
+    data = SimpleNamespace(train=examples)
+    job = SimpleNamespace(accelerator=Accelerator(), settings=settings, data=data, model=model)
     labels = int(examples.label_counts.sum())
-    total = step_gradient(Accelerator(), model, examples, 0, np.arange(8), settings)
+    total = step_gradient(job, batching, 0, np.arange(8))
     return total.item() / labels, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 

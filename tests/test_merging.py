@@ -29,7 +29,8 @@ import open_instruct
 from open_instruct import InputError, Sampling
 from open_instruct.adapters import prompt_tokens
 from open_instruct.merge_peft import main as merge_main
-from open_instruct.methods import METHODS, MethodSettings
+from open_instruct.flags import default_values
+from open_instruct.methods import METHODS
 from tests.conftest import TINY_MODEL
 
 SHAPE = {
@@ -77,9 +78,8 @@ def make_adapter(folder: Path, base: Path, method: str, seed: int = 0, template:
     """An adapter that is far from its neutral start, as saved by PEFT."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    settings = MethodSettings(
-        num_virtual_tokens=5, prompt_tuning_init="sample_vocab", lora_rank=4, prefix_init="random"
-    )
+    values = default_values(num_virtual_tokens=5, prompt_tuning_init="sample_vocab", lora_rank=4, prefix_init="random")
+    settings = METHODS[method].settings(values)
     model = METHODS[method].wrap(AutoModelForCausalLM.from_pretrained(base), tokenizer, settings)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -4,14 +4,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from open_instruct.methods import METHODS, MethodSettings, model_facts
-from open_instruct.methods.base import DEFAULT_TEXT, between
+from open_instruct.flags import default_values
+from open_instruct.methods import METHODS, model_facts
+from open_instruct.methods.facts import DEFAULT_TEXT, between
 from open_instruct.model.loading import load_model
 from open_instruct.model.tokens import ordinary_tokens, text_tokens
 from tests.conftest import METHODS as NAMES
 from tests.conftest import TINY_MODEL
 
 TEXT = "Reverse the list."
+
+
+def settings(name: str, **values):
+    """The settings of a method, with these values of its flags."""
+    return METHODS[name].settings(default_values(**values))
 
 
 @pytest.fixture
@@ -27,31 +33,31 @@ def base():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_complete_and_says_its_source(name, base, tokenizer):
     facts = model_facts(base, tokenizer)
-    recipe = METHODS[name].recipe(facts, MethodSettings())
+    recipe = METHODS[name].recipe(facts, default_values())
     assert 0 < recipe.learning_rate < 1 and 0 <= recipe.warmup_ratio < 1 and recipe.sources
-    assert (METHODS[name].most_virtual_tokens > 0) == METHODS[name].is_soft_prompt
+    assert (METHODS[name].max_virtual_tokens > 0) == METHODS[name].is_soft_prompt
 
 
 def test_the_rate_of_prompt_tuning_follows_the_embeddings(base, tokenizer):
-    before = METHODS["prompt_tuning"].recipe(model_facts(base, tokenizer), MethodSettings()).learning_rate
+    before = METHODS["prompt_tuning"].recipe(model_facts(base, tokenizer), default_values()).learning_rate
     with torch.no_grad():
         base.get_input_embeddings().weight.mul_(10)
-    after = METHODS["prompt_tuning"].recipe(model_facts(base, tokenizer), MethodSettings()).learning_rate
+    after = METHODS["prompt_tuning"].recipe(model_facts(base, tokenizer), default_values()).learning_rate
     assert after == pytest.approx(10 * before, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "full"])
 def test_only_the_adapter_is_trainable_and_it_is_float32(name, base, tokenizer):
-    settings = MethodSettings(num_virtual_tokens=4, prompt_tuning_init="sample_vocab", prefix_init="zero")
-    model = METHODS[name].wrap(base.bfloat16(), tokenizer, settings)
+    values = default_values(num_virtual_tokens=4, prompt_tuning_init="sample_vocab", prefix_init="zero")
+    model = METHODS[name].wrap(base.bfloat16(), tokenizer, METHODS[name].settings(values))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert trained and all(p.dtype == torch.float32 for p in trained.values())
     assert all(any(word in n for word in ("lora_", "ia3_", "prompt_encoder")) for n in trained)
 
 
 def test_sample_vocab_starts_on_ordinary_tokens(base, tokenizer):
-    settings = MethodSettings(num_virtual_tokens=50, prompt_tuning_init="sample_vocab")
-    prompt = METHODS["prompt_tuning"].wrap(base, tokenizer, settings).prompt_encoder["default"].embedding.weight
+    chosen = settings("prompt_tuning", num_virtual_tokens=50, prompt_tuning_init="sample_vocab")
+    prompt = METHODS["prompt_tuning"].wrap(base, tokenizer, chosen).prompt_encoder["default"].embedding.weight
     vocabulary = base.get_input_embeddings().weight
     known = set(ordinary_tokens(tokenizer))
     assert not known & set(tokenizer.all_special_ids)
@@ -61,21 +67,21 @@ def test_sample_vocab_starts_on_ordinary_tokens(base, tokenizer):
 
 
 def test_text_starts_on_the_texts_embeddings(base, tokenizer):
-    settings = MethodSettings(num_virtual_tokens=9, prompt_tuning_init="text", prompt_tuning_init_text=TEXT)
-    model = METHODS["prompt_tuning"].wrap(base, tokenizer, settings)
+    chosen = settings("prompt_tuning", num_virtual_tokens=9, prompt_tuning_init="text", prompt_tuning_init_text=TEXT)
+    model = METHODS["prompt_tuning"].wrap(base, tokenizer, chosen)
     ids = text_tokens(tokenizer, TEXT, 9)
     assert torch.equal(model.prompt_encoder["default"].embedding.weight, base.get_input_embeddings()(torch.tensor(ids)))
     assert model.peft_config["default"].prompt_tuning_init_text == TEXT
 
 
 def test_random_is_pefts_own_and_off_the_manifold(base, tokenizer):
-    settings = MethodSettings(num_virtual_tokens=50, prompt_tuning_init="random")
-    prompt = METHODS["prompt_tuning"].wrap(base, tokenizer, settings).prompt_encoder["default"].embedding.weight
+    chosen = settings("prompt_tuning", num_virtual_tokens=50, prompt_tuning_init="random")
+    prompt = METHODS["prompt_tuning"].wrap(base, tokenizer, chosen).prompt_encoder["default"].embedding.weight
     assert prompt.std().item() == pytest.approx(1, abs=0.1)
 
 
 def test_p_tuning_starts_with_the_embeddings_spread(base, tokenizer):
-    model = METHODS["p_tuning"].wrap(base, tokenizer, MethodSettings(num_virtual_tokens=20))
+    model = METHODS["p_tuning"].wrap(base, tokenizer, settings("p_tuning", num_virtual_tokens=20))
     prompt = model.get_prompt(1)
     assert prompt.std().item() == pytest.approx(model_facts(base, tokenizer).embedding_std, rel=1e-2)
 
@@ -85,8 +91,8 @@ def test_a_prefix_from_text_computes_what_the_text_would(base, tokenizer):
     ids = torch.tensor([text_tokens(tokenizer, TEXT, 6)])
     with torch.no_grad():
         expected = base(torch.cat([ids, question], 1)).logits[:, 6:]
-        settings = MethodSettings(num_virtual_tokens=6, prefix_init="text", prompt_tuning_init_text=TEXT)
-        model = METHODS["prefix_tuning"].wrap(base, tokenizer, settings)
+        chosen = settings("prefix_tuning", num_virtual_tokens=6, prefix_init="text", prompt_tuning_init_text=TEXT)
+        model = METHODS["prefix_tuning"].wrap(base, tokenizer, chosen)
         torch.testing.assert_close(
             model(question, attention_mask=torch.ones_like(question)).logits, expected, rtol=1e-4, atol=1e-4
         )
@@ -96,8 +102,8 @@ def test_a_prefix_from_text_computes_what_the_text_would(base, tokenizer):
 
 @pytest.mark.parametrize("projection", [False, True])
 def test_a_zero_prefix_is_zero(base, tokenizer, projection):
-    settings = MethodSettings(num_virtual_tokens=5, prefix_init="zero", prefix_projection=projection)
-    model = METHODS["prefix_tuning"].wrap(base, tokenizer, settings)
+    chosen = settings("prefix_tuning", num_virtual_tokens=5, prefix_init="zero", prefix_projection=projection)
+    model = METHODS["prefix_tuning"].wrap(base, tokenizer, chosen)
     assert not model.prompt_encoder["default"](torch.arange(5)).any()
 
 
@@ -130,10 +136,10 @@ def test_a_prefix_starts_from_tokens_beyond_a_layers_window(window, tokenizer):
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("mistral", vocab_size=len(tokenizer), sliding_window=window, **sizes)
     )
-    settings = MethodSettings(num_virtual_tokens=20, prefix_init="screened")
+    chosen = settings("prefix_tuning", num_virtual_tokens=20, prefix_init="screened")
     assert model_facts(model, tokenizer, keys=True).key_std > 0
-    wrapped = METHODS["prefix_tuning"].wrap(model, tokenizer, settings)
-    (first, second) = METHODS["prefix_tuning"].starts(wrapped, tokenizer, settings, 2)
+    wrapped = METHODS["prefix_tuning"].wrap(model, tokenizer, chosen)
+    (first, second) = METHODS["prefix_tuning"].init_candidates(wrapped, tokenizer, chosen, 2)
     assert first.shape == second.shape == (20, 2 * 2 * 2 * 8) and (first != 0).all() and not torch.equal(first, second)
 
 
@@ -157,8 +163,8 @@ def test_qloras_gradient_is_that_of_lora_on_the_dequantised_base(shape, base, to
             if isinstance(layers[name], bnb.nn.Linear4bit):
                 weight = layers[name].weight
                 module.weight.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
-    settings = MethodSettings(lora_rank=4, lora_dropout=0.0)
-    models = [METHODS["lora"].wrap(model, tokenizer, settings) for model in (quantised, base)]
+    chosen = settings("lora", lora_rank=4, lora_dropout=0.0)
+    models = [METHODS["lora"].wrap(model, tokenizer, chosen) for model in (quantised, base)]
     adapter = {name: torch.randn_like(p) * 0.1 for name, p in models[0].named_parameters() if p.requires_grad}
     gradients = []
     for model in models:

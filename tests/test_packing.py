@@ -8,32 +8,38 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from docs import make_capabilities
-from open_instruct.arguments import FinetuneArguments
+from open_instruct.command_line import parse
 from open_instruct.data import collate
 from open_instruct.errors import InputError
-from open_instruct.methods import METHODS
+from open_instruct.methods import METHODS, Feature
 from open_instruct.model import backends
 from open_instruct.model.shared_prefix import Segments
-from open_instruct.training import capabilities, packing, setup
-from open_instruct.training.packing import PackingSettings, choose_forward, row_bound, try_packed
-from tests.conftest import ROOT, TINY_MODEL, method_flags, modest_flags, without_measurements
+from open_instruct.training import forward
+from open_instruct.training.forward import ForwardSettings
+from open_instruct.training.settings import before_data
+from tests.conftest import ROOT, TINY_MODEL, method_flags, modest_flags, no_dropout, without_measurements
 from tests.tiny_models import COMMON, random_model, wrap
 
-SETTINGS = PackingSettings(
-    packing=True, asked_for=False, max_tokens_per_microbatch=None, attn_backend=None, use_flash_attn=True,
-    max_seq_length=64, num_virtual_tokens=5, train_batch_size=4, eval_batch_size=4, pad_token_id=0,
+SETTINGS = ForwardSettings(
+    packing=True, packing_requested=False, max_tokens_per_microbatch=None, attn_backend=None, use_flash_attn=True,
+    max_length=64, num_virtual_tokens=5, train_batch_size=4, eval_batch_size=4,
     gradient_checkpointing=False, compile_layers=False,
 )  # fmt: skip
-CPU = torch.device("cpu")
-SHORT = ["--max_train_steps", "3", "--eval_steps", "0", "--lora_dropout", "0"]
+SHORT = ["--max_train_steps", "3", "--eval_steps", "0"]
 
 
-def changed(**changes: Any) -> PackingSettings:
+def changed(**changes: Any) -> ForwardSettings:
     """SETTINGS with changes."""
-    return PackingSettings(**{**SETTINGS.__dict__, **changes})
+    return ForwardSettings(**{**SETTINGS.__dict__, **changes})
+
+
+def choose(model: Any, method: Any, settings: ForwardSettings) -> forward.Forward:
+    """The forward pass of one process on CPU, in float32."""
+    return forward.choose_forward(model, method, settings, Accelerator(cpu=True), torch.float32, pad_token_id=0)
 
 
 def of_kind(kind: str, **options: Any) -> Any:
@@ -62,29 +68,30 @@ def test_a_model_that_packing_would_get_wrong_is_padded_and_says_why(kind):
     options, reason = UNPACKABLE[kind]
     model, method = wrap("lora", of_kind(kind, **options))
     own = model.get_base_model().config._attn_implementation
-    forward = choose_forward(model, method, SETTINGS, CPU, torch.float32)
+    chosen = choose(model, method, SETTINGS)
     assert (
-        forward.description.startswith("padded, 4 rows; because the packed one can't serve this model exactly")
-        and reason in forward.description
+        chosen.description.startswith("padded, 4 rows; because the packed one can't serve this model exactly")
+        and reason in chosen.description
     )
     assert model.get_base_model().config._attn_implementation == own
     with pytest.raises(InputError, match="use --packing False"):
-        choose_forward(model, method, changed(asked_for=True), CPU, torch.float32)
+        choose(model, method, changed(packing_requested=True))
     with pytest.raises(InputError, match="--compile needs the packed forward pass"):
-        choose_forward(model, method, changed(compile_layers=True), CPU, torch.float32)
+        choose(model, method, changed(compile_layers=True))
 
 
 def test_the_probe_notices_a_wrong_position(monkeypatch):
     model, method = wrap("prefix_tuning", random_model("llama"))
     prompt = partial(method.soft_prompt, model)
-    packed, _ = try_packed(model, prompt, "blocked", torch.float32)
-    assert packed is not None
-    packed.release()
+    own = model.get_base_model().config._attn_implementation
+    head, obstacle = forward.probe(model, prompt, "blocked", torch.float32)
+    assert head == "linear" and not obstacle
     monkeypatch.setattr(
         collate, "pack", lambda rows, pack=collate.pack: (b := pack(rows)) | {"position_ids": b["position_ids"] + 1}
     )
-    packed, reason = try_packed(model, prompt, "blocked", torch.float32)
-    assert packed is None and "off its own" in reason
+    _, obstacle = forward.probe(model, prompt, "blocked", torch.float32)
+    assert "off its own" in obstacle
+    assert model.get_base_model().config._attn_implementation == own
 
 
 def test_the_probe_notices_a_leak_in_half_precision_too(monkeypatch):
@@ -95,8 +102,8 @@ def test_the_probe_notices_a_leak_in_half_precision_too(monkeypatch):
         return backends.blocked(replace(inputs, segments=Segments((whole_row,), 0, 0)))
 
     monkeypatch.setitem(backends.BACKENDS, "leaky", leaky)
-    packed, reason = try_packed(model, lambda: None, "leaky", torch.bfloat16)
-    assert packed is None and reason
+    _, obstacle = forward.probe(model, lambda: None, "leaky", torch.bfloat16)
+    assert obstacle
 
 
 def test_an_adapter_that_does_not_run_on_a_model_is_said():
@@ -104,24 +111,24 @@ def test_an_adapter_that_does_not_run_on_a_model_is_said():
         "prefix_tuning", of_kind("lfm2", num_key_value_heads=2, layer_types=["conv", "full_attention", "conv"])
     )
     with pytest.raises(InputError, match="does not run on a lfm2 model"):
-        choose_forward(model, method, SETTINGS, CPU, torch.float32)
+        choose(model, method, SETTINGS)
 
 
 def test_the_bound_of_a_row():
-    assert row_bound(SETTINGS) == 4 * 64 + 5  # what the padded micro-batch could hold
-    assert row_bound(changed(train_batch_size=16, max_seq_length=2048)) == 4096 + 5
-    assert row_bound(changed(max_seq_length=8192)) == 8192 + 5
-    assert row_bound(changed(max_tokens_per_microbatch=77)) == 77
-    packing.check_rows(changed(max_tokens_per_microbatch=77), 72)
+    assert SETTINGS.max_row_tokens == 4 * 64 + 5  # what the padded micro-batch could hold
+    assert changed(train_batch_size=16, max_length=2048).max_row_tokens == 4096 + 5
+    assert changed(max_length=8192).max_row_tokens == 8192 + 5
+    assert changed(max_tokens_per_microbatch=77).max_row_tokens == 77
+    changed(max_tokens_per_microbatch=77).check_rows(72)
     with pytest.raises(
         InputError, match="has 73 tokens and 5 virtual ones: raise it to 78, or cut examples with --max_seq_length 72"
     ):
-        packing.check_rows(changed(max_tokens_per_microbatch=77), 73)
+        changed(max_tokens_per_microbatch=77).check_rows(73)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "prompt_tuning", "p_tuning", "prefix_tuning", "ia3"])
 def test_packed_and_padded_runs_are_the_same_run(method, train):
-    flags = [*modest_flags(method), *SHORT, "--gradient_accumulation_steps", "2"]
+    flags = [*modest_flags(method), *no_dropout(method), *SHORT, "--gradient_accumulation_steps", "2"]
     packed, padded = (
         train("packed", *flags, "--max_tokens_per_microbatch", "150"),
         train("padded", *flags, "--packing", "False"),
@@ -138,6 +145,7 @@ def test_packed_and_padded_runs_agree_in_bfloat16(method, train):
     """Under autocast; as far as two orders of evaluation do."""
     flags = [
         *modest_flags(method),
+        *no_dropout(method),
         *SHORT,
         "--dtype",
         "bfloat16",
@@ -154,12 +162,12 @@ def test_packed_and_padded_runs_agree_in_bfloat16(method, train):
         assert [a[name] for name in names] == pytest.approx([b[name] for name in names], rel=3e-2)
 
 
-@pytest.mark.parametrize("kind, options, forward", [
+@pytest.mark.parametrize("kind, options, description", [
     ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256, "attn_pdrop": 0.0}, "packed, rows of"),
     ("bloom", {"n_head": 4, "n_layer": 2}, "padded, 8 rows; because the packed one can't serve this model exactly"),
     ("gpt_neox", {}, "packed, rows of"),
 ])  # fmt: skip
-def test_whole_runs_on_architectures_with_other_names_for_their_layers(kind, options, forward, train, tmp_path):
+def test_whole_runs_on_architectures_with_other_names_for_their_layers(kind, options, description, train, tmp_path):
     folder = tmp_path / kind
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     ids = {
@@ -173,15 +181,15 @@ def test_whole_runs_on_architectures_with_other_names_for_their_layers(kind, opt
         "run", "--use_prompt_tuning", "--gradient_checkpointing", *SHORT, "--num_sample_answers", "2", model=folder
     )
     assert run.code == 0, run.err
-    assert f"forward pass: {forward}" in run.out and run.metrics[1]["grad_norm"] > 0
+    assert f"forward pass: {description}" in run.out and run.metrics[1]["grad_norm"] > 0
 
 
 RUNNABLE = {
-    capabilities.PACKING: [],
-    capabilities.CHECKPOINTING: ["--gradient_checkpointing"],
-    capabilities.PADDED_CHECKPOINTING: ["--gradient_checkpointing", "--packing", "False"],
-    capabilities.EIGHT_BITS: ["--load_in_8bit"],
-    capabilities.FOUR_BITS: ["--load_in_4bit"],
+    Feature.PACKING: [],
+    Feature.CHECKPOINTING: ["--gradient_checkpointing"],
+    Feature.PADDED_CHECKPOINTING: ["--gradient_checkpointing", "--packing", "False"],
+    Feature.EIGHT_BITS: ["--load_in_8bit"],
+    Feature.FOUR_BITS: ["--load_in_4bit"],
 }
 
 
@@ -189,35 +197,39 @@ RUNNABLE = {
 @pytest.mark.parametrize("name", METHODS)
 def test_the_table_of_capabilities_is_true(name, feature, train):
     """Where it says yes the run trains, with a gradient; where it says no the run is refused with the reason."""
-    run = train("run", *method_flags(name), *SHORT, *RUNNABLE[feature])
-    obstacle = capabilities.obstacle(METHODS[name], feature)
+    run = train("run", *method_flags(name), *no_dropout(name), *SHORT, *RUNNABLE[feature])
+    obstacle = METHODS[name].obstacles.get(feature)
     if obstacle:
         assert run.code == 2 and obstacle in run.err
     else:
         assert run.code == 0, run.err
         assert run.metrics[1]["grad_norm"] > 0 and run.summary["final_eval_loss"] < run.summary["initial_eval_loss"]
-        assert capabilities.line(METHODS[name]) in run.out
-        assert ("forward pass: padded" in run.out) == (feature == capabilities.PADDED_CHECKPOINTING)
+        assert f"{METHODS[name].title}: 1 process on cpu, base in " in run.out
+        assert ("forward pass: padded" in run.out) == (feature == Feature.PADDED_CHECKPOINTING)
 
 
-@pytest.mark.parametrize("engine", [capabilities.ZERO_3, capabilities.FSDP])
-@pytest.mark.parametrize(
-    "flags", [{"use_qlora": True}, {"use_lora": True, "load_in_4bit": True}, {"load_in_8bit": True, "use_ia3": True}]
-)
-def test_quantised_weights_are_not_shared_out(engine, flags):
-    with pytest.raises(InputError, match="can't be shared out"):
-        setup.check_capabilities(FinetuneArguments(**flags), engine)
-    setup.check_capabilities(FinetuneArguments(**flags), capabilities.ZERO_2)
-    setup.check_capabilities(FinetuneArguments(use_lora=True), engine)
+def settings_of(*words: str) -> Any:
+    """Settings from flags, on the bundled model."""
+    flags, origins = parse(["--model_name_or_path", str(TINY_MODEL), "--train_file", "t.jsonl", *words])
+    return before_data(flags, origins, AutoConfig.from_pretrained(TINY_MODEL))
+
+
+@pytest.mark.parametrize("engine", [Feature.ZERO_3, Feature.FSDP])
+@pytest.mark.parametrize("flags", [["--use_qlora"], ["--use_lora", "--load_in_4bit"], ["--load_in_8bit", "--use_ia3"]])
+def test_quantised_weights_are_not_sharded(engine, flags):
+    with pytest.raises(InputError, match="can't be sharded"):
+        settings_of(*flags).check_engine(engine)
+    settings_of(*flags).check_engine(Feature.ZERO_2)
+    settings_of("--use_lora").check_engine(engine)
 
 
 def test_ia3_is_refused_where_deepspeed_loses_it():
     with pytest.raises(InputError, match="loses track of IA3's factors"):
-        setup.check_capabilities(FinetuneArguments(use_ia3=True), capabilities.ZERO_3)
+        settings_of("--use_ia3").check_engine(Feature.ZERO_3)
 
 
 def test_the_documented_table_is_generated_from_the_code():
-    assert (ROOT / "docs" / "capabilities.md").read_text() == make_capabilities.render()
+    assert (ROOT / "docs" / "Feature.md").read_text() == make_Feature.render()
 
 
 def test_checkpointing_changes_no_step(train):

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from open_instruct.adapters.scoring import answer_losses
 from open_instruct.data.chat import set_chat_template
 from open_instruct.data.plan import Plan
-from open_instruct.methods import METHODS, MethodSettings
-from open_instruct.training import auto_rate
-from open_instruct.training.screening import JUDGED_ON, STARTS
+from open_instruct.flags import default_values
+from open_instruct.methods import METHODS
+from open_instruct.training import start
+from open_instruct.training.start import CANDIDATES, JUDGED_ON
 from tests.conftest import TINY_MODEL, method_flags
 
 SHORT = [
@@ -43,27 +44,28 @@ def test_the_start_with_the_lowest_loss_is_taken(method, train, data_file):
     run = train("run", *method_flags(method), *SHORT, "--validation_fraction", "0")
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     set_chat_template(tokenizer, "tulu", False)
-    settings = MethodSettings(num_virtual_tokens=6, prompt_tuning_init="screened", prefix_init="screened")
+    values = default_values(num_virtual_tokens=6, prompt_tuning_init="screened", prefix_init="screened")
+    settings = METHODS[method].settings(values)
     torch.manual_seed(42)
     model = METHODS[method].wrap(AutoModelForCausalLM.from_pretrained(TINY_MODEL), tokenizer, settings).eval()
-    starts = METHODS[method].starts(model, tokenizer, settings, STARTS)
+    candidates = METHODS[method].init_candidates(model, tokenizer, settings, CANDIDATES)
     rows = conversations(data_file, tokenizer)
     plan = Plan(len(rows), 4, 8, 42)
     chosen = [rows[i] for step in range(JUDGED_ON // 4) for i in plan.examples(step)]
     losses = []
-    for start in starts:
-        METHODS[method].begin_at(model, start)
+    for candidate in candidates:
+        METHODS[method].set_init(model, candidate)
         found = answer_losses(model, [ids for ids, _ in chosen], [spans for _, spans in chosen], 1)
         losses.append(sum(loss for loss, _ in found) / sum(count for _, count in found))
-    best = min(range(STARTS), key=losses.__getitem__)
-    what = "the text's" if best == 0 else f"draw {best} of random tokens"
+    best = min(range(CANDIDATES), key=losses.__getitem__)
+    origin = "the text" if best == 0 else f"draw {best} of random tokens"
     assert (
-        f"start: {what}, of 16 the lowest loss, {losses[best]:.4f} (the text's {losses[0]:.4f}, worst {max(losses):.4f})"
-        in run.out
-    )
+        f"soft prompt starts from {origin}: loss {losses[best]:.4f}, the lowest of 16 starts (text {losses[0]:.4f}, "
+        f"highest {max(losses):.4f})"
+    ) in run.out
     assert losses[best] < losses[0]
     if method == "prompt_tuning":
-        assert torch.equal(load_file(run.folder / "soft_prompt_start.safetensors")["embeddings"], starts[best])
+        assert torch.equal(load_file(run.folder / "soft_prompt_start.safetensors")["embeddings"], candidates[best])
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "lora"])
@@ -100,9 +102,9 @@ def test_a_resumed_run_keeps_the_rate_that_was_found(train):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--use_prompt_tuning", "--auto_lr", "--learning_rate", "0.1"], "--auto_lr chooses a rate and --learning_rate sets one"),
-    (["--auto_lr"], "--auto_lr would need a second copy of all weights"),
-    (["--use_lora", "--learning_rate", "0.1", "--learning_rate_factor", "2"], "--learning_rate_factor multiplies the recipe's rate"),
+    (["--use_prompt_tuning", "--auto_lr", "--learning_rate", "0.1"], "--auto_lr: it chooses a rate and --learning_rate sets one"),
+    (["--auto_lr"], "--auto_lr: it would need a second copy of all weights"),
+    (["--use_lora", "--learning_rate", "0.1", "--learning_rate_factor", "2"], "--learning_rate_factor 2.0: it multiplies the recipe's rate"),
 ])  # fmt: skip
 def test_contradicting_rates_are_refused(flags, message, train):
     run = train("run", *flags)
@@ -114,7 +116,7 @@ RATES = [0.01, 0.03, 0.1, 0.3, 1.0]
 
 def test_the_chosen_rate_is_the_parabolas_lowest_point():
     losses = [(math.log(rate) - math.log(0.15)) ** 2 + 1 for rate in RATES]
-    chosen, why = auto_rate.choose(RATES, losses, 9.0, 0.1)
+    chosen, why = start.choose(RATES, losses, 9.0, 0.1)
     assert chosen == pytest.approx(0.15, rel=1e-2) and "parabola" in why
 
 
@@ -126,5 +128,5 @@ def test_the_chosen_rate_is_the_parabolas_lowest_point():
     ([9.5, 9.5, 9.2, 9.4, 9.9], 0.1),  # none gets below the start: the recipe's
 ])  # fmt: skip
 def test_a_rate_at_the_edge_or_none(losses, expected):
-    chosen, _ = auto_rate.choose(RATES, losses, 9.0, 0.1)
+    chosen, _ = start.choose(RATES, losses, 9.0, 0.1)
     assert chosen == expected

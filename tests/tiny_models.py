@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from open_instruct.data import collate
-from open_instruct.methods import METHODS, MethodSettings
+from open_instruct.flags import default_values
+from open_instruct.methods import METHODS
 from open_instruct.model.backends import BACKENDS
 from open_instruct.model.training_model import PackedModel, PaddedModel, TrainingModel
 
@@ -36,7 +37,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"attention_dropout": 0.0},
     "granite": {"num_key_value_heads": 2, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
 }  # fmt: skip
-SETTINGS = MethodSettings(
+VALUES = default_values(
     num_virtual_tokens=P, prompt_tuning_init="random", prefix_init="random", lora_rank=4, lora_dropout=0.0
 )
 VARIANTS = ["full", "lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "projected prefix"]
@@ -61,7 +62,8 @@ def wrap(variant: str, base: Any) -> tuple[Any, Any]:
         all_special_ids=[0], added_tokens_decoder={}, get_vocab=lambda: {str(i): i for i in range(VOCAB)}
     )
     torch.manual_seed(1)
-    model = method.wrap(base, tokenizer, replace(SETTINGS, prefix_projection=variant == "projected prefix"))
+    values = VALUES | {"prefix_projection": variant == "projected prefix"}
+    model = method.wrap(base, tokenizer, method.settings(values))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

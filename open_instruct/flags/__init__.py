@@ -8,7 +8,7 @@ default is None is filled by the method's recipe (`open_instruct/methods`). Flag
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from typing import Any
 
 from open_instruct.errors import InputError
@@ -44,6 +44,11 @@ DATA_SOURCES = ("train_file", "dataset_name", "dataset_mixer", "dataset_mixer_li
 def names_with(fact: str, value: Any = True) -> tuple[str, ...]:
     """Return the names of the flags of which a fact (an argument of `flag`) has a value, in their order."""
     return tuple(name for name, item in FIELDS.items() if item.metadata[fact] == value)
+
+
+def default_values(**changes: Any) -> dict[str, Any]:
+    """Return the default of every flag, with changes, by name."""
+    return asdict(Flags()) | changes
 
 
 def check_flags(flags: Flags, given: Mapping[str, str]) -> None:
