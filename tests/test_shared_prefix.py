@@ -76,8 +76,8 @@ def test_gradient_checkpointing_recomputes_the_layers(variant, monkeypatch):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_mask_that_lets_an_example_see_another_is_noticed(variant, monkeypatch):
     def leaky(self, num_shared):
-        whole_row = (0, self.num_prefix_tokens + sum(self.lengths))
-        return Segments((whole_row,), 0, num_shared if self.keys_values else 0)
+        one_segment = (0, self.num_prefix_tokens + sum(self.lengths))
+        return Segments((one_segment,), 0, num_shared if self.keys_values else 0)
 
     monkeypatch.setattr(shared_prefix.PackedContext, "segments", leaky)
     assert max(differences("llama", variant)) > 1e-3
