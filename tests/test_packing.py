@@ -98,8 +98,8 @@ def test_the_probe_notices_a_leak_in_half_precision_too(monkeypatch):
     model, _ = wrap("lora", random_model("llama").bfloat16())
 
     def leaky(inputs):
-        whole_row = (0, inputs.segments.bounds[-1][1])
-        return backends.blocked(replace(inputs, segments=Segments((whole_row,), 0, 0)))
+        one_segment = (0, inputs.segments.bounds[-1][1])
+        return backends.blocked(replace(inputs, segments=Segments((one_segment,), 0, 0)))
 
     monkeypatch.setitem(backends.BACKENDS, "leaky", leaky)
     _, obstacle = forward.probe(model, lambda: None, "leaky", torch.bfloat16)

@@ -64,5 +64,5 @@ def test_rows_are_few_and_balanced():
 def test_processes_that_share_a_round_have_rows_of_similar_length():
     lengths = np.random.default_rng(0).integers(20, 400, 40)
     ranks = [balanced_rows(range(40), lengths, 700, rank, 2) for rank in range(2)]
-    for one, other in zip(*ranks, strict=True):
-        assert abs(int(lengths[one].sum()) - int(lengths[other].sum())) < 100
+    for first, second in zip(*ranks, strict=True):
+        assert abs(int(lengths[first].sum()) - int(lengths[second].sum())) < 100

@@ -6,16 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from open_instruct.data import collate
 from open_instruct.errors import InputError
 from open_instruct.model import backends, shared_prefix
 from open_instruct.model.backends import BACKENDS
 from open_instruct.model.shared_prefix import Segments
-from open_instruct.model.training_model import PackedModel
+from open_instruct.model.training_model import PackedModel, PaddedModel, longest_exact_row
 from tests.tiny_models import (
     ARCHITECTURES,
+    COMMON,
     VARIANTS,
+    P,
     differences,
     examples,
     packed_model,
@@ -25,6 +28,10 @@ from tests.tiny_models import (
     wrap,
 )
 
+LLAMA_4 = {
+    "num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 64, "num_key_value_heads": 2,
+    "head_dim": 8, "layer_types": ["chunked_attention", "chunked_attention", "full_attention"],
+}  # fmt: skip
 PAIRS = [
     (architecture, variant)
     for architecture in ARCHITECTURES
@@ -44,6 +51,14 @@ def test_ia3_on_phi3_is_refused():
         wrap("ia3", random_model("phi3"))
 
 
+@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
+@pytest.mark.parametrize("variant", ["lora", "prompt_tuning", "prefix_tuning"])
+def test_a_window_shorter_than_the_prefix(variant, backend, monkeypatch):
+    """Then no query but the first sees all virtual tokens, and none sees some of them."""
+    monkeypatch.setitem(ARCHITECTURES, "mistral", {**ARCHITECTURES["mistral"], "sliding_window": P - 1})
+    assert max(differences("mistral", variant, backend)) < 1e-5
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_checkpointing_changes_nothing(variant):
     assert max(differences("llama", variant, checkpointing=True)) < 1e-5
@@ -61,8 +76,8 @@ def test_gradient_checkpointing_recomputes_the_layers(variant, monkeypatch):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_mask_that_lets_an_example_see_another_is_noticed(variant, monkeypatch):
     def leaky(self, num_shared):
-        whole_row = (0, self.num_prefix_tokens + sum(self.lengths))
-        return Segments((whole_row,), 0, num_shared if self.keys_values else 0)
+        one_segment = (0, self.num_prefix_tokens + sum(self.lengths))
+        return Segments((one_segment,), 0, num_shared if self.keys_values else 0)
 
     monkeypatch.setattr(shared_prefix.PackedContext, "segments", leaky)
     assert max(differences("llama", variant)) > 1e-3
@@ -156,3 +171,28 @@ def test_two_packed_models_of_one_model_are_not_active_together():
         second.activate()
     with second:
         assert model.config._attn_implementation == shared_prefix.NAME
+
+
+BOUNDS_OF_LLAMA_4 = [
+    ({"attention_chunk_size": 64}, 64),
+    ({"floor_scale": 32}, 31),
+    ({"floor_scale": 32, "attn_temperature_tuning": False, "attention_chunk_size": 48}, 48),
+]
+
+
+@pytest.mark.parametrize("options, bound", BOUNDS_OF_LLAMA_4)
+def test_rows_that_llama_4_would_cut_into_chunks_are_refused(options, bound):
+    """Or its packed attention would see across chunks, and scale queries by their index in the row."""
+    torch.manual_seed(0)
+    model = Llama4ForCausalLM(Llama4TextConfig(**COMMON, **options, **LLAMA_4)).eval()
+    assert longest_exact_row(model.config) == bound
+    rows = [{"input_ids": list(range(3, 3 + 8)), "spans": [1, 8]}] * (bound // 8)
+    expected = PaddedModel(model)(**collate.pad(rows, 0))[0].item()
+    with PackedModel(model, lambda: None, backends.blocked) as packed:
+        assert packed(**collate.pack(rows))[0].item() == pytest.approx(expected, rel=1e-5)
+        with pytest.raises(InputError, match=f"exact up to {bound} positions, and this one has {bound // 8 * 8 + 8}"):
+            packed(**collate.pack([*rows, rows[0]]))
+
+
+def test_rows_of_other_models_have_no_such_bound():
+    assert all(longest_exact_row(random_model(architecture).config) is None for architecture in ARCHITECTURES)

@@ -134,9 +134,10 @@ class _BlockedAttention(torch.autograd.Function):
         for group in _groups(ctx.segments, window):
             keys, values = _visible_keys_values(key, value, shared_key, shared_value, group)
             blocks = _blocks(group, window)
-            # The blocks of a long segment share its keys: again a sum, again in float32. A single block needs none.
+            # The blocks of a long segment share its keys: again a sum, again in float32. A single block needs none,
+            # unless a window hides the first shared keys from it, whose derivative is 0.
             grad_keys = grad_values = None
-            if len(blocks) > 1:
+            if len(blocks) > 1 or blocks[0].first_key > 0:
                 grad_keys = torch.zeros(keys.shape, dtype=torch.float32, device=keys.device)
                 grad_values = torch.zeros(values.shape, dtype=torch.float32, device=keys.device)
             for block in blocks:

@@ -98,9 +98,8 @@ def counts(model: torch.nn.Module) -> dict[str, Any]:
     """Count trained and all parameters; a 4-bit weight counts as the numbers that it stands for."""
     trained = total = 0
     for parameter in model.parameters():
-        num_elements = getattr(
-            parameter, "ds_numel", parameter.numel()
-        )  # ZeRO-3 leaves a sharded weight none of its own
+        # ZeRO-3 leaves a sharded weight no elements of its own.
+        num_elements = getattr(parameter, "ds_numel", parameter.numel())
         quantisation = getattr(parameter, "quant_state", None)
         if quantisation is not None:
             num_elements = quantisation.shape.numel()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from open_instruct.data.collate import IGNORE
+from open_instruct.errors import InputError
 from open_instruct.model import shared_prefix
 from open_instruct.model.chunked_loss import chunked_cross_entropy, find_head, head_forms
 from open_instruct.model.shared_prefix import Backend, CannotPack, PackedContext, SoftPrompt
@@ -148,6 +149,7 @@ class PackedModel(TrainingModel):
 
         Raises:
             RuntimeError: the model is not active.
+            InputError: the row is longer than this model can be packed.
             CannotPack: the model computes something that packed attention would get wrong.
         """
         if self._own_attention is None:
@@ -163,6 +165,12 @@ class PackedModel(TrainingModel):
                 "inputs_embeds": torch.cat([prompt.embeddings[None].to(embedded.dtype), embedded], 1),
                 "position_ids": torch.cat([prefix_positions, inputs["position_ids"]], 1),
             }
+        num_positions, bound = sum(lengths) + num_prefix_tokens, longest_exact_row(self.causal.config)
+        if bound and num_positions > bound:
+            raise InputError(
+                f"rows of this model are exact up to {bound} positions, and this one has {num_positions}: lower "
+                "--max_tokens_per_microbatch, or use --packing False"
+            )
         packed_context = PackedContext(tuple(lengths), num_prefix_tokens, prompt.keys_values, self.backend)
         inputs["packed_context"] = packed_context
         loss = self._loss(inputs, target_positions + num_prefix_tokens, targets)
@@ -184,6 +192,21 @@ class PackedModel(TrainingModel):
 def causal_of(model: Any) -> Any:
     """Return the causal language model inside a PeftModel, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def longest_exact_row(config: Any) -> int | None:
+    """Return the number of positions up to which a packed row gives the model's own attention, or None if any does.
+
+    Llama 4 attends within chunks, and scales queries by a step function of their index in the row. Neither reaches the
+    attention function as an argument, and neither does anything within the first chunk and before the first step.
+    """
+    text = config.get_text_config()
+    if "chunked_attention" not in (getattr(text, "layer_types", None) or ()):
+        return None
+    bounds = [text.attention_chunk_size]
+    if text.attn_temperature_tuning:
+        bounds.append(text.floor_scale - 1)
+    return min((bound for bound in bounds if bound), default=None)
 
 
 def no_soft_prompt() -> SoftPrompt | None:
