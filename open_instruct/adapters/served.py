@@ -31,7 +31,7 @@ class Served:
         return list(self.adapters.folders)
 
     @property
-    def base_name(self) -> str:
+    def model_name(self) -> str:
         """Name or folder from which the base was loaded."""
         return str(self.adapters.base.config._name_or_path)
 
