@@ -19,7 +19,7 @@ from open_instruct.errors import InputError
 SHARES = ("acc", "acc_norm", "exact_match", "em", "f1")  # metrics from 0 to 1, and so are their intervals
 
 
-def evaluate(
+def run_tasks(
     served: Served,
     tasks: Sequence[str],
     path: str | None,
