@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     }
     if args.lm_eval_tasks:
         models = served.load(args.adapter, args.model_name_or_path, **options)
-        result = harness.evaluate(
+        result = harness.run_tasks(
             models, args.lm_eval_tasks, args.lm_eval_path, args.limit, args.batch_size, args.apply_chat_template
         )
     else:

@@ -29,12 +29,12 @@ def test_losses_are_those_of_single_rows(trained):
     for name in ("prompt_tuning", "prefix_tuning", "base"):
         model = served.adapters.use(name)
         together = answer_losses(model, rows, spans, 3)
-        for found, row, pieces in zip(together, rows, spans, strict=True):
+        for (loss, count), row, pieces in zip(together, rows, spans, strict=True):
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([row])).logits[0, -len(row) :].double().log_softmax(-1)
-            labelled = [place for start, end in pieces for place in range(max(start, 1), end)]
-            assert found[0] == pytest.approx(-sum(logits[place - 1, row[place]].item() for place in labelled), rel=1e-5)
-            assert found[1] == len(labelled)
+            labelled = [i for start, end in pieces for i in range(max(start, 1), end)]
+            assert loss == pytest.approx(-sum(logits[i - 1, row[i]].item() for i in labelled), rel=1e-5)
+            assert count == len(labelled)
         (_, likeliest) = token_scores(model, rows[:1], 1)[0]
         assert likeliest.dtype == torch.bool and len(likeliest) == 3
 
@@ -58,7 +58,7 @@ def test_an_evaluation_agrees_with_the_run_and_the_reference_libraries(trained, 
     references = [json.loads(line)["messages"][1]["content"] for line in questions_file.read_text().splitlines()]
     for name in ("prefix_tuning", "base"):
         served = open_instruct.load(str(trained / "prefix_tuning"))
-        answers = [found[0] for found in served.answers(asked(questions_file, 30), name, Sampling(24))]
+        answers = [texts[0] for texts in served.answers(asked(questions_file, 30), name, Sampling(24))]
         figures = {metric: figure["value"] for metric, figure in result["figures"][name].items()}
         assert figures["exact_match"] == sum(a == r for a, r in zip(answers, references, strict=True)) / 30
         assert figures["bleu"] == pytest.approx(BLEU().corpus_score(answers, [references]).score, abs=1e-9)
@@ -159,8 +159,8 @@ def test_the_harness_runs_a_local_task_with_a_soft_prompt(
     served = open_instruct.load(str(trained / "prompt_tuning"))
     for name in ("base", "prompt_tuning"):
         if metric == "exact_match":
-            found = served.answers([q["content"] for q, _ in rows], name, Sampling(24))
-            right = [answer[0].split("\n")[0] == a["content"] for answer, (_, a) in zip(found, rows, strict=True)]
+            answers = served.answers([q["content"] for q, _ in rows], name, Sampling(24))
+            right = [answer[0].split("\n")[0] == a["content"] for answer, (_, a) in zip(answers, rows, strict=True)]
         else:
             right = []
             for q, a in rows:
@@ -191,17 +191,16 @@ def test_inspection_finds_what_was_put_there(trained, questions_file, tmp_path, 
         inspect_main(["--adapter", str(folder), "--file", str(questions_file), "--output_dir", str(tmp_path / "out")])
         == 0
     )
-    found = json.loads((tmp_path / "out" / "inspection.json").read_text())
+    figures = json.loads((tmp_path / "out" / "inspection.json").read_text())
     for number in range(2):
         for kind, best in (("cosine", 1.0), ("distance", 0.0)):
-            text, value = found["end"][number][kind][0]
+            text, value = figures["end"][number][kind][0]
             assert text == tokenizer.decode([ids[number]]) and value == pytest.approx(best, abs=1e-2)
-    assert [row["step"] for row in found["drift"]] == [20, 40] and found["drift"][0]["distance"] < found["drift"][1][
-        "distance"
-    ]
+    first, last = figures["drift"]
+    assert (first["step"], last["step"]) == (20, 40) and first["distance"] < last["distance"]
     start = load_file(folder / "soft_prompt_start.safetensors")["embeddings"]
-    assert found["moved"] == pytest.approx((prompt - start).norm(dim=1).tolist(), rel=1e-4)
-    assert found["start"][3]["cosine"][0][1] == pytest.approx(1.0, abs=1e-4)  # it starts on tokens
+    assert figures["moved"] == pytest.approx((prompt - start).norm(dim=1).tolist(), rel=1e-4)
+    assert figures["start"][3]["cosine"][0][1] == pytest.approx(1.0, abs=1e-4)  # it starts on tokens
     assert (tmp_path / "out" / "inspection.png").stat().st_size > 5000
     out = capsys.readouterr().out
     assert "Attention to the virtual tokens" in out and "apple" in out
@@ -211,7 +210,7 @@ def test_inspection_finds_what_was_put_there(trained, questions_file, tmp_path, 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
 def test_attention_mass_is_that_of_the_softmax(method, trained, questions_file):
-    """Against the weights that PEFT's own forward pass returns, summed by hand; P-tuned positions themselves don't count."""
+    """Against the weights that PEFT's own forward pass returns, summed by hand; the prompt's own rows don't count."""
     figures = open_instruct.inspect(str(trained / method), file=str(questions_file), rows=1)
     served = open_instruct.load(str(trained / method))
     model = served.adapters.use(method)

@@ -1,12 +1,16 @@
-"""An answer and a loss do not depend on which other rows share the batch."""
+"""Answers and losses do not depend on the batch, draws follow the softmax, and answers end where turns do."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from open_instruct.adapters.generation import greedy_answers
+import open_instruct
+from open_instruct import Sampling
+from open_instruct.adapters.generation import generate, greedy_answers
 from open_instruct.data import collate
 from open_instruct.flags import default_values
 from open_instruct.methods import METHODS
@@ -66,12 +70,44 @@ def test_a_packed_loss_does_not_depend_on_its_row(variant):
     packed, rows = packed_model(model, method), [row for row in examples() if row["spans"][0] > 0]
     alone = torch.cat([packed_token_losses(packed, [row]) for row in rows])
     for order in (rows, rows[::-1]):
-        found = dict(
+        losses = dict(
             zip(map(id, order), packed_token_losses(packed, order).split(list(map(count_labels, order))), strict=True)
         )
-        torch.testing.assert_close(torch.cat([found[id(row)] for row in rows]), alone, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.cat([losses[id(row)] for row in rows]), alone, rtol=1e-5, atol=1e-6)
 
 
 def count_labels(row: dict) -> int:
     """Labelled tokens of an example whose first token is not labelled."""
     return sum(label != collate.IGNORE for label in collate.labels_of(row["input_ids"], row["spans"]))
+
+
+def test_drawing_by_noise_draws_from_the_softmax():
+    """Frequencies of first tokens against the probabilities that transformers' own warpers leave."""
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(TINY_MODEL),
+        AutoModelForCausalLM.from_pretrained(TINY_MODEL).eval(),
+    )
+    ids = tokenizer("green red")["input_ids"]
+    sampling = Sampling(1, do_sample=True, temperature=1.5, top_k=5, num_return_sequences=2000)
+    ((_, answers),) = list(generate(model, tokenizer, [ids], sampling, batch_size=2000))[-1:]
+    with torch.no_grad():
+        top = (model(torch.tensor([ids])).logits[0, -1] / 1.5).topk(5)
+    for probability, token in zip(top.values.softmax(0).tolist(), top.indices.tolist(), strict=True):
+        share = answers.count(tokenizer.decode([token], skip_special_tokens=True).strip()) / 2000
+        assert share == pytest.approx(probability, abs=4 * math.sqrt(probability / 2000) + 1e-3)
+
+
+def test_an_answer_ends_where_training_ended_turns(trained, tmp_path):
+    """A template whose end of turn is not the tokenizer's end token: as one token, and as text of several."""
+    served = open_instruct.load(str(trained / "prompt_tuning"))
+    model, tokenizer = served.adapters.use("base"), served.tokenizer
+    ids = tokenizer("red green blue stone", add_special_tokens=False)["input_ids"]
+    text = served.tokenizer.decode(
+        model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
+    )
+    word = text.split()[1]
+    for end in (f" {word}", f"{word}"):
+        template = "{% for m in messages %}{% generation %}{{ m['content'] }}END{% endgeneration %}{% endfor %}"
+        tokenizer.chat_template = template.replace("END", end)
+        ((_, (answer,)),) = generate(model, tokenizer, [ids], Sampling(12))
+        assert word not in answer

@@ -138,7 +138,8 @@ def test_a_merged_checkpoint_equals_base_and_adapter(kind, rows, bos, method, tm
     assert again("the red")["input_ids"] == tokenizer("the red")["input_ids"]
 
 
-TEMPLATE = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
 
 
 PROMPT = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
@@ -232,7 +233,7 @@ def test_verification_notices_a_wrong_row(tmp_path, monkeypatch, capsys):
 
 
 def test_qlora_is_merged_onto_the_base_that_it_was_trained_on(tmp_path, train):
-    """The dequantised one: merged logits are those of the quantised base with the adapter; the plain base's are further away."""
+    """The dequantised one: merged logits are those of the quantised base with the adapter, not the plain base's."""
     pytest.importorskip("bitsandbytes")
     run = train("run", "--use_qlora", "--max_train_steps", "5", "--dataset_skip_cache")
     assert run.code == 0, run.err
@@ -244,10 +245,10 @@ def test_qlora_is_merged_onto_the_base_that_it_was_trained_on(tmp_path, train):
     with torch.no_grad():
         wanted = served.adapters.use("q")(ids).logits
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
-        other = (
+        unquantised = (
             PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(TINY_MODEL), run.folder).eval()(ids).logits
         )
-    assert (merged - wanted).abs().max() < 0.1 * (other - wanted).abs().max()
+    assert (merged - wanted).abs().max() < 0.1 * (unquantised - wanted).abs().max()
 
 
 @pytest.mark.parametrize("adapters, says", [
@@ -257,7 +258,7 @@ def test_qlora_is_merged_onto_the_base_that_it_was_trained_on(tmp_path, train):
     (["red={prompt}"], "the tokenizer has a token <|red_0|> already"),
     ([], "nothing to merge"),
 ])  # fmt: skip
-def test_what_can_not_be_merged_is_said(adapters, says, tmp_path, capsys):
+def test_what_can_not_be_merged_is_refused(adapters, says, tmp_path, capsys):
     base = make_base(tmp_path / "base", "tied")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<|red_0|>"])

@@ -116,7 +116,7 @@ def measure(
         for figure in by_metric.values():
             del figure["drawn"]
     return {
-        "model": served.base_name,
+        "model": served.model_name,
         "adapters": {name: str(folder.path) for name, folder in served.adapters.folders.items()},
         "rows": len(rows),
         "truncated": num_truncated,

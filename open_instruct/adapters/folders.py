@@ -70,7 +70,7 @@ class AdapterFolder:
 
     @property
     def prompt_kind(self) -> str | None:
-        """What its soft prompt consists of: "embeddings", "keys_values", or None where it has none."""
+        """Parts of its soft prompt: "embeddings" or "keys_values"; None where it has no soft prompt."""
         return kinds.prompt_kind(self.peft_type)
 
     @property

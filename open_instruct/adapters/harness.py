@@ -19,7 +19,7 @@ from open_instruct.errors import InputError
 SHARES = ("acc", "acc_norm", "exact_match", "em", "f1")  # metrics from 0 to 1, and so are their intervals
 
 
-def evaluate(
+def run_tasks(
     served: Served,
     tasks: Sequence[str],
     path: str | None,
@@ -63,7 +63,7 @@ def evaluate(
         result = lm_eval.simple_evaluate(model, tasks=list(tasks), limit=limit, task_manager=manager, **options)
         figures[name] = read_figures(result["results"])
     return {
-        "model": served.base_name,
+        "model": served.model_name,
         "adapters": {name: str(folder.path) for name, folder in served.adapters.folders.items()},
         "tasks": list(tasks),
         "figures": figures,

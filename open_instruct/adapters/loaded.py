@@ -136,7 +136,7 @@ def chat_template(path: Path) -> str | None:
     return loading.load_tokenizer(str(path)).chat_template
 
 
-def load_tokenizer(
+def tokenizer_for(
     base: str, folders: Sequence[AdapterFolder], trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer of the first adapter that has one, with the chat template of its training, or the base's."""

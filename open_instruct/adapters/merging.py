@@ -69,10 +69,10 @@ def merge(
         base = base.dequantize()  # an adapter corrects the base that it was trained on, rounding included
     check_length(base, folders)
     adapters = Adapters(base, folders)
-    tokenizer = loaded.load_tokenizer(name, folders, trust_remote_code)
-    plain_tokenizer = loaded.load_tokenizer(name, folders, trust_remote_code)
+    tokenizer = loaded.tokenizer_for(name, folders, trust_remote_code)
+    plain_tokenizer = loaded.tokenizer_for(name, folders, trust_remote_code)
     templates = {
-        folder.name: loaded.load_tokenizer(name, [folder], trust_remote_code).chat_template for folder in folders
+        folder.name: loaded.tokenizer_for(name, [folder], trust_remote_code).chat_template for folder in folders
     }
     wanted = expected(adapters, tokenizer)
     model, new_tokens = merged_model(adapters, tokenizer, templates)

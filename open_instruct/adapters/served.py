@@ -31,7 +31,7 @@ class Served:
         return list(self.adapters.folders)
 
     @property
-    def base_name(self) -> str:
+    def model_name(self) -> str:
         """Name or folder from which the base was loaded."""
         return str(self.adapters.base.config._name_or_path)
 
@@ -112,7 +112,7 @@ def load(
     folders = parse_adapters([adapter] if isinstance(adapter, str) else adapter)
     name = base_name(model_name_or_path, folders, any_base)
     check_biases(folders)
-    tokenizer = loaded.load_tokenizer(name, folders, trust_remote_code)
+    tokenizer = loaded.tokenizer_for(name, folders, trust_remote_code)
     if not chat_template_name:
         check_templates(folders)
         if not tokenizer.chat_template:
