@@ -134,7 +134,8 @@ class StudyFigures:
         """Return the figures as report.json holds them: the failed methods stand behind the others."""
         content = json_fields(self)
         del content["failed_methods"]
-        return {**content, "methods": [method.as_json() for method in (*self.methods, *self.failed_methods)]}
+        works, failed = ([method.as_json() for method in group] for group in (self.methods, self.failed_methods))
+        return {**content, "methods": works + failed}
 
 
 @dataclass(frozen=True)
@@ -243,10 +244,13 @@ def choose(trials: Sequence[TrialResult]) -> list[TrialResult]:
         return []
     common_seeds = set.intersection(*({result.seed for result in group} for group in sound))
 
-    def mean_choosing_loss(group: list[TrialResult]) -> float:
-        return fmean(result.choosing_loss for result in group if result.seed in common_seeds or not common_seeds)
-
-    return sorted(min(sound, key=mean_choosing_loss), key=lambda result: result.seed)
+    best = min(
+        sound,
+        key=lambda group: fmean(
+            result.choosing_loss for result in group if result.seed in common_seeds or not common_seeds
+        ),
+    )
+    return sorted(best, key=lambda result: result.seed)
 
 
 def method_figures(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from open_instruct.study.figures import COSTS, MethodFigures, PairDifference, StudyFigures, pareto_front
+from open_instruct.study.figures import COSTS, FailedMethod, MethodFigures, PairDifference, StudyFigures, pareto_front
 from open_instruct.study.results import params_name
 from open_instruct.study.search import finite_or_inf
 
@@ -187,7 +187,7 @@ def limits(figures: StudyFigures, num_workers: int) -> list[str]:
 
 def budgets(figures: StudyFigures) -> str:
     """Say whether all methods had the same number of trials and trained on as many tokens."""
-    every_method = [*figures.methods, *figures.failed_methods]
+    every_method: list[MethodFigures | FailedMethod] = [*figures.methods, *figures.failed_methods]
     num_trials = {method.num_trials for method in every_method}
     num_tokens = {method.num_searched_tokens for method in figures.methods}
     if len(num_trials) == 1 and len(num_tokens) == 1 and not any(method.num_failed for method in every_method):
