@@ -10,6 +10,7 @@ CORE = [
     "datasets>=4.0",
     "wandb>=0.20",
     "matplotlib>=3.8",
+    "jinja2>=3.1",
     "polars>=1.20",
     "pyarrow>=18",
     "protobuf>=4",  # transformers needs it for bare SentencePiece tokenizers
@@ -47,6 +48,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["open_instruct", "open_instruct.*"]),
+    package_data={"open_instruct.study": ["templates/*.j2"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

@@ -1,6 +1,6 @@
-"""What several processes cost and buy: bytes exchanged in a step, speed of 2 processes against 1, and what fits where.
+"""Print what several processes cost and gain: bytes exchanged in a step, speed of 2 against 1, what fits where.
 
-    python -m benchmarks.scaling           # measured here: 2 processes over the loopback device (Linux), one thread each
+    python -m benchmarks.scaling           # measured: 2 processes over the loopback device (Linux), one thread each
     python -m benchmarks.scaling --fits    # computed, by the estimator behind --dry_run
 
 Bytes are what the loopback device counted during 20 steps less 4 steps, so loading and saving cancel out.
@@ -64,41 +64,39 @@ def main() -> None:
 
 
 def print_measured(chosen: list[str]) -> None:
-    """Traffic and speed of every engine and method."""
+    """Print traffic and speed of every engine and method."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder / "model")
         alone = launch("ddp", folder, 1)
-        print(
-            "| method | engine | trained numbers, MB | weights, MB | MB a step | tokens/s of 2 processes / 1 |\n|---|---|---|---|---|---|"
-        )
+        print("| method | engine | trained numbers, MB | weights, MB | MB a step | tokens/s of 2 processes / 1 |")
+        print("|---" * 6 + "|")
         for engine in chosen:
-            for method, found in launch(engine, folder, 2).items():
-                ratio = found["tokens_per_second"] / alone[method]["tokens_per_second"]
-                sizes = f"{found['trained_mb']:.2f} | {found['weights_mb']:.0f}"
-                print(
-                    f"| {method} | {ENGINES[engine]} | {sizes} | {found['mb_a_step']:.2f} | {ratio:.2f} |", flush=True
-                )
+            for method, figures in launch(engine, folder, 2).items():
+                ratio = figures["tokens_per_second"] / alone[method]["tokens_per_second"]
+                sizes = f"{figures['trained_mb']:.2f} | {figures['weights_mb']:.0f}"
+                traffic = f"{figures['mb_a_step']:.2f}"
+                print(f"| {method} | {ENGINES[engine]} | {sizes} | {traffic} | {ratio:.2f} |", flush=True)
 
 
 def make_model(folder: Path) -> None:
-    """19 million random weights, and the bundled model's tokenizer."""
+    """Save a model of 19 million random weights, with the bundled model's tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8, vocab_size=1024,
-        tie_word_embeddings=True,
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8,
+        vocab_size=1024, tie_word_embeddings=True,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(BUNDLED).save_pretrained(folder)
 
 
-def launch(engine: str, folder: Path, processes: int) -> dict[str, dict[str, float]]:
-    """Figures of each method, from runs in the same processes."""
+def launch(engine: str, folder: Path, num_processes: int) -> dict[str, dict[str, float]]:
+    """Return the figures of each method, from runs in the same processes."""
     words = [
         "-m",
         "torch.distributed.run",
         "--nproc_per_node",
-        str(processes),
+        str(num_processes),
         "--standalone",
         "-m",
         "benchmarks.scaling",
@@ -117,18 +115,19 @@ def launch(engine: str, folder: Path, processes: int) -> dict[str, dict[str, flo
 
 
 def worker(engine: str, folder: str) -> None:
-    """Train a few and some more steps with each method; the first process writes the figures."""
+    """Train few and more steps with each method; the first process writes the figures."""
     from tests.engines import make_run
 
     run = make_run(engine)
     out = Path(folder) / "out"
 
     def train(flags: list[str], steps: int) -> int:
-        """Bytes that a run of so many steps sent."""
+        """Return the bytes that a run of so many steps sent."""
         words = [
-            "--model_name_or_path", f"{folder}/model", "--train_file", str(ROOT / "data" / "sample" / "train.jsonl"), *flags,
-            "--output_dir", str(out), "--overwrite_output_dir", "--max_train_steps", str(steps), "--validation_fraction", "0",
-            "--dataset_skip_cache", "--max_train_samples", "384", "--logging_steps", "1000",
+            "--model_name_or_path", f"{folder}/model", "--train_file", str(ROOT / "data" / "sample" / "train.jsonl"),
+            *flags, "--output_dir", str(out), "--overwrite_output_dir", "--max_train_steps", str(steps),
+            "--validation_fraction", "0", "--dataset_skip_cache", "--max_train_samples", "384",
+            "--logging_steps", "1000",
             "--per_device_train_batch_size", str(32 // int(os.environ["WORLD_SIZE"])),
         ]  # fmt: skip
         before = loopback_bytes()
@@ -136,7 +135,7 @@ def worker(engine: str, folder: str) -> None:
             raise SystemExit(1)
         return loopback_bytes() - before
 
-    train(MEASURED["prompt tuning"], 1)  # the processes find each other
+    train(MEASURED["prompt tuning"], 1)  # not measured: the processes connect
     figures = {}
     for method, flags in MEASURED.items():
         few, more = (train(flags, steps) for steps in STEPS)
@@ -152,13 +151,16 @@ def worker(engine: str, folder: str) -> None:
 
 
 def loopback_bytes() -> int:
-    """Bytes that the loopback device has carried since the machine started."""
+    """Return the bytes that the loopback device has carried since the machine started."""
     line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[0])
 
 
 def print_fits() -> None:
-    """Memory of a GPU: bfloat16 base, rows of 4,096 tokens, checkpointing, chunked logits (whole under ZeRO-3)."""
+    """Print the memory that each GPU needs: bfloat16 base, rows of 4,096 tokens, checkpointing.
+
+    Logits are computed in chunks, but not under ZeRO-3.
+    """
     engines_and_gpus = [
         (None, 1),
         (capabilities.DDP, 8),
@@ -181,7 +183,7 @@ def print_fits() -> None:
 
 
 def empty_model(size: str, method: str) -> tuple[torch.nn.Module, LlamaConfig]:
-    """Base with adapter, without memory."""
+    """Return a base model with its adapter, of parameters that take no memory, and its configuration."""
     hidden, feed_forward, layers, heads, kv_heads, vocabulary = SIZES[size]
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=feed_forward, num_hidden_layers=layers, num_attention_heads=heads,
@@ -194,15 +196,16 @@ def empty_model(size: str, method: str) -> tuple[torch.nn.Module, LlamaConfig]:
         return METHODS[method].wrap(model, AutoTokenizer.from_pretrained(BUNDLED), settings), config
 
 
-def cell(model: torch.nn.Module, config: LlamaConfig, method: str, engine: str | None, gpus: int) -> str:
-    """Gigabytes, bold where they fit."""
+def cell(model: torch.nn.Module, config: LlamaConfig, method: str, engine: str | None, num_gpus: int) -> str:
+    """Return the gigabytes that each GPU needs, bold where they fit."""
     trains = "full" if method == "full" else "layers" if method == "lora" else "soft prompt"
     logit_rows = ROW if engine == capabilities.ZERO_3 else (1 << 27) // config.vocab_size
-    sharing = engines.sharing(engine, gpus)
-    needed = memory.estimate_mb(model, config, ROW + 50, logit_rows, True, False, 2, trains, method == "lora", sharing)[
-        "total"
-    ]
-    return f"**{needed / 1000:,.0f}**" if needed < GPU_MB else f"{needed / 1000:,.0f}"
+    sharing = engines.sharing(engine, num_gpus)
+    estimate = memory.estimate_mb(
+        model, config, ROW + 50, logit_rows, True, False, 2, trains, method == "lora", sharing
+    )
+    total_mb = estimate["total"]
+    return f"**{total_mb / 1000:,.0f}**" if total_mb < GPU_MB else f"{total_mb / 1000:,.0f}"
 
 
 if __name__ == "__main__":

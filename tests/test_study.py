@@ -1,4 +1,4 @@
-"""Studies: equal budgets, searches that repeat, trials that equal a run of their own, kills, shards, figures that are true."""
+"""Studies from end to end: trials that equal a run of their own, kills, shards, searches, figures that are true."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
 from open_instruct import study_peft
 from open_instruct.finetune_peft import main as finetune
-from open_instruct.study import config, search
-from open_instruct.study import figures as study_figures
+from open_instruct.study.results import other_loss
 from tests.conftest import ROOT, TINY_MODEL, write_conversations
+
+PATIENCE = 600  # s; no test waits so long, but a loaded machine may take many times what an idle one does
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def finished(data, tmp_path_factory) -> Path:
     return folder / "study"
 
 
-def test_the_report_is_whole_and_needs_no_network(finished):
+def test_the_report_is_complete_and_needs_no_network(finished):
     page = (finished / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and page.count("<img") == 5 == page.count("data:image/png;base64,")
     assert not re.search(r"(src|href)=\"?(http|//|\w+\.)", page) and "<script" not in page
@@ -100,19 +100,18 @@ def test_figures_are_those_of_the_trials(finished):
         (row,) = [row for row in trials_of(finished) if row["method"] == method["name"]]
         summary = json.loads((Path(row["folder"]) / "summary.json").read_text())
         rows = summary["study"]["rows"]
-        whole = sum(loss for loss, _ in rows) / sum(count for _, count in rows)
-        assert whole == pytest.approx(
-            summary["final_eval_loss"], rel=1e-4
-        )  # PEFT's padded forward pass and the packed one
+        held_out_loss = sum(loss for loss, _ in rows) / sum(num_labels for _, num_labels in rows)
+        # By PEFT's padded forward pass, and by the packed one.
+        assert held_out_loss == pytest.approx(summary["final_eval_loss"], rel=1e-4)
         assert method["test"]["value"] == pytest.approx(sum(rows[i][0] for i in base["test"]) / tokens)
-        assert method["forgetting"] == pytest.approx(study_figures.other_loss(summary) - report["base"]["other"])
+        assert method["forgetting"] == pytest.approx(other_loss(summary) - report["base"]["other"])
     values = [method["test"]["value"] for method in report["methods"]]
     assert values == sorted(values) and f"{values[0]:.4f}" in report["sentences"][1]
 
 
 @pytest.mark.parametrize("method", ["full", "ia3", "prompt_tuning", "prefix_tuning"])
 def test_the_command_repeats_a_trial_exactly(method, finished, tmp_path):
-    """A trial that ran after others, on a base that they shared, equals a run of its own: nothing of them was left in the base."""
+    """A trial that ran after others on the same base equals a run of its own: they left nothing in the base."""
     (row,) = [row for row in trials_of(finished) if row["method"] == method]
     words = shlex.split(row["command"])
     assert words[:2] == ["python", "open_instruct/finetune_peft.py"]
@@ -136,7 +135,7 @@ def test_a_finished_study_runs_nothing_again_and_takes_more_seeds(data, tmp_path
 
 
 def test_a_kill_costs_one_trial(data, tmp_path):
-    """Killed as soon as two trials are done, and again later: what is finished stays as it is, and the end is the same."""
+    """Killed after two trials, and again later: finished trials stay as they are, and the end is the same."""
     path = write_study(tmp_path, data, methods={"prompt_tuning": None, "lora": None}, seeds=[1, 2, 3])
     words = [sys.executable, str(ROOT / "open_instruct" / "study_peft.py"), "--config", str(path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -148,23 +147,23 @@ def test_a_kill_costs_one_trial(data, tmp_path):
             if len(list(tmp_path.glob("study/trials/*/summary.json"))) >= enough:
                 process.kill()
         process.wait()
-        done = {one: one.stat().st_mtime_ns for one in tmp_path.glob("study/trials/*/summary.json")}
+        done = {summary: summary.stat().st_mtime_ns for summary in tmp_path.glob("study/trials/*/summary.json")}
         assert enough <= len(done) < 6, "the study was over before it was killed"
-        assert all(done[one] == when for one, when in kept.items())
+        assert all(done[summary] == when for summary, when in kept.items())
         kept = done
     assert study_peft.main(["--config", str(path)]) == 0
-    assert all(one.stat().st_mtime_ns == when for one, when in kept.items())
-    whole = write_study(
+    assert all(summary.stat().st_mtime_ns == when for summary, when in kept.items())
+    uninterrupted = write_study(
         tmp_path,
         data,
         methods={"prompt_tuning": None, "lora": None},
         seeds=[1, 2, 3],
-        output_dir=str(tmp_path / "whole"),
+        output_dir=str(tmp_path / "uninterrupted"),
     )
-    assert study_peft.main(["--config", str(whole)]) == 0
+    assert study_peft.main(["--config", str(uninterrupted)]) == 0
     ends = [
         [(row["method"], row["seed"], row["test_loss"]) for row in trials_of(tmp_path / name)]
-        for name in ("study", "whole")
+        for name in ("study", "uninterrupted")
     ]
     assert ends[0] == ends[1] and len(ends[0]) == 6
 
@@ -196,16 +195,16 @@ def test_a_stopped_study_says_so_and_goes_on_within_its_trial(workers, data, tmp
     process = subprocess.Popen(
         words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    end = time.monotonic() + 90
+    end = time.monotonic() + PATIENCE
     while not any(
         len(metrics.read_text().splitlines()) > 5 for metrics in tmp_path.glob("study/trials/*/metrics.jsonl")
     ):
         assert process.poll() is None and time.monotonic() < end, process.communicate()
         time.sleep(0.05)
     process.terminate()
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error, error
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).stdout:
         assert time.monotonic() < end, "a worker outlived the study"
         time.sleep(0.2)
@@ -232,9 +231,9 @@ def test_ray_runs_a_study(data, tmp_path):
         "2",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
-    found = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=180)
-    assert found.returncode == 0, found.stderr
-    assert "2 trials, 0 of them done before" in found.stdout and len(trials_of(tmp_path / "study")) == 2
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert result.returncode == 0, result.stderr
+    assert "2 trials, 0 of them done before" in result.stdout and len(trials_of(tmp_path / "study")) == 2
 
 
 @pytest.mark.parametrize("kind", ["random", "halving"])
@@ -245,34 +244,15 @@ def test_searches_end_with_every_seed_at_full_length(kind, data, tmp_path):
     assert study_peft.main(["--config", str(path)]) == 0
     rows = trials_of(tmp_path / "study")
     for method in ("prompt_tuning", "ia3"):
-        its = [row for row in rows if row["method"] == method]
-        assert len(its) == (5 if kind == "random" else 4 + 2 + 2)
-        steps = sorted(int(row["steps"]) for row in its)
+        trials = [row for row in rows if row["method"] == method]
+        assert len(trials) == (5 if kind == "random" else 4 + 2 + 2)
+        steps = sorted(int(row["steps"]) for row in trials)
         assert steps == ([6] * 5 if kind == "random" else [1] * 4 + [3] * 2 + [6] * 2)
-        whole = [row for row in its if row["steps"] == "6"]
-        best = min(whole if kind == "halving" else its[:4], key=lambda row: float(row["choosing_loss"]))
-        assert {row["seed"] for row in whole if row["point"] == best["point"]} == {"1", "2"}
+        full_length = [row for row in trials if row["steps"] == "6"]
+        best = min(full_length if kind == "halving" else trials[:4], key=lambda row: float(row["choosing_loss"]))
+        assert {row["seed"] for row in full_length if row["point"] == best["point"]} == {"1", "2"}
     report = json.loads((tmp_path / "study" / "report.json").read_text())
     assert all(method["seeds"] == [1, 2] for method in report["methods"])
-
-
-def test_points_are_spread_over_the_logarithm_and_depend_on_nothing_else(data, tmp_path):
-    space = {"learning_rate": {"low": 1e-4, "high": 1.0}, "num_virtual_tokens": {"low": 1, "high": 100}}
-    settings = {"kind": "random", "points": 200, "space": {}}
-    one = config.read(write_study(tmp_path, data, methods={"prompt_tuning": {"space": space}}, search=settings))
-    two = config.read(
-        write_study(
-            tmp_path,
-            data,
-            methods={"lora": {"space": {"lora_rank": [4, 8]}}, "prompt_tuning": {"space": space}},
-            search=settings,
-        )
-    )
-    found = search.points(one, one.entries[0])
-    assert found == search.points(two, two.entries[1])
-    rates = [point["learning_rate"] for point in found]
-    assert 0.4 < np.mean([rate < 1e-2 for rate in rates]) < 0.6 and min(rates) >= 1e-4 and max(rates) <= 1
-    assert {type(point["num_virtual_tokens"]) for point in found} == {int}
 
 
 BAD = {
@@ -339,44 +319,6 @@ def test_a_trial_that_breaks_down_is_a_result(data, tmp_path):
     report = json.loads((tmp_path / "study" / "report.json").read_text())
     assert [method["works"] for method in report["methods"]] == [True, False]
     assert any("No point of broken finished" in sentence for sentence in report["sentences"])
-
-
-def figures(losses: dict[str, np.ndarray]) -> dict[tuple[str, str], bool]:
-    """Which pairs differ by more than chance."""
-    resampling = study_figures.Resampling(np.full(losses["a"].shape[1], 10))
-    return {(pair["better"], pair["worse"]): pair["clear"] for pair in study_figures.pairs(losses, resampling)}
-
-
-def test_intervals_tell_a_difference_from_chance():
-    """Rows vary by far more than methods do; pairing finds the difference that is there, and none where there is none."""
-    rng = np.random.default_rng(0)
-    rows = rng.gamma(2, 5, 200)
-    noise = lambda: rng.normal(0, 0.5, (3, 200))  # noqa: E731
-    found = figures({"a": rows + noise(), "b": rows + 0.4 + noise()})
-    assert found == {("a", "b"): True}
-    found = figures({"a": rows + noise(), "b": rows + noise()})
-    assert list(found.values()) == [False]
-
-
-def test_intervals_hold_what_they_promise():
-    """Of 200 pairs of equal methods about 5 % are called different; unpaired rows would call more or fewer."""
-    rng = np.random.default_rng(1)
-    wrong = 0
-    for _ in range(200):
-        rows = rng.gamma(2, 5, 60)
-        wrong += any(
-            figures({"a": (rows + rng.normal(0, 1, 60))[None], "b": (rows + rng.normal(0, 1, 60))[None]}).values()
-        )
-    assert wrong <= 15  # one side of a two-sided 5 %: about 5 to 10
-
-
-def test_a_front_holds_what_nothing_beats():
-    points = {"cheap": (1, 5.0), "good": (9, 1.0), "beaten": (9, 2.0), "middle": (4, 3.0)}
-    methods = [
-        {"name": name, "works": True, "trained": cost, "test": {"value": value}}
-        for name, (cost, value) in points.items()
-    ]
-    assert study_figures.front(methods, "trained") == ["cheap", "middle", "good"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem)

@@ -1,1 +1,1 @@
-"""Methods × hyperparameters × seeds on the same data: what is compared, how points are searched, who runs them."""
+"""Studies: methods × hyperparameters × seeds on the same data. A study owns its search, its workers and its report."""

@@ -1,241 +1,362 @@
-"""What the finished trials of a study say: chosen points, figures with intervals, paired differences, Pareto fronts."""
+"""Figures of a study: chosen parameters, losses with intervals, paired differences between methods, Pareto fronts."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-RESAMPLES = 4000
+from open_instruct.bootstrap import Resampling, interval
+from open_instruct.errors import InputError
+from open_instruct.study.results import (
+    StudyResults,
+    TrialResult,
+    exact_match,
+    held_out_loss,
+    other_loss,
+    params_name,
+)
+from open_instruct.study.search import finite_or_inf
+
+# Names in report.json where they differ from the fields': files of older studies have them too.
+JSON_NAMES = {
+    "params": "point",
+    "num_trials": "trials",
+    "num_failed": "failed",
+    "num_searched_tokens": "searched_tokens",
+    "num_trained_parameters": "trained",
+    "num_parameters": "total",
+    "num_bytes": "bytes",
+    "num_test_rows": "test_rows",
+    "num_choosing_rows": "choosing_rows",
+    "num_test_tokens": "test_tokens",
+    "num_questions": "questions",
+    "num_other_tokens": "other_tokens",
+}
 
 
 @dataclass(frozen=True)
-class Done:
-    """A finished trial."""
+class Estimate:
+    """A figure and the bounds of its interval."""
 
-    entry: str
-    point: dict[str, Any]
-    seed: int
-    full_length: bool
-    command: str
-    folder: str
-    failed: str | None
-    summary: dict[str, Any]
-    base: dict[str, Any]  # figures of the base that it started from
+    value: float
+    interval: list[float]
+
+
+@dataclass(frozen=True)
+class BaseFigures:
+    """The base model: test loss, share of right answers, and loss on other text (nan where not measured)."""
+
+    loss: float
+    exact: float
+    other: float
+
+
+@dataclass(frozen=True)
+class FailedMethod:
+    """A method of which no candidate has a finite loss in all of its trials."""
+
+    name: str
+    num_failed: int
+    num_trials: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the method's part of report.json."""
+        return {**json_fields(self), "works": False}
+
+
+@dataclass(frozen=True)
+class MethodFigures:
+    """A method with its chosen parameters. Losses are in nats per token; means are over seeds."""
+
+    name: str
+    params: dict[str, Any]
     learning_rate: float
-    curve: list[tuple[int, float]]  # (step, held-out loss)
+    seeds: list[int]
+    num_trials: int
+    num_failed: int
+    num_searched_tokens: int  # trained on by all trials
+    test: Estimate  # test loss
+    less_base: Estimate  # test loss less the base model's
+    by_seed: list[float]  # test losses
+    exact: float
+    num_trained_parameters: int
+    num_parameters: int
+    num_bytes: int  # of the adapter's files
+    seconds: float
+    memory_mb: float
+    forgetting: float  # change of the loss on other text
+    curves: list[list[tuple[int, float]]]  # (step, held-out loss), of each seed
+    rates: list[tuple[float, float]]  # (learning rate, lowest mean test loss at it)
+    recipe: float | None  # test loss with the recipe's parameters, where they were tried
+    commands: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the method's part of report.json."""
+        return {**json_fields(self), "works": True}
 
 
-def loss(summary: dict[str, Any], part: str) -> float:
-    """Nats per labelled token on a part of the held-out rows: "choosing" or "test"."""
-    rows = [summary["study"]["rows"][i] for i in summary["study"][part]]
-    return sum(row[0] for row in rows) / sum(row[1] for row in rows)
+@dataclass(frozen=True)
+class PairDifference:
+    """The difference between the test losses of two methods, the lower one less the higher one."""
+
+    better: str
+    worse: str
+    value: float
+    interval: list[float]
+    clear: bool  # larger than chance would explain
 
 
-def other_loss(summary: dict[str, Any]) -> float:
-    """Nats per token on text that was not trained for; nan where there is none."""
-    rows = summary["study"]["other"]
-    return sum(row[0] for row in rows) / sum(row[1] for row in rows) if rows else math.nan
+@dataclass(frozen=True)
+class StudyFigures:
+    """All figures of a report."""
+
+    base: BaseFigures
+    num_test_rows: int
+    num_choosing_rows: int
+    num_test_tokens: int
+    num_questions: int
+    num_other_tokens: int
+    methods: list[MethodFigures]  # lowest test loss first
+    failed_methods: list[FailedMethod]
+    pairs: list[PairDifference]
+    quantised: dict[str, tuple[str, float]]  # method → how its base is quantised, and that base's test loss
+    unequal_tokens: dict[int, list[int]]  # see `find_unequal_tokens`
+    on_cpu: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the figures as report.json holds them: the failed methods stand behind the others."""
+        content = json_fields(self)
+        del content["failed_methods"]
+        works, failed = ([method.as_json() for method in group] for group in (self.methods, self.failed_methods))
+        return {**content, "methods": works + failed}
 
 
-def exact(summary: dict[str, Any]) -> float:
-    """Share of right answers; nan where none was asked for."""
-    return fmean(summary["study"]["exact"]) if summary["study"]["exact"] else math.nan
+@dataclass(frozen=True)
+class Cost:
+    """What a method costs."""
+
+    name: str
+    unit: str
+    of: Callable[[MethodFigures], float]
+
+    @property
+    def label(self) -> str:
+        """Return name and unit for an axis."""
+        return f"{self.name} ({self.unit})" if self.unit else self.name
 
 
-def point_name(point: dict[str, Any]) -> str:
-    """A point for people."""
-    return ", ".join(f"{name} {value}" for name, value in point.items()) or "the recipe"
+COSTS = (
+    Cost("trained parameters", "", lambda method: method.num_trained_parameters),
+    Cost("training time", "s", lambda method: method.seconds),
+    Cost("peak memory", "MB", lambda method: method.memory_mb),
+    Cost("size on disk", "bytes", lambda method: method.num_bytes),
+)
 
 
-class Resampling:
-    """Draws of test rows and of seeds with replacement, the same for every method: differences are paired by row and by seed."""
+def json_fields(figures: Any) -> dict[str, Any]:
+    """Return a dataclass's fields under their names in report.json."""
+    return {JSON_NAMES.get(name, name): value for name, value in asdict(figures).items()}
 
-    def __init__(self, tokens: np.ndarray) -> None:
-        """`tokens`: labelled tokens of each test row."""
-        self.tokens = tokens.astype(float)
-        self.rows = (
-            np.random.default_rng(0xB007)
-            .multinomial(len(tokens), [1 / len(tokens)] * len(tokens), RESAMPLES)
-            .astype(float)
+
+def analyse(results: StudyResults) -> StudyFigures:
+    """Compute all figures of a study from its finished trials.
+
+    Raises:
+        InputError: there is no method whose parameters could be chosen.
+    """
+    bases = results.bases
+    first_base = next(iter(bases.values()))
+    test_rows = first_base["study"]["test"]
+    num_tokens = np.array([first_base["study"]["rows"][i][1] for i in test_rows])
+    resampling = Resampling(num_tokens)
+    by_method: dict[str, list[TrialResult]] = defaultdict(list)
+    for result in results.trials:
+        by_method[result.spec_name].append(result)
+    losses: dict[str, np.ndarray] = {}  # summed over each row: [seeds, test rows]
+    methods, failed_methods = [], []
+    for name, trials in by_method.items():
+        chosen = choose(trials)
+        if not chosen:
+            failed_methods.append(FailedMethod(name, len(trials), len(trials)))
+            continue
+        losses[name] = np.array([[result.summary["study"]["rows"][i][0] for i in test_rows] for result in chosen])
+        methods.append(method_figures(trials, chosen, losses[name], bases[name], resampling))
+    if not methods:
+        raise InputError(
+            "the study has no method yet of which every seed at full length ended with a finite loss: "
+            "see trials/*/failed.json and log.txt, or run the rest first"
         )
+    return StudyFigures(
+        base=BaseFigures(held_out_loss(first_base, "test"), exact_match(first_base), other_loss(first_base)),
+        num_test_rows=len(test_rows),
+        num_choosing_rows=len(first_base["study"]["choosing"]),
+        num_test_tokens=int(num_tokens.sum()),
+        num_questions=len(first_base["study"]["exact"]),
+        num_other_tokens=sum(row[1] for row in first_base["study"]["other"]),
+        methods=sorted(methods, key=lambda method: finite_or_inf(method.test.value)),
+        failed_methods=failed_methods,
+        pairs=pair_differences(losses, resampling),
+        quantised={
+            name: (base["quantised"], held_out_loss(base, "test")) for name, base in bases.items() if base["quantised"]
+        },
+        unequal_tokens=find_unequal_tokens(results.trials),
+        on_cpu=any(result.summary["study"]["device"] == "cpu" for result in results.trials if not result.failed),
+    )
 
-    def draws(self, losses: np.ndarray) -> np.ndarray:
-        """Bootstrapped mean losses from summed losses [seeds, rows]."""
-        number = len(losses)
-        seeds = np.random.default_rng([0x5EED, number]).multinomial(number, [1 / number] * number, RESAMPLES) / number
-        return np.einsum("bs,sr,br->b", seeds, losses, self.rows, optimize=True) / (self.rows @ self.tokens)
 
-    def mean(self, losses: np.ndarray) -> float:
-        """The mean loss itself."""
-        return float(losses.sum() / len(losses) / self.tokens.sum())
+def find_unequal_tokens(trials: Sequence[TrialResult]) -> dict[int, list[int]]:
+    """Return the seeds with which full-length trials trained on different numbers of tokens, and those numbers.
 
-
-def interval(values: np.ndarray, level: float = 0.95) -> list[float]:
-    """The middle share of bootstrapped values."""
-    return [float(value) for value in np.quantile(values, [(1 - level) / 2, (1 + level) / 2])]
+    Empty in a fair study.
+    """
+    by_seed: dict[int, set[int]] = defaultdict(set)
+    for result in trials:
+        if result.full_length and not result.failed:
+            by_seed[result.seed].add(result.summary["tokens"])
+    return {seed: sorted(num_tokens) for seed, num_tokens in by_seed.items() if len(num_tokens) > 1}
 
 
-def analyse(done: Sequence[Done], bases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Everything that the report says.
+def choose(trials: Sequence[TrialResult]) -> list[TrialResult]:
+    """Return a method's trials with the best parameters, one for each seed.
+
+    The best have the lowest mean loss on the rows for choosing, over the seeds that all parameters were run with.
+    Parameters of which a trial failed, or has a choosing loss that is not finite, are never the best.
 
     Args:
-        done: finished trials, failed ones too.
-        bases: figures of the base that each method started from.
+        trials: all finished trials of the method.
+
+    Returns:
+        The chosen trials, by seed; empty if no parameters are left.
     """
-    first_base = next(iter(bases.values()))
-    test = first_base["study"]["test"]
-    tokens = np.array([first_base["study"]["rows"][i][1] for i in test])
-    resampling = Resampling(tokens)
-    by_entry: dict[str, list[Done]] = defaultdict(list)
-    for one in done:
-        by_entry[one.entry].append(one)
-    losses = {}
-    methods = []
-    for entry, its in by_entry.items():
-        chosen = choose(its)
-        if not chosen:
-            methods.append({"name": entry, "failed": len(its), "trials": len(its), "works": False})
-            continue
-        losses[entry] = np.array([[one.summary["study"]["rows"][i][0] for i in test] for one in chosen])
-        base = np.array([[bases[entry]["study"]["rows"][i][0] for i in test]])
-        methods.append(method_figures(entry, its, chosen, losses[entry], base, resampling, bases[entry]))
-    return {
-        "base": {"loss": loss(first_base, "test"), "exact": exact(first_base), "other": other_loss(first_base)},
-        "test_rows": len(test),
-        "choosing_rows": len(first_base["study"]["choosing"]),
-        "test_tokens": int(tokens.sum()),
-        "questions": len(first_base["study"]["exact"]),
-        "other_tokens": sum(row[1] for row in first_base["study"]["other"]),
-        "methods": sorted(methods, key=lambda m: m["test"]["value"] if m["works"] else math.inf),
-        "pairs": pairs(losses, resampling),
-        "quantised": {
-            name: (base["quantised"], loss(base, "test")) for name, base in bases.items() if base["quantised"]
-        },
-        "unequal_tokens": unequal_tokens(done),
-        "on_cpu": any(one.summary["study"]["device"] == "cpu" for one in done if not one.failed),
-    }
-
-
-def unequal_tokens(done: Sequence[Done]) -> dict[int, list[int]]:
-    """Seeds with which full-length trials have trained on different numbers of tokens, and those numbers: empty in a fair study."""
-    tokens: dict[int, set[int]] = defaultdict(set)
-    for one in done:
-        if one.full_length and not one.failed:
-            tokens[one.seed].add(one.summary["tokens"])
-    return {seed: sorted(found) for seed, found in tokens.items() if len(found) > 1}
-
-
-def choose(its: Sequence[Done]) -> list[Done]:
-    """The trials of the best point, one a seed: lowest mean loss on the rows for choosing, over the seeds that every point has."""
-    by_point: dict[str, list[Done]] = defaultdict(list)
-    for one in its:
-        if one.full_length:
-            by_point[point_name(one.point)].append(one)
-    sound = {name: found for name, found in by_point.items() if not any(one.failed for one in found)}
+    by_params: dict[str, list[TrialResult]] = defaultdict(list)
+    for result in trials:
+        if result.full_length:
+            by_params[params_name(result.params)].append(result)
+    sound = [group for group in by_params.values() if all(math.isfinite(result.choosing_loss) for result in group)]
     if not sound:
         return []
-    common = set.intersection(*({one.seed for one in found} for found in sound.values()))
+    common_seeds = set.intersection(*({result.seed for result in group} for group in sound))
+
     best = min(
-        sound.values(),
-        key=lambda found: fmean(loss(one.summary, "choosing") for one in found if one.seed in common or not common),
+        sound,
+        key=lambda group: fmean(
+            result.choosing_loss for result in group if result.seed in common_seeds or not common_seeds
+        ),
     )
-    return sorted(best, key=lambda one: one.seed)
+    return sorted(best, key=lambda result: result.seed)
 
 
 def method_figures(
-    entry: str,
-    its: Sequence[Done],
-    chosen: Sequence[Done],
+    trials: Sequence[TrialResult],
+    chosen: Sequence[TrialResult],
     losses: np.ndarray,
-    base: np.ndarray,
+    base: dict[str, Any],
     resampling: Resampling,
-    base_summary: Any,
-) -> dict[str, Any]:
-    """One method at its chosen point."""
-    draws, base_draws = resampling.draws(losses), resampling.draws(base)
-    value, base_value = resampling.mean(losses), resampling.mean(base)
+) -> MethodFigures:
+    """Compute the figures of one method.
+
+    Args:
+        trials: all of its finished trials.
+        chosen: those with the chosen parameters, one for each seed.
+        losses: summed losses of the chosen trials, [seeds, test rows].
+        base: figures of the base model that the method started from.
+        resampling: the draws of rows and seeds that all methods share.
+    """
+    base_losses = np.array([[base["study"]["rows"][i][0] for i in base["study"]["test"]]])  # [1, test rows]
+    draws, base_draws = resampling.draws(losses), resampling.draws(base_losses)
+    test_loss, base_loss = resampling.mean(losses), resampling.mean(base_losses)
     first = chosen[0].summary
-    return {
-        "name": entry,
-        "works": True,
-        "point": chosen[0].point,
-        "learning_rate": chosen[0].learning_rate,
-        "seeds": [one.seed for one in chosen],
-        "trials": len(its),
-        "failed": sum(bool(one.failed) for one in its),
-        "searched_tokens": sum(one.summary.get("tokens", 0) for one in its),
-        "test": {"value": value, "interval": interval(draws)},
-        "less_base": {"value": value - base_value, "interval": interval(draws - base_draws)},
-        "by_seed": [loss(one.summary, "test") for one in chosen],
-        "exact": fmean(exact(one.summary) for one in chosen),
-        "trained": first["trainable_parameters"],
-        "total": first["total_parameters"],
-        "bytes": first["adapter_bytes"],
-        "seconds": fmean(one.summary["wall_seconds"] for one in chosen),
-        "memory_mb": fmean(one.summary["peak_memory_mb"] for one in chosen),
-        "forgetting": fmean(other_loss(one.summary) for one in chosen) - other_loss(base_summary),
-        "curves": [one.curve for one in chosen],
-        "rates": rates(its),
-        "recipe": recipe_loss(its),
-        "commands": [one.command for one in chosen],
-    }
+    return MethodFigures(
+        name=chosen[0].spec_name,
+        params=chosen[0].params,
+        learning_rate=chosen[0].learning_rate,
+        seeds=[result.seed for result in chosen],
+        num_trials=len(trials),
+        num_failed=sum(bool(result.failed) for result in trials),
+        num_searched_tokens=sum(result.summary.get("tokens", 0) for result in trials),
+        test=Estimate(test_loss, interval(draws)),
+        less_base=Estimate(test_loss - base_loss, interval(draws - base_draws)),
+        by_seed=[result.test_loss for result in chosen],
+        exact=fmean(exact_match(result.summary) for result in chosen),
+        num_trained_parameters=first["trainable_parameters"],
+        num_parameters=first["total_parameters"],
+        num_bytes=first["adapter_bytes"],
+        seconds=fmean(result.summary["wall_seconds"] for result in chosen),
+        memory_mb=fmean(result.summary["peak_memory_mb"] for result in chosen),
+        forgetting=fmean(other_loss(result.summary) for result in chosen) - other_loss(base),
+        curves=[result.curve for result in chosen],
+        rates=loss_by_rate(trials),
+        recipe=recipe_loss(trials),
+        commands=[result.command for result in chosen],
+    )
 
 
-def rates(its: Sequence[Done]) -> list[tuple[float, float]]:
-    """(learning rate, lowest mean test loss at it) of the full-length trials, over all else that was searched."""
+def loss_by_rate(trials: Sequence[TrialResult]) -> list[tuple[float, float]]:
+    """Return (learning rate, lowest mean test loss at it over all else that was searched) of the full-length trials.
+
+    A mean that is not finite is left out, as failed trials are.
+    """
     groups: dict[tuple[float, str], list[float]] = defaultdict(list)
-    for one in its:
-        if one.full_length and not one.failed:
-            rest = {name: value for name, value in one.point.items() if not name.startswith("learning_rate")}
-            groups[one.learning_rate, point_name(rest)].append(loss(one.summary, "test"))
-    best: dict[float, float] = {}
-    for (rate, _), found in groups.items():
-        best[rate] = min(best.get(rate, math.inf), fmean(found))
-    return sorted(best.items())
+    for result in trials:
+        if result.full_length and not result.failed:
+            rest = {name: value for name, value in result.params.items() if not name.startswith("learning_rate")}
+            groups[result.learning_rate, params_name(rest)].append(result.test_loss)
+    lowest: dict[float, float] = {}
+    for (rate, _), losses in groups.items():
+        lowest[rate] = min(lowest.get(rate, math.inf), finite_or_inf(fmean(losses)))
+    return sorted((rate, loss) for rate, loss in lowest.items() if math.isfinite(loss))
 
 
-def recipe_loss(its: Sequence[Done]) -> float | None:
-    """Mean test loss of the point that changes nothing but the rate, and that by a factor of 1; None where it was not run."""
-    found = [
-        loss(one.summary, "test")
-        for one in its
-        if one.full_length and not one.failed and one.point in ({}, {"learning_rate_factor": 1})
+def recipe_loss(trials: Sequence[TrialResult]) -> float | None:
+    """Return the mean test loss with the recipe's parameters; None where they were not run."""
+    losses = [
+        result.test_loss
+        for result in trials
+        if result.full_length and not result.failed and result.params in ({}, {"learning_rate_factor": 1})
     ]
-    return fmean(found) if found else None
+    return fmean(losses) if losses else None
 
 
-def pairs(losses: dict[str, np.ndarray], resampling: Resampling) -> list[dict[str, Any]]:
-    """Differences between methods. The intervals hold together at 95 % (Bonferroni: each at 1 - 5 % / number of pairs)."""
-    drawn = {name: resampling.draws(values) for name, values in losses.items()}
-    number = math.comb(len(losses), 2)
-    found = []
-    for one, other in combinations(sorted(losses, key=lambda name: resampling.mean(losses[name])), 2):
-        bounds = interval(drawn[one] - drawn[other], 1 - 0.05 / number)
-        found.append(
-            {
-                "better": one,
-                "worse": other,
-                "value": resampling.mean(losses[one]) - resampling.mean(losses[other]),
-                "interval": bounds,
-                "clear": bounds[1] < 0,
-            }
+def pair_differences(losses: dict[str, np.ndarray], resampling: Resampling) -> list[PairDifference]:
+    """Return the differences between all pairs of methods, the lower loss first.
+
+    The intervals hold together at 95 % (Bonferroni): each of n holds at 1 - 5 % / n.
+
+    Args:
+        losses: summed losses of each method's chosen trials, [seeds, test rows].
+        resampling: the draws of rows and seeds that all methods share.
+    """
+    draws = {name: resampling.draws(values) for name, values in losses.items()}
+    means = {name: resampling.mean(values) for name, values in losses.items()}
+    by_loss = sorted(losses, key=lambda name: finite_or_inf(means[name]))
+    level = 1 - 0.05 / max(1, math.comb(len(losses), 2))
+    pairs = []
+    for better, worse in combinations(by_loss, 2):
+        bounds = interval(draws[better] - draws[worse], level)
+        pairs.append(PairDifference(better, worse, means[better] - means[worse], bounds, bounds[1] < 0))
+    return pairs
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return the names of the points that no other point beats in both coordinates, in the order of the first.
+
+    Args:
+        points: (cost, result) by name; low is good in both. What is not finite counts as infinite.
+    """
+    finite = {name: (finite_or_inf(cost), finite_or_inf(result)) for name, (cost, result) in points.items()}
+
+    def beaten(name: str) -> bool:
+        cost, result = finite[name]
+        return any(
+            (other_cost <= cost and other_result <= result) and (other_cost, other_result) != (cost, result)
+            for other_cost, other_result in finite.values()
         )
-    return found
 
-
-def front(methods: Sequence[dict[str, Any]], cost: str, gain: str = "loss") -> list[str]:
-    """Methods that no other beats in both cost and result, cheapest first. `gain`: "loss" (low is good) or "exact" (high is good)."""
-    worth = {m["name"]: (m[cost], m["test"]["value"] if gain == "loss" else -m["exact"]) for m in methods if m["works"]}
-    kept = [
-        name
-        for name, (c, v) in worth.items()
-        if not any((c2 <= c and v2 <= v) and (c2, v2) != (c, v) for other, (c2, v2) in worth.items() if other != name)
-    ]
-    return sorted(kept, key=lambda name: worth[name])
+    return sorted((name for name in finite if not beaten(name)), key=finite.__getitem__)

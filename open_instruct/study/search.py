@@ -1,4 +1,4 @@
-"""Which trials a study has: each method's points by grid, random search or successive halving, the same number for each."""
+"""Which trials a study consists of: grid, random search or successive halving, with the same budget for each method."""
 
 from __future__ import annotations
 
@@ -6,108 +6,136 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Generator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from open_instruct.command_line import config_words
-from open_instruct.study.config import Axis, Entry, Study
-
-Losses = dict[str, float]  # of each trial on the rows for choosing; infinite where it failed
-Stages = Generator[list["Trial"], Losses, None]
+from open_instruct.study.config import Axis, MethodSpec, Study
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of the trainer: a competitor's point of the search, a seed, and the flags that make them."""
+    """A run of the trainer: the parameters that a search chose, a seed, and all flags that follow from them."""
 
-    entry: str
-    point: tuple[tuple[str, Any], ...]
+    spec_name: str
+    params: tuple[tuple[str, Any], ...]
     seed: int
     flags: tuple[tuple[str, Any], ...]
     full_length: bool = True  # False in the early rounds of halving
 
     @property
     def key(self) -> str:
-        """Name of the trial's folder: the same flags give the same name."""
+        """Return the name of the trial's folder: the same flags give the same name."""
         digest = hashlib.sha256(json.dumps(self.flags, default=str).encode()).hexdigest()[:8]
-        return f"{self.entry}-{digest}"
+        return f"{self.spec_name}-{digest}"
 
     @property
     def words(self) -> list[str]:
-        """The command line's words."""
+        """Return the flags as words of a command line."""
         return [word for name, value in self.flags for word in (f"--{name}", *config_words(value))]
 
     @property
     def label(self) -> str:
-        """The point and the seed, for people."""
-        return ", ".join([*(f"{name} {value}" for name, value in self.point), f"seed {self.seed}"])
+        """Return parameters and seed for people."""
+        return ", ".join([*(f"{name} {value}" for name, value in self.params), f"seed {self.seed}"])
 
 
-def trial(study: Study, entry: Entry, point: dict[str, Any], seed: int, num_steps: int | None = None) -> Trial:
-    """The flags of a point: the study's, then the competitor's, then the point's."""
-    flags = {**study.flags, **({} if entry.method == "full" else {f"use_{entry.method}": True}), **entry.flags, **point}
+def next_trials(study: Study, spec: MethodSpec, losses: Mapping[str, float]) -> list[Trial]:
+    """Return the trials of a method's next stage: all of them can run at once, some may have finished already.
+
+    Grid: all candidates with every seed. Random search: all candidates with the first seed, then the best with the
+    other seeds. Halving (Jamieson and Talwalkar 2016): all candidates for a fraction of the steps with the first seed,
+    the best 1 / eta of them for eta times as many steps, until the last one goes through all steps with every seed.
+    Each trial starts anew, so that its schedule fits its length.
+
+    Args:
+        study: the study.
+        spec: the method whose search goes on.
+        losses: loss on the rows for choosing of each finished trial, by `Trial.key`. A loss that is not finite counts
+            as infinite.
+
+    Returns:
+        The first stage of which a trial has no loss yet; empty when the search is over.
+    """
+
+    def unfinished(stage: list[Trial]) -> bool:
+        return any(trial.key not in losses for trial in stage)
+
+    def choosing_loss(trial: Trial) -> float:
+        return finite_or_inf(losses[trial.key])
+
+    all_params = candidates(study, spec)
+    first_seed, *other_seeds = study.seeds
+    if study.search_kind == "grid":
+        stage = [make_trial(study, spec, params, seed) for params in all_params for seed in study.seeds]
+    elif study.search_kind == "random":
+        stage = [make_trial(study, spec, params, first_seed) for params in all_params]
+        if unfinished(stage):
+            return stage
+        best = min(stage, key=choosing_loss)
+        stage = [make_trial(study, spec, dict(best.params), seed) for seed in other_seeds]
+    else:
+        max_steps = int(study.flags["max_train_steps"])
+        num_rounds = max(1, math.ceil(math.log(len(all_params), study.eta) - 1e-9))  # log(125, 5) is 3 + 4e-16
+        for rounds_left in range(num_rounds, 0, -1):
+            num_steps = max(1, max_steps // study.eta**rounds_left)
+            stage = [make_trial(study, spec, params, first_seed, num_steps) for params in all_params]
+            if unfinished(stage):
+                return stage
+            ranked = sorted(stage, key=choosing_loss)
+            all_params = [dict(trial.params) for trial in ranked[: max(1, len(all_params) // study.eta)]]
+        stage = [make_trial(study, spec, all_params[0], seed) for seed in study.seeds]
+    return stage if unfinished(stage) else []
+
+
+def finite_or_inf(loss: float) -> float:
+    """Return the loss, or infinity in place of a NaN: `min` and `sorted` would prefer a NaN that comes first."""
+    return loss if math.isfinite(loss) else math.inf
+
+
+def candidates(study: Study, spec: MethodSpec) -> list[dict[str, Any]]:
+    """Return the parameters that a method's search begins with, the same at each call."""
+    if study.search_kind == "grid":
+        return [
+            dict(zip([axis.name for axis in spec.space], values, strict=True))
+            for values in itertools.product(*(axis.values for axis in spec.space))
+        ]
+    # The seed depends on the method's name, so that adding another method changes nothing for this one.
+    name_seed = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:4], "big")
+    generator = np.random.default_rng([study.search_seed, name_seed])
+    return [{axis.name: draw(axis, generator) for axis in spec.space} for _ in range(study.num_candidates)]
+
+
+def draw(axis: Axis, generator: np.random.Generator) -> Any:
+    """Return a listed value, or one of the range: uniform in its logarithm, rounded to three digits or an integer."""
+    if axis.values:
+        return axis.values[int(generator.integers(len(axis.values)))]
+    value = math.exp(generator.uniform(math.log(axis.low), math.log(axis.high)))
+    if isinstance(axis.low, int) and isinstance(axis.high, int):
+        return min(axis.high, max(axis.low, round(value)))
+    return float(f"{value:.3g}")
+
+
+def make_trial(
+    study: Study, spec: MethodSpec, params: dict[str, Any], seed: int, num_steps: int | None = None
+) -> Trial:
+    """Return the trial of some parameters. Its flags are the study's, replaced by the method's, then by `params`.
+
+    Args:
+        study: the study.
+        spec: the method.
+        params: values of the searched flags.
+        seed: the run's seed. Which rows are held out depends on the study's first seed alone.
+        num_steps: steps of a shortened run; None: as the study says.
+    """
+    method_flag = {} if spec.method == "full" else {f"use_{spec.method}": True}
+    flags = {**study.flags, **method_flag, **spec.flags, **params}
     flags |= {"split_seed": study.flags.get("split_seed", study.seeds[0]), "seed": seed, "num_sample_answers": 0}
     flags["keep_best"] = False  # it would choose by the test rows too
     if num_steps:
         flags["max_train_steps"] = num_steps
-    return Trial(
-        entry.name,
-        tuple(point.items()),
-        seed,
-        tuple(flags.items()),
-        num_steps in (None, study.flags.get("max_train_steps")),
-    )
-
-
-def points(study: Study, entry: Entry) -> list[dict[str, Any]]:
-    """The points of one competitor, the same at each call."""
-    if study.kind == "grid":
-        return [
-            dict(zip([axis.name for axis in entry.space], values, strict=True))
-            for values in itertools.product(*(axis.values for axis in entry.space))
-        ]
-    # Drawn from the competitor's name, so that adding another one changes nothing.
-    key = int.from_bytes(hashlib.sha256(entry.name.encode()).digest()[:4], "big")
-    generator = np.random.default_rng([study.search_seed, key])
-    return [{axis.name: drawn(axis, generator) for axis in entry.space} for _ in range(study.points)]
-
-
-def drawn(axis: Axis, generator: np.random.Generator) -> Any:
-    """A listed value, or one from the range: uniform in its logarithm, three digits."""
-    if axis.values:
-        return axis.values[int(generator.integers(len(axis.values)))]
-    value = math.exp(generator.uniform(math.log(axis.low), math.log(axis.high)))
-    whole = isinstance(axis.low, int) and isinstance(axis.high, int)
-    return min(axis.high, max(axis.low, round(value))) if whole else float(f"{value:.3g}")
-
-
-def stages(study: Study, entry: Entry) -> Stages:
-    """Lists of trials that can run at once; takes their losses before the next.
-
-    Grid: every point with every seed. Random search: every point with the first seed, then the best with the others. Halving (Jamieson
-    and Talwalkar 2016): all points for a fraction of the steps with the first seed, the best 1/eta of them for eta times as many, until
-    one goes through all steps with every seed. Each trial starts anew, so that its schedule fits its length.
-    """
-    found = points(study, entry)
-    first, *others = study.seeds
-    if study.kind == "grid":
-        yield [trial(study, entry, point, seed) for point in found for seed in study.seeds]
-        return
-    if study.kind == "random":
-        tried = [trial(study, entry, point, first) for point in found]
-        losses = yield tried
-        best = min(tried, key=lambda one: losses[one.key])
-        yield [trial(study, entry, dict(best.point), seed) for seed in others]
-        return
-    whole = int(study.flags["max_train_steps"])
-    rounds = max(1, math.ceil(math.log(len(found), study.eta) - 1e-9))
-    for number in range(rounds):
-        num_steps = max(1, whole // study.eta ** (rounds - number))
-        tried = [trial(study, entry, point, first, num_steps) for point in found]
-        losses = yield tried
-        ranked = sorted(tried, key=lambda one: losses[one.key])
-        found = [dict(one.point) for one in ranked[: max(1, len(found) // study.eta)]]
-    yield [trial(study, entry, found[0], seed) for seed in study.seeds]
+    full_length = num_steps in (None, study.flags.get("max_train_steps"))
+    return Trial(spec.name, tuple(params.items()), seed, tuple(flags.items()), full_length)

@@ -4,73 +4,73 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from open_instruct.study.figures import front, point_name
+from open_instruct.study.figures import COSTS, FailedMethod, MethodFigures, PairDifference, StudyFigures, pareto_front
+from open_instruct.study.results import params_name
+from open_instruct.study.search import finite_or_inf
 
-COSTS = {
-    "trained": "trained parameters",
-    "seconds": "training time",
-    "memory_mb": "peak memory",
-    "bytes": "size on disk",
-}
+FEW_SEEDS = 5  # below: the bootstrap over seeds draws from too few
 
 
-def sentences(figures: dict[str, Any], missing: int, workers: int) -> list[str]:
-    """What a reader should take home, most important first."""
-    methods = [method for method in figures["methods"] if method["works"]]
-    found = []
-    if missing:
-        found.append(f"The study is not complete: {missing} of the trials that are known so far have not run.")
-    base = figures["base"]["loss"]
-    found.append(
-        f"On {figures['test_rows']} test rows with {figures['test_tokens']:,} labelled tokens the base model's loss is {base:.4f} nats per "
-        f"token; another {figures['choosing_rows']} held-out rows served to choose each method's point."
-    )
-    found.append(winner(methods, figures["pairs"]))
-    found.append(against_base(methods))
-    found += [sentence for sentence in (chosen_rates(methods), recipes(methods), sensitivity(methods)) if sentence]
-    found.append(fronts(methods))
-    if figures["questions"]:
-        found.append(answers(methods, figures))
-    if figures["other_tokens"]:
-        found.append(forgetting(methods, figures))
-    found += limits(figures, methods, workers)
-    return found
+def summarise(figures: StudyFigures, num_missing: int, num_workers: int) -> list[str]:
+    """Return what a reader should take home, most important first.
+
+    Args:
+        figures: the study's figures.
+        num_missing: trials that are known to be needed and have not run.
+        num_workers: trials that ran at a time.
+    """
+    methods = figures.methods
+    sentences: list[str | None] = []
+    if num_missing:
+        sentences.append(f"The study is not complete: {num_missing} of the trials that are known so far have not run.")
+    sentences += [
+        f"On {figures.num_test_rows} test rows with {figures.num_test_tokens:,} labelled tokens the base model's loss "
+        f"is {figures.base.loss:.4f} nats per token; another {figures.num_choosing_rows} held-out rows served to "
+        "choose each method's point.",
+        winner(methods, figures.pairs),
+        against_base(methods),
+        rates_at_the_edge(methods),
+        recipes(methods),
+        rate_sensitivity(methods),
+        pareto_fronts(methods),
+        answers(figures) if figures.num_questions else None,
+        forgetting(figures) if figures.num_other_tokens else None,
+        *limits(figures, num_workers),
+    ]
+    return [sentence for sentence in sentences if sentence is not None]
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names as in a sentence."""
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1] if names else "none"
+    """Return names as a sentence lists them."""
+    if not names:
+        return "none"
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def winner(methods: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> str:
-    """The lowest loss, and from which others it differs by more than chance."""
+def winner(methods: Sequence[MethodFigures], pairs: Sequence[PairDifference]) -> str:
+    """Name the method with the lowest loss, and the methods from which it differs by more than chance."""
     best = methods[0]
-    low, high = best["test"]["interval"]
-    text = f"{best['name']} has the lowest test loss, {best['test']['value']:.4f} [{low:.4f}, {high:.4f}], with {point_name(best['point'])}"
-    mine = [pair for pair in pairs if pair["better"] == best["name"]]
-    clear = [pair["worse"] for pair in mine if pair["clear"]]
-    unclear = [pair["worse"] for pair in mine if not pair["clear"]]
-    if not mine:
-        return text + "."
-    parts = []
+    low, high = best.test.interval
+    text = (
+        f"{best.name} has the lowest test loss, {best.test.value:.4f} [{low:.4f}, {high:.4f}], "
+        f"with {params_name(best.params)}"
+    )
+    clear = [pair.worse for pair in pairs if pair.better == best.name and pair.clear]
+    unclear = [pair.worse for pair in pairs if pair.better == best.name and not pair.clear]
     if clear:
-        parts.append(f"the difference is larger than chance would explain against {listed(clear)}")
-    if unclear:
-        parts.append(
-            f"{'but ' if clear else ''}not against {listed(unclear)}"
-            if clear
-            else f"no larger than chance against {listed(unclear)}"
-        )
-    return f"{text}; {', '.join(parts)}."
+        text += f"; the difference is larger than chance would explain against {listed(clear)}"
+        text += f", but not against {listed(unclear)}" if unclear else ""
+    elif unclear:
+        text += f"; no larger than chance against {listed(unclear)}"
+    return text + "."
 
 
-def against_base(methods: list[dict[str, Any]]) -> str:
-    """Who learned."""
-    below = [m["name"] for m in methods if m["less_base"]["interval"][1] < 0]
-    above = [m["name"] for m in methods if m["less_base"]["value"] >= 0]
-    unclear = [m["name"] for m in methods if m["name"] not in (*below, *above)]
+def against_base(methods: Sequence[MethodFigures]) -> str:
+    """Name the methods that learned, and those that did not."""
+    below = [method.name for method in methods if method.less_base.interval[1] < 0]
+    above = [method.name for method in methods if method.less_base.value >= 0]
+    unclear = [method.name for method in methods if method.name not in (*below, *above)]
     if len(below) == len(methods):
         return "Every method ends below its base model, by more than chance would explain."
     parts = [f"below the base model by more than chance: {listed(below)}"]
@@ -79,111 +79,123 @@ def against_base(methods: list[dict[str, Any]]) -> str:
     return "Against the base model: " + "; ".join(parts) + "."
 
 
-def chosen_rates(methods: list[dict[str, Any]]) -> str | None:
-    """Methods whose best rate is at an end of what was searched: their optimum may lie outside."""
-    edge = [
-        m["name"]
-        for m in methods
-        if len(m["rates"]) > 1 and m["learning_rate"] in (m["rates"][0][0], m["rates"][-1][0])
+def rates_at_the_edge(methods: Sequence[MethodFigures]) -> str | None:
+    """Name the methods whose best rate is at an end of what was searched: their optimum may lie outside."""
+    at_edge = [
+        method.name
+        for method in methods
+        if len(method.rates) > 1 and method.learning_rate in (method.rates[0][0], method.rates[-1][0])
     ]
-    if not edge:
-        return None
-    return f"The chosen learning rate of {listed(edge)} is the lowest or highest that was tried, so a better one may lie outside the search."
-
-
-def recipes(methods: list[dict[str, Any]]) -> str | None:
-    """How far the recipe is from the chosen point, where it was among the points."""
-    known = [(m["name"], m["recipe"] / m["test"]["value"] - 1) for m in methods if m["recipe"] is not None]
-    if not known:
+    if not at_edge:
         return None
     return (
-        "The recipe's own point, against the chosen one: "
-        + ", ".join(f"{name} {gap:+.1%}" for name, gap in known)
-        + " test loss."
+        f"The chosen learning rate of {listed(at_edge)} is the lowest or highest that was tried, so a better one may "
+        "lie outside the search."
     )
 
 
-def sensitivity(methods: list[dict[str, Any]]) -> str | None:
-    """How much the worst of the tried rates costs."""
+def recipes(methods: Sequence[MethodFigures]) -> str | None:
+    """Say how far each recipe's loss is from that of the chosen parameters, where the recipe was tried."""
+    gaps = [
+        f"{method.name} {method.recipe / method.test.value - 1:+.1%}" for method in methods if method.recipe is not None
+    ]
+    return f"The recipe's own point, against the chosen one: {', '.join(gaps)} test loss." if gaps else None
+
+
+def rate_sensitivity(methods: Sequence[MethodFigures]) -> str | None:
+    """Say how much the worst of the tried rates costs."""
     spread = {
-        m["name"]: max(v for _, v in m["rates"]) / min(v for _, v in m["rates"]) for m in methods if len(m["rates"]) > 1
+        method.name: max(loss for _, loss in method.rates) / min(loss for _, loss in method.rates)
+        for method in methods
+        if len(method.rates) > 1
     }
     if not spread:
         return None
-    calm, wild = min(spread, key=spread.__getitem__), max(spread, key=spread.__getitem__)
-    if calm == wild:
-        return f"Over the learning rates tried, the test loss of {calm} varies by a factor of {spread[calm]:.2f}."
+    least, most = min(spread, key=spread.__getitem__), max(spread, key=spread.__getitem__)
+    if least == most:
+        return f"Over the learning rates tried, the test loss of {least} varies by a factor of {spread[least]:.2f}."
     return (
-        f"Over the learning rates tried, the test loss varies least for {calm} (by a factor of {spread[calm]:.2f} between best and worst) "
-        f"and most for {wild} ({spread[wild]:.2f})."
+        f"Over the learning rates tried, the test loss varies least for {least} (by a factor of {spread[least]:.2f} "
+        f"between best and worst) and most for {most} ({spread[most]:.2f})."
     )
 
 
-def fronts(methods: list[dict[str, Any]]) -> str:
-    """Who is not beaten in both loss and cost."""
-    parts = [f"{words}: {listed(front(methods, cost))}" for cost, words in COSTS.items()]
+def pareto_fronts(methods: Sequence[MethodFigures]) -> str:
+    """Name the methods that no other beats in both loss and cost."""
+    parts = []
+    for cost in COSTS:
+        front = pareto_front({method.name: (cost.of(method), method.test.value) for method in methods})
+        parts.append(f"{cost.name}: {listed(front)}")
     return "No other method is better in both test loss and " + "; ".join(parts) + "."
 
 
-def answers(methods: list[dict[str, Any]], figures: dict[str, Any]) -> str:
-    """Exact match."""
-    best = max(methods, key=lambda m: m["exact"])
+def answers(figures: StudyFigures) -> str:
+    """Say how many questions are answered right, by the base model and by the best method."""
+    best = max(figures.methods, key=lambda method: method.exact)
     return (
-        f"Of {figures['questions']} test questions the base model answers {figures['base']['exact']:.0%} exactly right; the most is "
-        f"{best['exact']:.0%} ({best['name']})."
+        f"Of {figures.num_questions} test questions the base model answers {figures.base.exact:.0%} exactly right; "
+        f"the most is {best.exact:.0%} ({best.name})."
     )
 
 
-def forgetting(methods: list[dict[str, Any]], figures: dict[str, Any]) -> str:
-    """Change of the loss on other text."""
-    least, most = min(methods, key=lambda m: m["forgetting"]), max(methods, key=lambda m: m["forgetting"])
+def forgetting(figures: StudyFigures) -> str:
+    """Say which methods change the loss on other text least and most."""
+    least = min(figures.methods, key=lambda method: finite_or_inf(method.forgetting))
+    most = max(figures.methods, key=lambda method: finite_or_inf(method.forgetting))
+    text = f"On text that was not trained for (base loss {figures.base.other:.4f}), {least.name}"
+    if least is most:
+        return f"{text} changes the loss by {least.forgetting:+.4f}."
     return (
-        f"On text that was not trained for (base loss {figures['base']['other']:.4f}), {least['name']} changes the loss "
-        f"by {least['forgetting']:+.4f}"
-        if least is most
-        else f"On text that was not trained for (base loss {figures['base']['other']:.4f}), {least['name']} forgets least "
-        f"({least['forgetting']:+.4f} nats per token) and {most['name']} most ({most['forgetting']:+.4f})"
-    ) + "."
+        f"{text} forgets least ({least.forgetting:+.4f} nats per token) and {most.name} most ({most.forgetting:+.4f})."
+    )
 
 
-def limits(figures: dict[str, Any], methods: list[dict[str, Any]], workers: int) -> list[str]:
-    """What the figures can't say."""
-    found = []
-    seeds = min(len(m["seeds"]) for m in methods)
-    if seeds < 5:
-        found.append(
-            f"With {seeds} seed{'s' if seeds > 1 else ''} a method, intervals say much about rows and little about seeds: take small "
-            "differences as undecided."
+def limits(figures: StudyFigures, num_workers: int) -> list[str]:
+    """Say what the figures can't show."""
+    methods = figures.methods
+    sentences = []
+    num_seeds = min(len(method.seeds) for method in methods)
+    if num_seeds < FEW_SEEDS:
+        sentences.append(
+            f"With {num_seeds} seed{'s' if num_seeds > 1 else ''} a method, intervals say much about rows and little "
+            "about seeds: take small differences as undecided."
         )
-    counts = {m["trials"] for m in figures["methods"]}
-    budget = {m["searched_tokens"] for m in methods}
-    if len(counts) == 1 and len(budget) == 1 and not any(m["failed"] for m in figures["methods"]):
-        found.append(
-            f"Every method had the same budget: {counts.pop()} trials, {budget.pop():,} trained tokens in all."
+    sentences.append(budgets(figures))
+    for seed, token_counts in figures.unequal_tokens.items():
+        counts = ", ".join(f"{num_tokens:,}" for num_tokens in token_counts)
+        sentences.append(f"With seed {seed}, trials trained on different numbers of tokens: {counts}.")
+    for name, (form, loss) in figures.quantised.items():
+        sentences.append(f"{name} starts from a base quantised to {form}, whose test loss is {loss:.4f}.")
+    if figures.on_cpu:
+        sentences.append(
+            "Peak memory is the whole process's, most of it libraries and what earlier trials left: small differences "
+            "mean nothing."
         )
-    else:
-        seen = ", ".join(
-            f"{m['name']} {m['trials']} trials" + (f" ({m['failed']} failed)" if m["failed"] else "")
-            for m in figures["methods"]
+    if figures.failed_methods:
+        names = listed([method.name for method in figures.failed_methods])
+        sentences.append(
+            f"No point of {names} finished with a finite loss: see trials/*/failed.json, and delete it to try again."
         )
-        found.append(f"The budgets spent so far differ: {seen}.")
-    for seed, tokens in figures["unequal_tokens"].items():
-        found.append(
-            f"With seed {seed}, trials trained on different numbers of tokens: {', '.join(f'{number:,}' for number in tokens)}."
+    if num_workers > 1:
+        sentences.append(
+            f"Times were measured with {num_workers} trials at once, which slow each other down on shared hardware."
         )
-    for name, (bits, value) in figures["quantised"].items():
-        found.append(f"{name} starts from a base quantised to {bits}, whose test loss is {value:.4f}.")
-    if figures["on_cpu"]:
-        found.append(
-            "Peak memory is the whole process's, most of it libraries and what earlier trials left: small differences mean nothing."
+    if any(math.isclose(method.test.value, 0, abs_tol=1e-3) for method in methods):
+        sentences.append("Test losses near zero mean that the task is solved: ranks among such methods say nothing.")
+    return sentences
+
+
+def budgets(figures: StudyFigures) -> str:
+    """Say whether all methods had the same number of trials and trained on as many tokens."""
+    every_method: list[MethodFigures | FailedMethod] = [*figures.methods, *figures.failed_methods]
+    num_trials = {method.num_trials for method in every_method}
+    num_tokens = {method.num_searched_tokens for method in figures.methods}
+    if len(num_trials) == 1 and len(num_tokens) == 1 and not any(method.num_failed for method in every_method):
+        return (
+            f"Every method had the same budget: {num_trials.pop()} trials, {num_tokens.pop():,} trained tokens in all."
         )
-    broken = [m["name"] for m in figures["methods"] if not m["works"]]
-    if broken:
-        found.append(f"No point of {listed(broken)} finished: see trials/*/failed.json, and delete it to try again.")
-    if workers > 1:
-        found.append(
-            f"Times were measured with {workers} trials at once, which slow each other down on shared hardware."
-        )
-    if any(math.isclose(m["test"]["value"], 0, abs_tol=1e-3) for m in methods):
-        found.append("Test losses near zero mean that the task is solved: ranks among such methods say nothing.")
-    return found
+    spent = ", ".join(
+        f"{method.name} {method.num_trials} trials" + (f" ({method.num_failed} failed)" if method.num_failed else "")
+        for method in every_method
+    )
+    return f"The budgets spent so far differ: {spent}."

@@ -1,4 +1,4 @@
-"""Who runs the trials: this process, several processes with a GPU each, or Ray's actors. Each reads a base model once."""
+"""Who runs the trials: this process, several processes with a GPU each, or Ray's actors. Each loads a base once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import active_children, get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,100 +19,102 @@ from open_instruct.errors import InputError
 from open_instruct.study.trials import Task, run_trial
 from open_instruct.training.model_setup import Bases
 
-Runner = Callable[
-    [list[Task]], Iterator[tuple[Task, dict[str, Any]]]
-]  # yields a task and its result as soon as it is done
+Item = TypeVar("Item")
+# Runs tasks, and yields each with its outcome as soon as it has finished.
+Runner = Callable[[list[Task]], Iterator[tuple[Task, dict[str, Any]]]]
 
-_bases = Bases()  # of a worker process
+# The base models of a worker process. A module's variable, because a pool's worker outlives each of its tasks and
+# nothing else does: the next task finds the weights loaded. Empty in the study's own process.
+_bases = Bases()
 
 
-def choose(workers: int, engine: str) -> AbstractContextManager[Runner]:
-    """The runner for a number of workers.
+def choose(num_workers: int, engine: str) -> AbstractContextManager[Runner]:
+    """Return the runner for a number of workers.
 
     Args:
-        workers: trials at a time.
+        num_workers: trials at a time.
         engine: "local" or "ray".
 
     Raises:
-        InputError: Ray is asked for and not installed.
+        InputError: Ray is chosen and not installed.
     """
     if engine == "ray":
-        return with_ray(workers)
-    return here() if workers == 1 else with_processes(workers)
+        return with_ray(num_workers)
+    return in_this_process() if num_workers == 1 else with_processes(num_workers)
 
 
 @contextmanager
-def here() -> Iterator[Runner]:
-    """One trial after another in this process."""
+def in_this_process() -> Iterator[Runner]:
+    """Run one trial after another in this process."""
     bases = Bases()
     yield lambda tasks: ((task, run_trial(task, bases)) for task in tasks)
 
 
 @contextmanager
-def with_processes(workers: int) -> Iterator[Runner]:
-    """Several processes; each sees one GPU, where there are any, and its share of the CPU's cores."""
+def with_processes(num_workers: int) -> Iterator[Runner]:
+    """Run trials in several processes; each sees one GPU, where there are any, and its share of the CPU's cores."""
     context = get_context("spawn")
-    numbers: Queue[int] = context.Queue()
-    for number in range(workers):
-        numbers.put(number)
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with ProcessPoolExecutor(workers, context, _settle, (numbers, torch.cuda.device_count(), threads)) as pool:
+    indices: Queue[int] = context.Queue()
+    for index in range(num_workers):
+        indices.put(index)
+    num_threads = max(1, (os.cpu_count() or 1) // num_workers)
+    initial = (indices, torch.cuda.device_count(), num_threads)
+    with ProcessPoolExecutor(num_workers, context, _start_worker, initial) as pool:
 
         def run(tasks: list[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
-            futures = {pool.submit(_in_worker, task): task for task in tasks}
+            futures = {pool.submit(_run_in_worker, task): task for task in tasks}
             for future in as_completed(futures):
                 yield futures[future], future.result()
 
         try:
             yield run
-        except (
-            BaseException
-        ):  # the study is stopped: its workers are told, and save where their trials keep checkpoints
+        except BaseException:  # SIGTERM makes each worker save its trial's checkpoint, if the trial keeps any
             pool.shutdown(wait=False, cancel_futures=True)
             for child in active_children():
                 child.terminate()
             raise
 
 
-def _settle(numbers: Queue[int], devices: int, threads: int) -> None:
-    """A worker's first act, before anything touches a GPU."""
-    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-    number = numbers.get()
-    if devices:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % devices)
-    torch.set_num_threads(threads)
+def _start_worker(indices: Queue[int], num_gpus: int, num_threads: int) -> None:
+    """Choose a worker's GPU and threads, before anything touches a GPU."""
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    index = indices.get()
+    if num_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index % num_gpus)
+    torch.set_num_threads(num_threads)
 
 
-def _follow(parent: int) -> None:
-    """End with the study's process, even if that was killed."""
+def _exit_with_parent(parent: int) -> None:
+    """End this process when the study's process has ended, even if that was killed."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
-def _in_worker(task: Task) -> dict[str, Any]:
+def _run_in_worker(task: Task) -> dict[str, Any]:
     return run_trial(task, _bases)
 
 
 @contextmanager
-def with_ray(workers: int) -> Iterator[Runner]:
-    """Ray's actors on the cluster that RAY_ADDRESS names, or on this machine; each has a GPU where the cluster has any.
+def with_ray(num_workers: int) -> Iterator[Runner]:
+    """Run trials in Ray's actors, on the cluster that RAY_ADDRESS names, or on this machine.
 
-    All nodes must see this folder, the data and the model under the same paths, as on a shared file system.
+    Each actor has a GPU where the cluster has any. All nodes must see this folder, the data and the model under the
+    same paths, as on a shared file system.
     """
     try:
         import ray
         from ray.util import ActorPool
     except ImportError:
         raise InputError("--engine ray needs Ray: pip install '.[ray]'") from None
-    code = str(Path(__file__).resolve().parents[2])
-    ray.init(log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": code}})
-    on_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    actor = ray.remote(num_gpus=int(on_gpu), num_cpus=1)(Actor)
-    pool = ActorPool([actor.remote(os.getcwd()) for _ in range(workers)])
+    root = str(Path(__file__).resolve().parents[2])
+    ray.init(log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    remote_actor = ray.remote(num_gpus=int(has_gpus), num_cpus=1)(Actor)
+    pool = ActorPool([remote_actor.remote(os.getcwd()) for _ in range(num_workers)])
 
     def run(tasks: list[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
-        yield from pool.map_unordered(lambda one, task: one.run.remote(task), tasks)
+        yield from pool.map_unordered(lambda actor, task: actor.run.remote(task), tasks)
 
     try:
         yield run
@@ -124,15 +126,15 @@ class Actor:
     """A process of Ray's that keeps its base models."""
 
     def __init__(self, folder: str) -> None:
-        """`folder`: where the study was started; its paths count from there."""
+        """Enter the folder in which the study was started: its paths count from there."""
         os.chdir(folder)
 
     def run(self, task: Task) -> tuple[Task, dict[str, Any]]:
-        """A trial."""
-        return task, _in_worker(task)
+        """Run a trial and return it with its outcome."""
+        return task, _run_in_worker(task)
 
 
-def mine(items: Iterable[Any], shard: tuple[int, int]) -> list[Any]:
-    """Every n-th item from the i-th, for shard (i, n)."""
-    number, of = shard
-    return list(items)[number::of]
+def shard_of(items: Iterable[Item], shard: tuple[int, int]) -> list[Item]:
+    """Return every N-th item from the I-th, for shard (I, N)."""
+    index, num_shards = shard
+    return list(items)[index::num_shards]

@@ -1,0 +1,94 @@
+"""How a study measures a model: losses on held-out rows and on other text, and exact matches of answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from open_instruct.adapters.answer_metrics import exact_matches
+from open_instruct.adapters.generation import greedy_answers
+from open_instruct.adapters.scoring import answer_losses
+from open_instruct.data import dataset, reading
+from open_instruct.model import loading
+from open_instruct.model.evaluation_mode import evaluating
+from open_instruct.study.config import Study
+from open_instruct.training.examples import Data
+
+SCORING_BATCH_SIZE = 16  # rows
+MAX_OTHER_ROWS = 200  # of the text that measures forgetting
+
+
+def measure(study: Study, model: Any, tokenizer: Any, data: Data) -> dict[str, Any]:
+    """Measure a model as it is: on the rows for choosing, on the test rows, and on other text.
+
+    Returns:
+        {"study": {device, rows: [[summed loss, labelled tokens], …] of every held-out row, choosing: indices of rows,
+        test: indices, exact: [0 or 1, …] of the questions, other: [[summed loss, tokens], …]}, "data": fingerprints}.
+    """
+    held_out = data.held_out
+    assert held_out is not None
+    examples = [held_out[i] for i in range(len(held_out))]
+    choosing, test = split_rows(len(examples))
+    longest = max(len(example["input_ids"]) for example in examples)
+    with evaluating(model):
+        rows = score(model, examples)
+        exact = answer_questions(study, model, tokenizer, [examples[i] for i in test[: study.num_questions]])
+        other = score(model, other_examples(study, tokenizer, longest))
+    device = next(model.parameters()).device.type
+    figures = {"device": device, "rows": rows, "choosing": choosing, "test": test, "exact": exact, "other": other}
+    return {"study": figures, "data": data.fingerprints()}
+
+
+def answer_questions(study: Study, model: Any, tokenizer: Any, examples: list[dict[str, Any]]) -> list[float]:
+    """Answer the last question of each example greedily; return 1 for each answer that is the example's, else 0."""
+    if not examples:
+        return []
+    starts = [example["spans"][-2] for example in examples]
+    ends = [example["spans"][-1] for example in examples]
+    prompts = [example["input_ids"][:start] for example, start in zip(examples, starts, strict=True)]
+    references = [
+        tokenizer.decode(example["input_ids"][start:end], skip_special_tokens=True).strip()
+        for example, start, end in zip(examples, starts, ends, strict=True)
+    ]
+    context = loading.context_length(model.config)
+    max_length = context and context - num_virtual_tokens(model)
+    answers = greedy_answers(model, tokenizer, prompts, study.max_new_tokens, max_length)
+    matches: list[float] = exact_matches(answers, references, study.answer_regex, study.normalise).tolist()
+    return matches
+
+
+def num_virtual_tokens(model: Any) -> int:
+    """Return the number of virtual tokens that a model's adapter puts before a row; 0 without a soft prompt."""
+    config = getattr(model, "active_peft_config", None)
+    return getattr(config, "num_virtual_tokens", None) or 0
+
+
+def score(model: Any, examples: list[dict[str, Any]]) -> list[list[float]]:
+    """Return [summed loss, labelled tokens] of each example, by PEFT's own forward pass."""
+    spans = [list(zip(example["spans"][::2], example["spans"][1::2], strict=True)) for example in examples]
+    ids = [example["input_ids"] for example in examples]
+    return [[loss, num_labels] for loss, num_labels in answer_losses(model, ids, spans, SCORING_BATCH_SIZE)]
+
+
+def split_rows(num_rows: int) -> tuple[list[int], list[int]]:
+    """Return the held-out rows that choose the parameters, and those for the report: the same halves in every trial."""
+    shuffled = np.random.default_rng(0x7E57).permutation(num_rows)
+    return sorted(shuffled[: num_rows // 2].tolist()), sorted(shuffled[num_rows // 2 :].tolist())
+
+
+def other_examples(study: Study, tokenizer: Any, longest: int) -> list[dict[str, Any]]:
+    """Return the examples that measure forgetting, cut at `longest` tokens.
+
+    In plain text every line is a passage, of which all tokens but the first are labelled; in conversations the answers
+    are labelled.
+    """
+    if study.other_text is None:
+        return []
+    if study.other_text.suffix == ".txt":
+        lines = [line for line in study.other_text.read_text(encoding="utf-8").splitlines() if line.strip()]
+        ids = [tokenizer(line)["input_ids"][:longest] for line in lines[:MAX_OTHER_ROWS]]
+        return [{"input_ids": row, "spans": [1, len(row)]} for row in ids if len(row) > 1]
+    named = reading.conversations(reading.read_files([study.other_text]), "messages")
+    examples = dataset.build(named, tokenizer, longest, "", None)
+    return [examples[i] for i in range(min(MAX_OTHER_ROWS, len(examples)))]

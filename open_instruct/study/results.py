@@ -1,0 +1,149 @@
+"""Finished trials, as they are read back from their run folders."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from open_instruct.errors import InputError
+from open_instruct.study import search, trials
+from open_instruct.study.config import Study
+from open_instruct.study.search import Trial, finite_or_inf
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A finished trial, whether it succeeded or failed."""
+
+    spec_name: str
+    params: dict[str, Any]
+    seed: int
+    full_length: bool
+    command: str
+    folder: str
+    failed: str | None  # the reason
+    summary: dict[str, Any]
+    base: dict[str, Any]  # figures of the base model that it started from
+    learning_rate: float
+    curve: list[tuple[int, float]]  # (step, held-out loss)
+
+    @property
+    def choosing_loss(self) -> float:
+        """Return the loss by which parameters are chosen, infinite if the trial failed or the loss is not finite."""
+        return math.inf if self.failed else finite_or_inf(held_out_loss(self.summary, "choosing"))
+
+    @property
+    def test_loss(self) -> float:
+        """Return the loss on the test rows, in nats per labelled token."""
+        return held_out_loss(self.summary, "test")
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """What a study has computed so far."""
+
+    trials: list[TrialResult]
+    num_missing: int  # trials that are known to be needed and have not finished
+    bases: dict[str, dict[str, Any]]  # figures of the base model that each method started from, by the method's name
+
+
+def held_out_loss(summary: dict[str, Any], part: str) -> float:
+    """Return the loss on a part of the held-out rows, "choosing" or "test", in nats per labelled token."""
+    rows = [summary["study"]["rows"][i] for i in summary["study"][part]]
+    return sum(row[0] for row in rows) / sum(row[1] for row in rows)
+
+
+def other_loss(summary: dict[str, Any]) -> float:
+    """Return the loss on text that was not trained for, in nats per token; nan where the study has none."""
+    rows = summary["study"]["other"]
+    return sum(row[0] for row in rows) / sum(row[1] for row in rows) if rows else math.nan
+
+
+def exact_match(summary: dict[str, Any]) -> float:
+    """Return the share of right answers; nan where the study asks no questions."""
+    return fmean(summary["study"]["exact"]) if summary["study"]["exact"] else math.nan
+
+
+def params_name(params: dict[str, Any]) -> str:
+    """Return parameters for people."""
+    return ", ".join(f"{name} {value}" for name, value in params.items()) or "the recipe"
+
+
+def command(words: Sequence[str]) -> str:
+    """Return the command that runs the trainer with these words."""
+    return "python open_instruct/finetune_peft.py " + shlex.join(words)
+
+
+def trial_command(study: Study, trial: Trial) -> str:
+    """Return the command that repeats a trial outside of its study."""
+    return command([*trial.words, "--output_dir", str(Path("output", f"{study.name}-{trial.key}"))])
+
+
+def choosing_loss(study: Study, trial: Trial) -> float:
+    """Return a trial's loss on the rows for choosing; infinite if it failed, or was left to another shard."""
+    outcome = trials.read_outcome(trials.Task(study, trial))
+    return held_out_loss(outcome, "choosing") if outcome and "failed" not in outcome else math.inf
+
+
+def collect(study: Study) -> StudyResults:
+    """Read all finished trials of a study.
+
+    Raises:
+        InputError: no trial has succeeded, or the data changed between trials.
+    """
+    by_key: dict[str, TrialResult] = {}
+    num_missing = 0
+    for spec in study.specs:
+        losses: dict[str, float] = {}
+        while stage := search.next_trials(study, spec, losses):
+            results = {trial.key: read_result(study, trial) for trial in stage}
+            finished = {key: result for key, result in results.items() if result is not None}
+            by_key |= finished
+            if len(finished) < len(results):
+                num_missing += len(results) - len(finished)
+                break
+            losses |= {key: result.choosing_loss for key, result in finished.items()}
+    succeeded = [result for result in by_key.values() if not result.failed]
+    if not succeeded:
+        raise InputError(
+            f"no trial of {study.path} has succeeded in {study.output_dir}: see trials/*/failed.json and log.txt there"
+        )
+    fingerprints = {json.dumps(data) for result in succeeded for data in (result.summary["data"], result.base["data"])}
+    if len(fingerprints) > 1:
+        raise InputError(
+            f"the data of {study.path} changed between trials in {study.output_dir}: name another output_dir"
+        )
+    return StudyResults(list(by_key.values()), num_missing, {result.spec_name: result.base for result in succeeded})
+
+
+def read_result(study: Study, trial: Trial) -> TrialResult | None:
+    """Read a trial's run folder; None while it has not finished."""
+    from open_instruct.training.tracking import read_rows  # imports torch
+
+    task = trials.Task(study, trial)
+    summary = trials.read_outcome(task)
+    if summary is None:
+        return None
+    run_file = task.folder / "run.json"
+    flags = json.loads(run_file.read_text(encoding="utf-8"))["flags"] if run_file.exists() else {}
+    rows = read_rows(task.folder / "metrics.jsonl")
+    base_path = trials.base_path(task, trials.arguments(task, check=False)[0])
+    return TrialResult(
+        spec_name=trial.spec_name,
+        params=dict(trial.params),
+        seed=trial.seed,
+        full_length=trial.full_length,
+        command=trial_command(study, trial),
+        folder=str(task.folder),
+        failed=summary.get("failed"),
+        summary=summary,
+        base=json.loads(base_path.read_text(encoding="utf-8")) if base_path.exists() else {},
+        learning_rate=float(flags["learning_rate"]["value"]) if flags else math.nan,
+        curve=[(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row],
+    )
