@@ -12,6 +12,7 @@ CORE = [
     "matplotlib>=3.8",
     "polars>=1.20",
     "pyarrow>=18",
+    "ijson>=3.5",
     "protobuf>=4",  # transformers needs it for bare SentencePiece tokenizers
 ]
 EXTRAS = {

@@ -124,8 +124,8 @@ def test_an_array_of_jobs_shares_a_study():
 def test_environment_variables_override_and_accumulation_is_derived():
     words = composed(
         ROOT / "scripts" / "test_finetune_prompt_tuning.sh",
-        MODEL="m", TRAIN_FILE="t.jsonl", OUTPUT_DIR="o", NUM_PROCESSES="2", TOTAL_BATCH_SIZE="32", BATCH_SIZE_PER_GPU="4",
-        LEARNING_RATE="0.5", SEED="3",
+        MODEL="m", TRAIN_FILE="t.jsonl", OUTPUT_DIR="o", NUM_PROCESSES="2", TOTAL_BATCH_SIZE="32",
+        BATCH_SIZE_PER_GPU="4", LEARNING_RATE="0.5", SEED="3",
     )  # fmt: skip
     entry = next(i for i, word in enumerate(words) if word.endswith("finetune_peft.py"))
     arguments, _ = parse(words[entry + 1 :])
