@@ -91,8 +91,11 @@ class AtomicFile:
         except BaseException as interrupt:  # Ctrl-C while waiting for the disk
             kind, error = None, interrupt
         error = error or self.failure
-        self.replacement.__exit__(error and type(error), error, error and error.__traceback__)
-        if error is not None and kind is None:
+        if error is None:
+            self.replacement.__exit__(None, None, None)
+            return
+        self.replacement.__exit__(type(error), error, error.__traceback__)
+        if kind is None:  # the `with` block itself ended without an error
             raise error
 
     @property

@@ -64,7 +64,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(write, tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files, "flush", full)
-    with pytest.raises(InputError, match="no space left for .*nothing was left behind"):
+    with pytest.raises(InputError, match=r"no space left for .*nothing was left behind"):
         write(tmp_path / "a.txt", "x")
     assert list(tmp_path.iterdir()) == []
 

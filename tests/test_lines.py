@@ -50,7 +50,7 @@ def test_pairs_and_escaped_backslashes_are_text(tmp_path, monkeypatch):
         (b'[1, "\xff"]', "not UTF-8 in row 2: convert"),
         (b'["\xed\xa0\x80"]', "not UTF-8, or half of a surrogate pair"),
         (b'["ok", "\\ud800"]', "half of a surrogate pair .* near byte 8"),
-        (b'["ok", "\\\\\\ud800x"]', "half of a surrogate pair .* near byte 8"),
+        (b'["ok", "\\\\\\ud800x"]', "half of a surrogate pair .* near byte 10"),
         (b'["\\ud800\\u0041"]', "half of a surrogate pair"),
         (b'["\\udc00"]', "half of a surrogate pair"),
         (b'{"item": [1]}', "holds no JSON array"),

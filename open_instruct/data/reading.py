@@ -139,7 +139,7 @@ def read_hub_rows(name: str, configuration: str | None, split: str) -> Iterator[
 
 
 def read_mixture(members: list[tuple[str, str]], splits: list[str], seed: int) -> Iterator[Row]:
-    """Yield the rows of several sources one after another, reading each twice (to count, and to choose) and holding none.
+    """Yield the rows of several sources one after another, each read twice, to count and to choose, and none held.
 
     Args:
         members: (file, folder or data set, amount) pairs. An amount with a point is a share of the rows (1.0: all), one
