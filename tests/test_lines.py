@@ -98,8 +98,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         path.write_text(json.dumps([{"id": i, "text": "word " * 200} for i in range(num_rows)]))
         tracemalloc.start()
         assert sum(1 for _ in lines.array_rows(path)) == num_rows
-        _, most = tracemalloc.get_traced_memory()
+        _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        return most
+        return peak_bytes
 
     assert peak(20_000) < 1.5 * peak(2_000)

@@ -1,4 +1,4 @@
-"""Which kind of data file a path is: told by its first bytes, in one place for all readers."""
+"""Kinds of data files, recognised by their first bytes."""
 
 from __future__ import annotations
 
