@@ -124,20 +124,6 @@ def as_row(source: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def read_hub_rows(name: str, configuration: str | None, split: str) -> Iterator[Row]:
-    """Yield the rows of a data set on the Hub or of a local folder that `datasets` can load."""
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, configuration, split=split)
-    except Exception as error:  # `datasets` and the Hub raise dozens of types; each means that the name can't be loaded
-        raise InputError(
-            f"data set {name} can't be loaded ({one_line(error, 200)}): check the name, or give a file"
-        ) from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{name} row {number}", row
-
-
 def read_mixture(members: list[tuple[str, str]], splits: list[str], seed: int) -> Iterator[Row]:
     """Yield the rows of several sources one after another, each read twice, to count and to choose, and none held.
 
