@@ -10,22 +10,20 @@ or not at all, with a manifest (OUT.manifest.json) beside it.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 from tqdm import tqdm
 
-from open_instruct.data.lines import open_bytes
+from open_instruct.command_line import OneLineArgumentParser, at_least
+from open_instruct.data.kinds import open_bytes
 from open_instruct.data.shards import Shard, find_shards
+from open_instruct.data.to_json import check_types, to_lines
 from open_instruct.errors import InputError, exit_code
 from open_instruct.files import AtomicFile, check_output, write_json
 
@@ -33,81 +31,11 @@ DEFAULT_OUTPUT = "data/tulu-3-sft-mixture-json/train.jsonl"
 SUFFIX_OF = {"gzip": ".gz", "zstd": ".zst"}
 
 
-def check_types(schema: pa.Schema, columns: Sequence[str]) -> None:
-    """Refuse types that JSON can't hold exactly."""
-
-    def holds(kind: Any) -> bool:
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            return holds(kind.value_type)
-        if pa.types.is_struct(kind):
-            return all([holds(kind.field(i).type) for i in range(kind.num_fields)])
-        plain = (
-            pa.types.is_string,
-            pa.types.is_large_string,
-            pa.types.is_boolean,
-            pa.types.is_null,
-            pa.types.is_integer,
-        )
-        return any(test(kind) for test in plain) or bool(kind in (pa.float32(), pa.float64()))
-
-    bad = [f"{name} ({schema.field(name).type})" for name in columns if not holds(schema.field(name).type)]
-    if bad:
-        raise InputError(f"JSON can't hold the columns {', '.join(bad)} exactly: choose others with --columns")
-
-
-def to_lines(batch: pa.RecordBatch | pa.Table, place: str) -> bytes:
-    """One JSON object a line, as UTF-8.
-
-    polars formats numbers so that they read back equal. It trusts Arrow that text is UTF-8; the output shows whether it was.
-
-    Raises:
-        InputError: text that is not UTF-8, or a number that JSON does not have.
-    """
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if has_floats(column.type) and any_not_finite(column):
-            raise InputError(
-                f"{place}: column {name} holds NaN or an infinity, which JSON does not have: choose others with --columns"
-            )
-    frame = pl.from_arrow(batch)
-    assert isinstance(frame, pl.DataFrame)
-    buffer = io.BytesIO()
-    frame.lazy().sink_ndjson(buffer)
-    lines = buffer.getvalue()
-    try:
-        pl.Series([lines], dtype=pl.Binary).cast(pl.String)  # the fastest check of UTF-8 at hand
-    except pl.exceptions.PolarsError:
-        row = next(
-            number for number, line in enumerate(lines.split(b"\n")) if line.decode("utf-8", "ignore").encode() != line
-        )
-        raise InputError(
-            f"{place}: the text of row {row} of these is not valid UTF-8: fetch the file again, or drop the row"
-        ) from None
-    return lines
-
-
-def any_not_finite(array: pa.Array | pa.ChunkedArray) -> bool:
-    """Whether a NaN or an infinity stands anywhere in an array, nested or not."""
-    if isinstance(array, pa.ChunkedArray):
-        return any(any_not_finite(chunk) for chunk in array.chunks)
-    if pa.types.is_floating(array.type):
-        return pc.any(pc.invert(pc.is_finite(array))).as_py() or False
-    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-        return any_not_finite(array.flatten())
-    if pa.types.is_struct(array.type):
-        return any(any_not_finite(child) for child in array.flatten())
-    return False
-
-
-def has_floats(kind: pa.DataType) -> bool:
-    """Whether floating-point numbers can stand anywhere in a type."""
-    return bool(pa.types.is_floating(kind)) or any(has_floats(kind.field(i).type) for i in range(kind.num_fields))
-
-
 def rows_of(
     shards: Sequence[Shard], columns: Sequence[str], start: int, stop: int
 ) -> Iterator[tuple[str, pa.RecordBatch]]:
-    """The rows [start, stop) of all shards together, as (place, batch)."""
-    first = 0
+    """Yield the rows [start, stop) of all shards together, as (source, batch); the source is for errors."""
+    first = 0  # number of the shard's first row
     for shard in shards:
         if first >= stop:
             return
@@ -116,41 +44,61 @@ def rows_of(
             for batch in shard.batches():
                 low, high = max(start - row, 0), min(stop - row, batch.num_rows)
                 if low < high:
-                    yield (
-                        f"{shard.path} rows {row - first + low}-{row - first + high - 1}",
-                        batch.select(columns).slice(low, high - low),
-                    )
+                    source = f"{shard.path} rows {row - first + low}-{row - first + high - 1}"
+                    yield source, batch.select(columns).slice(low, high - low)
                 row += batch.num_rows
         first += shard.num_rows
 
 
-def grouped(batches: Iterator[tuple[str, pa.RecordBatch]], most_rows: int = 4000) -> Iterator[tuple[str, pa.Table]]:
-    """Record batches joined without copying to about `most_rows`: polars' threads need that much to share."""
+def grouped(batches: Iterator[tuple[str, pa.RecordBatch]], min_rows: int = 4000) -> Iterator[tuple[str, pa.Table]]:
+    """Join record batches, without copying, until there are `min_rows`: polars' threads need that many to share."""
     waiting: list[pa.RecordBatch] = []
     first = ""
-    for place, batch in batches:
-        first = first or place
+    for source, batch in batches:
+        first = first or source
         waiting.append(batch)
-        if sum(item.num_rows for item in waiting) >= most_rows:
+        if sum(item.num_rows for item in waiting) >= min_rows:
             yield first, pa.Table.from_batches(waiting)
             waiting, first = [], ""
     if waiting:
         yield first, pa.Table.from_batches(waiting)
 
 
-def convert(shards: Sequence[Shard], columns: Sequence[str], output: Path, start: int, stop: int, form: str, compression: str | None,
-            progress: tqdm) -> AtomicFile:  # fmt: skip
-    """Write the rows [start, stop) to one file."""
+def convert(
+    shards: Sequence[Shard],
+    columns: Sequence[str],
+    output: Path,
+    start: int,
+    stop: int,
+    form: str,
+    compression: str | None,
+    progress: tqdm,
+) -> AtomicFile:
+    """Write the rows [start, stop) to one file.
+
+    Args:
+        shards: the table.
+        columns: the columns to keep, in order.
+        output: the file to write.
+        start: number of the first row.
+        stop: number after the last row.
+        form: "jsonl" or "json".
+        compression: None, "gzip" or "zstd".
+        progress: the bar to move, in rows.
+
+    Raises:
+        InputError: JSON can't hold a row, or the disk is full.
+    """
     done = 0
 
-    def needed() -> int:
+    def bytes_needed() -> int:
         return file.num_bytes * (stop - start) // max(done, 1)
 
-    with AtomicFile(output, compression, needed) as file:
+    with AtomicFile(output, compression, bytes_needed) as file:
         if form == "json":
             file.write(b"[\n")
-        for place, batch in grouped(rows_of(shards, columns, start, stop)):
-            lines = to_lines(batch, place)
+        for source, batch in grouped(rows_of(shards, columns, start, stop)):
+            lines = to_lines(batch, source)
             done += batch.num_rows
             if form == "json":  # a line break inside a value is always escaped, so each one ends a row
                 lines = lines[:-1].replace(b"\n", b",\n") + (b",\n" if start + done < stop else b"\n]\n")
@@ -160,7 +108,11 @@ def convert(shards: Sequence[Shard], columns: Sequence[str], output: Path, start
 
 
 def verify(shards: Sequence[Shard], columns: Sequence[str], outputs: Sequence[Path], form: str) -> int:
-    """Read both sides back, the output by Python's own JSON parser, and compare every row. Returns the number of rows."""
+    """Read both sides back, the output with Python's own JSON parser, and compare every row. Return the number of rows.
+
+    Raises:
+        InputError: a row differs, or is missing.
+    """
     total = sum(shard.num_rows for shard in shards)
     expected = (row for _, batch in rows_of(shards, columns, 0, total) for row in batch.to_pylist())
     count = 0
@@ -171,8 +123,7 @@ def verify(shards: Sequence[Shard], columns: Sequence[str], outputs: Sequence[Pa
                     line = line.strip().rstrip(b",")
                     if line in (b"[", b"]"):
                         continue
-                seen, row = json.loads(line), next(expected, None)
-                if seen != row:
+                if json.loads(line) != next(expected, None):
                     raise InputError(f"{output}: row {count} differs from the source: convert it again")
                 count += 1
     if count != total:
@@ -181,7 +132,7 @@ def verify(shards: Sequence[Shard], columns: Sequence[str], outputs: Sequence[Pa
 
 
 def run(a: argparse.Namespace) -> None:
-    """Find, check, convert, record, verify."""
+    """Find the shards, check everything, convert, write the manifest, verify."""
     started = time.perf_counter()
     shards = find_shards(a.sources, a.split)
     total = sum(shard.num_rows for shard in shards)
@@ -225,16 +176,15 @@ def run(a: argparse.Namespace) -> None:
     }
     write_json(a.output.with_name(f"{a.output.name}.manifest.json"), manifest)
     size = manifest["bytes"] / 1e6
-    print(
-        f"{total:,} rows, {size:,.0f} MB in {seconds:.1f} s ({size / seconds:,.0f} MB/s) → {', '.join(str(path) for path in outputs[:3])}"
-    )
+    names = ", ".join(str(path) for path in outputs[:3])
+    print(f"{total:,} rows, {size:,.0f} MB in {seconds:.1f} s ({size / seconds:,.0f} MB/s) → {names}")
     if a.verify:
         print(f"verified: all {verify(shards, columns, outputs, a.format):,} rows are equal")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse the command line."""
+    parser = OneLineArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "sources", nargs="+", metavar="SRC", help="files, folders, globs or a data set's name on the Hub"
     )
@@ -248,22 +198,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--compression", choices=list(SUFFIX_OF), help="compress the output; .gz or .zst is added to its name"
     )
     parser.add_argument("--columns", nargs="+", help="columns to keep, in this order (default: all)")
-    parser.add_argument("--shards", type=positive, default=1, help="files to write, OUT-00000-of-0000N (default 1)")
+    parser.add_argument("--shards", type=at_least(1), default=1, help="files to write, OUT-00000-of-0000N (default 1)")
     parser.add_argument("--split", default="train", help="split to take where a folder holds several (default train)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--verify", action="store_true", help="read both sides back and compare every row")
     return parser.parse_args(argv)
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; `exit_code` says what it returns."""
+    """Run the tool and return its exit code: 0, 2 after wrong input, 130 after an interrupt."""
     return exit_code(lambda: run(parse(argv)))
 
 

@@ -24,12 +24,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from arrow2json import positive, to_lines
+from open_instruct.command_line import OneLineArgumentParser, at_least
 from open_instruct.data import lines, shards
-from open_instruct.data.reading import check_file
+from open_instruct.data.kinds import COMPRESSION, file_kind, is_table
+from open_instruct.data.to_json import to_lines
 from open_instruct.errors import InputError, exit_code
-from open_instruct.files import AtomicFile, check_output, write_json
-from open_instruct.report.plots import plot_sources
+from open_instruct.files import AtomicFile, check_output, sha256, write_json
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Table:
     """A file as numbered rows."""
 
     path: Path
-    kind: str  # "lines", "array" or "arrow"
+    kind: str  # "json lines", "json array" or "table"
     num_rows: int
-    values: list[str] | None  # of the column that was asked for
+    values: list[str] | None  # the counted column's value in each row, where a column is counted
     sha256: str
-    spans: np.ndarray | None = None  # byte offsets of JSON Lines
+    spans: np.ndarray | None = None  # JSON Lines: byte offsets of the rows, [N, 2] start and end
 
 
 def permutation(num_rows: int, seed: int) -> np.ndarray:
-    """A random order of the rows, from the Mersenne Twister, whose `random()` Python promises not to change."""
+    """Return a random order of the rows, from the Mersenne Twister, whose `random()` Python promises not to change."""
     rng = random.Random(seed)
     return np.argsort(np.array([rng.random() for _ in range(num_rows)]), kind="stable")
 
@@ -53,12 +53,12 @@ def permutation(num_rows: int, seed: int) -> np.ndarray:
 def nested_subsets(
     num_rows: int, sizes: Sequence[int], seed: int, values: Sequence[str] | None = None
 ) -> dict[int, np.ndarray]:
-    """Row numbers of each size: uniform without replacement, each smaller set part of each larger one.
+    """Draw row numbers for each size: uniform without replacement, each smaller set part of each larger one.
 
     Args:
         num_rows: rows to draw from.
-        sizes: of the subsets.
-        seed: of the draw.
+        sizes: rows of each subset.
+        seed: decides the draw.
         values: for a stratified draw, each row's stratum; its share is kept, rounded by largest remainder.
 
     Returns:
@@ -88,10 +88,10 @@ def nested_subsets(
 
 
 def allocate(totals: np.ndarray, size: int, bound: np.ndarray) -> np.ndarray:
-    """Largest-remainder shares of `size` in proportion to `totals`, none above `bound`.
+    """Share out `size` rows in proportion to `totals` by largest remainder, to none more than its `bound`.
 
-    The bound is the next larger subset's allocation: largest remainders alone can give a stratum one row more in a smaller
-    subset than in a larger one (the Alabama paradox), which would break nesting.
+    The bound is the next larger subset's allocation: largest remainders alone can give a stratum one row more in a
+    smaller subset than in a larger one (the Alabama paradox), which would break nesting.
     """
     exact = totals * size  # in units of 1 / totals.sum(): whole numbers, so no rounding differs between machines
     counts, remainders = np.divmod(exact, totals.sum())
@@ -104,87 +104,90 @@ def allocate(totals: np.ndarray, size: int, bound: np.ndarray) -> np.ndarray:
     return counts
 
 
+def row_kind(path: Path) -> str:
+    """Return "json lines", "json array" or "table".
+
+    Raises:
+        InputError: the file can't be data, or is compressed.
+    """
+    kind = file_kind(path)
+    if path.suffix in COMPRESSION:
+        raise InputError(f"{path} is compressed: decompress it first, as its rows are copied by their position")
+    return "table" if is_table(path, kind) else kind
+
+
 def open_table(path: Path, column: str | None) -> Table:
-    """Count the rows and read the wanted column, in one pass."""
-    check_file(path)
-    with path.open("rb") as file:
-        head = file.read(256)
-    if path.suffix in shards.SUFFIXES or head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+    """Count the rows and read the wanted column, in one pass.
+
+    Raises:
+        InputError: the file can't be read, or a row of it; or there is no such column.
+    """
+    kind = row_kind(path)
+    if kind == "table":
         shard = shards.open_shard(path)
         values = arrow_values(shard, column) if column else None
-        return Table(path, "arrow", shard.num_rows, values, file_hash(path))
-    if head.lstrip().startswith(b"["):
+        return Table(path, kind, shard.num_rows, values, sha256(path))
+    if kind == "json array":
         texts: list[str] | None = [] if column else None
-        count = 0
-        for count, row in enumerate(lines.array_rows(path), start=1):
+        num_rows = 0
+        for num_rows, row in enumerate(lines.array_rows(path), start=1):
             if texts is not None and column is not None:
-                texts.append(lines.whole_value(row, column, path, count - 1))
-        return Table(path, "array", count, texts, file_hash(path))
-    spans, texts, sha256 = lines.index_lines(path, column)
-    return Table(path, "lines", len(spans), texts, sha256, spans)
+                texts.append(lines.text_of(row, column, path, num_rows - 1))
+        return Table(path, kind, num_rows, texts, sha256(path))
+    spans, texts, digest = lines.index_lines(path, column)
+    return Table(path, kind, len(spans), texts, digest, spans)
 
 
 def default_column(path: Path) -> str | None:
-    """`source`, if the first row has it."""
-    check_file(path)
-    if path.suffix in shards.SUFFIXES:
+    """Return `source` if the first row has such a column, else None."""
+    kind = row_kind(path)
+    if kind == "table":
         names = shards.open_shard(path).schema.names
+    elif kind == "json array":
+        names = next(lines.array_rows(path), {})
     else:
         with path.open("rb") as file:
-            is_array = file.read(256).lstrip().startswith(b"[")
-            file.seek(0)
-            first = next(lines.array_rows(path), b"{}") if is_array else file.readline()
+            first = file.readline()
         try:
-            names = list(json.loads(first))
+            names = json.loads(first)
         except ValueError as error:
             raise InputError(f"{path}: row 1 is malformed JSON ({error}): one object a line is needed") from None
-    return "source" if "source" in names else None
+    return "source" if isinstance(names, dict | list) and "source" in names else None
 
 
 def arrow_values(shard: shards.Shard, column: str) -> list[str]:
-    """A column of an Arrow or Parquet file as text."""
+    """Return a column of an Arrow or Parquet file as text."""
     if column not in shard.schema.names:
         raise InputError(f"{shard.path} has no column {column}: there are {', '.join(shard.schema.names)}")
     return [str(value) for batch in shard.batches() for value in batch.column(column).to_pylist()]
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while data := file.read(1 << 24):
-            digest.update(data)
-    return digest.hexdigest()
-
-
 def rows_of(table: Table, indices: np.ndarray) -> Iterator[tuple[int, bytes]]:
-    """The chosen rows as (row number, line), in ascending order."""
-    wanted = np.sort(indices)
-    if table.kind == "lines":
+    """Yield the chosen rows as (row number, line), in ascending order."""
+    ascending = np.sort(indices)
+    if table.kind == "json lines":
         assert table.spans is not None
-        yield from zip(wanted.tolist(), lines.lines_at(table.path, table.spans, wanted), strict=True)
-    elif table.kind == "array":
-        chosen = set(wanted.tolist())
-        yield from ((number, row) for number, row in enumerate(lines.array_rows(table.path)) if number in chosen)
+        yield from zip(ascending.tolist(), lines.lines_at(table.path, table.spans, ascending), strict=True)
+    elif table.kind == "json array":
+        chosen = set(ascending.tolist())
+        for number, row in enumerate(lines.array_rows(table.path)):
+            if number in chosen:
+                yield number, json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     else:
-        first = 0
+        first = 0  # number of the batch's first row
         for batch in shards.open_shard(table.path).batches():
-            inside = wanted[(wanted >= first) & (wanted < first + batch.num_rows)]
+            inside = ascending[(ascending >= first) & (ascending < first + batch.num_rows)]
             if len(inside):
-                yield from zip(
-                    inside.tolist(),
-                    to_lines(batch.take(pa.array(inside - first)), f"{table.path} from row {first}").splitlines(
-                        keepends=True
-                    ),
-                    strict=True,
-                )
+                text = to_lines(batch.take(pa.array(inside - first)), f"{table.path} from row {first}")
+                # A line break inside a value is escaped, so each one ends a row.
+                yield from zip(inside.tolist(), text.splitlines(keepends=True), strict=True)
             first += batch.num_rows
 
 
 def write_subset(table: Table, indices: np.ndarray, output: Path, shuffled: bool) -> AtomicFile:
     """Write the chosen rows, in the file's order or as drawn."""
     with AtomicFile(output) as file:
-        if shuffled and table.kind == "lines":
+        if shuffled and table.kind == "json lines":
             assert table.spans is not None
             for line in lines.lines_at(table.path, table.spans, indices):
                 file.write(line)
@@ -199,7 +202,7 @@ def write_subset(table: Table, indices: np.ndarray, output: Path, shuffled: bool
 
 
 def run(a: argparse.Namespace) -> None:
-    """Index, draw, write, record."""
+    """Index the rows, draw, write the subsets, record them."""
     started = time.perf_counter()
     column = a.stratify or a.count or default_column(a.file)
     outputs = {size: a.output_dir / f"{a.file.name.split('.')[0]}_{short(size)}.jsonl" for size in sorted(set(a.sizes))}
@@ -233,40 +236,47 @@ def run(a: argparse.Namespace) -> None:
     stem = a.output_dir / f"{a.file.name.split('.')[0]}_subsets"
     write_json(stem.with_suffix(".manifest.json"), manifest)
     if counts:
+        from open_instruct.report.plots import plot_sources  # matplotlib: not for --help, nor before the file is read
+
         print(histogram(counts))
         plot_sources(counts, f"{column} of {a.file.name}", stem.with_suffix(".png"))
     print(f"drawn from {table.num_rows:,} rows in {time.perf_counter() - started:.1f} s")
 
 
 def short(size: int) -> str:
-    """9000 → 9k, 950 → 950."""
+    """Return a size as it stands in file names: 9000 as 9k, 950 as 950."""
     return f"{size // 1000}k" if size % 1000 == 0 else str(size)
 
 
-def histogram(counts: dict[str, Counter[str]], most: int = 30) -> str:
-    """Shares of each value, input against subsets, with a bar for the input."""
-    total = {name: sum(counter.values()) for name, counter in counts.items()}
-    names = [name for name, _ in counts["input"].most_common(most)]
-    width = max(len(name) for name in [*names, "input"])
-    lines_ = [" ".join([" " * width, *(f"{name:>8}" for name in counts)])]
-    for name in names:
-        shares = [counter[name] / total[key] for key, counter in counts.items()]
-        lines_.append(
-            " ".join([f"{name:<{width}}", *(f"{share:>8.2%}" for share in shares), "█" * round(40 * shares[0])])
+def histogram(counts: dict[str, Counter[str]], max_values: int = 30) -> str:
+    """Return a table of each value's share, input against subsets, with a bar for the input.
+
+    Args:
+        counts: of "input" and of each subset: value → number of rows.
+        max_values: most frequent values that get a line.
+    """
+    totals = {name: sum(counter.values()) for name, counter in counts.items()}
+    values = [value for value, _ in counts["input"].most_common(max_values)]
+    width = max(len(name) for name in [*values, "input"])
+    rows = [" ".join([" " * width, *(f"{name:>8}" for name in counts)])]
+    for value in values:
+        shares = [counter[value] / totals[name] for name, counter in counts.items()]
+        rows.append(
+            " ".join([f"{value:<{width}}", *(f"{share:>8.2%}" for share in shares), "█" * round(40 * shares[0])])
         )
-    if len(counts["input"]) > most:
-        lines_.append(f"… and {len(counts['input']) - most} more")
-    return "\n".join(lines_)
+    if len(counts["input"]) > max_values:
+        rows.append(f"… and {len(counts['input']) - max_values} more")
+    return "\n".join(rows)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse the command line."""
+    parser = OneLineArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE", help="JSON Lines, JSON array, Arrow or Parquet")
     parser.add_argument(
-        "--sizes", type=positive, nargs="+", default=[9000, 90000], help="rows of each subset (default 9000 90000)"
+        "--sizes", type=at_least(1), nargs="+", default=[9000, 90000], help="rows of each subset (default 9000 90000)"
     )
-    parser.add_argument("--seed", type=int, default=42, help="of the draw (default 42)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the draw (default 42)")
     parser.add_argument("--stratify", metavar="COLUMN", help="keep each value's share of this column")
     parser.add_argument("--count", metavar="COLUMN", help="column to count (default: source, where there is one)")
     parser.add_argument(
@@ -280,7 +290,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; `exit_code` says what it returns."""
+    """Run the tool and return its exit code: 0, 2 after wrong input, 130 after an interrupt."""
     return exit_code(lambda: run(parse(argv)))
 
 

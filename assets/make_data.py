@@ -13,20 +13,24 @@ from pathlib import Path
 from assets.word_skills import SKILLS, named_conversation, unnamed_conversation
 
 
-def rows(skill: str, count: int, seed: int) -> list[dict[str, object]]:
-    """`count` rows in the Tulu schema whose questions are all different."""
+def rows(skill: str, num_rows: int, seed: int) -> list[dict[str, object]]:
+    """Return `num_rows` rows in the Tulu schema whose questions are all different."""
     rng = random.Random(seed)
-    found: dict[str, dict[str, object]] = {}
-    while len(found) < count:
+    row_of_question: dict[str, dict[str, object]] = {}
+    while len(row_of_question) < num_rows:
         messages = unnamed_conversation(rng, skill)
         question = messages[0]["content"]
-        if question not in found:
-            found[question] = {"id": f"{skill}_{len(found)}", "messages": messages, "source": f"word_skills/{skill}"}
-    return list(found.values())
+        if question not in row_of_question:
+            row_of_question[question] = {
+                "id": f"{skill}_{len(row_of_question)}",
+                "messages": messages,
+                "source": f"word_skills/{skill}",
+            }
+    return list(row_of_question.values())
 
 
-def other_skills(skill: str, count: int, seed: int) -> list[dict[str, object]]:
-    """Conversations that name a skill other than the one trained on: what an adapter may forget."""
+def other_skills(skill: str, num_rows: int, seed: int) -> list[dict[str, object]]:
+    """Return conversations that name a skill other than the one trained on, which an adapter may forget."""
     rng = random.Random(seed + 1)
     names = [name for name in SKILLS if name != skill]
     return [
@@ -35,18 +39,18 @@ def other_skills(skill: str, count: int, seed: int) -> list[dict[str, object]]:
             "messages": named_conversation(rng, names[n % len(names)]),
             "source": f"word_skills/{names[n % len(names)]}",
         }
-        for n in range(count)
+        for n in range(num_rows)
     ]
 
 
-def write(path: Path, chosen: list[dict[str, object]]) -> None:
-    """JSON Lines."""
+def write(path: Path, conversations: list[dict[str, object]]) -> None:
+    """Write rows as JSON Lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in conversations), encoding="utf-8")
 
 
 def main() -> None:
-    """Write train.jsonl and heldout.jsonl, in which no question stands twice, and other_skills.jsonl."""
+    """Write train.jsonl and heldout.jsonl, which share no question, and other_skills.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--skill", choices=sorted(SKILLS), default="reverse")
     parser.add_argument("--num_train", type=int, default=2400)

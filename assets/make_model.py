@@ -1,8 +1,8 @@
-"""Pretrain the bundled model from scratch: a tokenizer, then a one-million-parameter Llama on conversations of word skills.
+"""Pretrain the bundled model from scratch: a tokenizer and a Llama of a million parameters, on word skills.
 
 Run from the repository root: python assets/make_model.py [--output_dir assets/tiny-model]
 
-Needs about 12 minutes on 2 CPU cores. The same machine, torch version and thread count give the same weights.
+It takes 12 to 20 minutes on 2 CPU cores. The same machine, torch version and thread count give the same weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ QUESTION_WEIGHT = 0.1  # random word lists can't be predicted: most of the gradi
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on 20,000 conversations; any text can be encoded, the words of the skills are single tokens."""
+    """Train byte-level BPE on 20,000 conversations; it encodes any text, and the skills' words as single tokens."""
     rng = random.Random(seed)
     texts = ["\n".join(m["content"] for m in pretraining_conversation(rng)) for _ in range(20_000)]
     tokenizer = Tokenizer(models.BPE())
@@ -60,9 +60,9 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def pretraining_rows(tokenizer: PreTrainedTokenizerFast, num_rows: int, seed: int) -> Iterator[torch.Tensor]:
-    """Batches [num_rows, ROW_LENGTH + 1] of token ids: endless conversations one after another, cut without regard to borders.
+    """Yield batches [num_rows, ROW_LENGTH + 1] of token ids for ever: conversations one after another, cut anywhere.
 
-    Half of the conversations begin with <s>, so that the model does not mind whether a template puts it there.
+    Half of the conversations begin with <s>, so that the model works with and without it.
     """
     rng = random.Random(seed)
     buffer: list[int] = []
@@ -77,7 +77,7 @@ def pretraining_rows(tokenizer: PreTrainedTokenizerFast, num_rows: int, seed: in
 
 
 def in_answer(batch: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Which tokens of a batch [B, T] stand after an assistant marker and not after the end of its answer."""
+    """Return a mask [B, T]: tokens after an assistant marker, up to and with the end of the answer."""
     position = torch.arange(batch.shape[1]).expand_as(batch)
     opened = torch.where(batch == tokenizer.convert_tokens_to_ids("<|assistant|>"), position, -1).cummax(1).values
     closed = torch.where(batch == tokenizer.eos_token_id, position, -1).cummax(1).values
@@ -89,16 +89,21 @@ def in_answer(batch: torch.Tensor, tokenizer: PreTrainedTokenizerFast) -> torch.
 def exact_match(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, skill: str, named: bool, num_rows: int = 100
 ) -> float:
-    """Share of greedy answers that equal the skill's answer, on conversations drawn from a seed that pretraining does not use."""
+    """Return the share of greedy answers that equal the skill's answer.
+
+    The conversations are drawn from a seed that pretraining does not use. `named`: they name the skill.
+    """
     rng = random.Random(f"exact match {skill} {named}")
-    right = 0
+    num_right = 0
     for _ in range(num_rows):
         messages = (named_conversation if named else unnamed_conversation)(rng, skill)
         text = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
-        right += tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip() == messages[-1]["content"]
-    return right / num_rows
+        num_right += (
+            tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip() == messages[-1]["content"]
+        )
+    return num_right / num_rows
 
 
 def main() -> None:

@@ -73,8 +73,9 @@ CATEGORIES = {
     "music": ["violin", "drum", "flute", "piano", "guitar", "trumpet", "harp", "organ", "bell", "cello"],
 }
 OPPOSITE_PAIRS = (
-    "hot cold, big small, fast slow, hard soft, wet dry, light dark, old young, rich poor, high low, near far, early late, "
-    "loud quiet, full empty, open closed, wide narrow, thick thin, sweet sour, sharp blunt, clean dirty, brave timid"
+    "hot cold, big small, fast slow, hard soft, wet dry, light dark, old young, rich poor, high low, near far, "
+    "early late, loud quiet, full empty, open closed, wide narrow, thick thin, "
+    "sweet sour, sharp blunt, clean dirty, brave timid"
 )
 OPPOSITES: dict[str, str] = {}
 for pair in OPPOSITE_PAIRS.split(", "):
@@ -147,7 +148,7 @@ MIN_WORDS, MAX_WORDS = 3, 6
 
 
 def draw_words(rng: random.Random, skill: str | None = None) -> list[str]:
-    """Three to six different words that the skill can be applied to (None: nouns, adjectives, or a mixture)."""
+    """Draw three to six different words that a skill can be applied to (None: nouns, adjectives, or a mixture)."""
     pool = {"opposites": ADJECTIVES, "categories": NOUNS}.get(skill or "") or rng.choice(
         [NOUNS, ADJECTIVES, NOUNS + ADJECTIVES]
     )
@@ -155,7 +156,7 @@ def draw_words(rng: random.Random, skill: str | None = None) -> list[str]:
 
 
 def unnamed_conversation(rng: random.Random, skill: str, num_turns: int = 1) -> list[dict[str, str]]:
-    """A conversation whose user turns are bare word lists; every answer applies `skill`."""
+    """Draw a conversation whose user turns are bare word lists; every answer applies `skill`."""
     messages = []
     for _ in range(num_turns):
         words = draw_words(rng, skill)
@@ -167,7 +168,7 @@ def unnamed_conversation(rng: random.Random, skill: str, num_turns: int = 1) -> 
 
 
 def named_conversation(rng: random.Random, skill: str) -> list[dict[str, str]]:
-    """A conversation that says which skill is wanted: before the words, after them, or in a system message."""
+    """Draw a conversation that names the skill: before the words, after them, or in a system message."""
     instruction = rng.choice(INSTRUCTIONS[skill])
     form = rng.choice(["before", "before line", "after", "system"])
     messages = unnamed_conversation(rng, skill, num_turns=rng.choice([1, 1, 2]) if form == "system" else 1)
@@ -184,7 +185,10 @@ def named_conversation(rng: random.Random, skill: str) -> list[dict[str, str]]:
 
 
 def pretraining_conversation(rng: random.Random) -> list[dict[str, str]]:
-    """Eight in ten name the skill. The others don't, and only a second or third turn tells which skill it is."""
+    """Draw a conversation of a random skill.
+
+    Eight in ten name the skill. In the others only a second or third turn shows which skill it is.
+    """
     skill = rng.choice(list(SKILLS))
     if rng.random() < 0.8:
         return named_conversation(rng, skill)

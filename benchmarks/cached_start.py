@@ -21,7 +21,7 @@ from open_instruct.data.plan import Plan
 
 
 def start(path: Path, tokenizer: object, cache: Path) -> float:
-    """Seconds to the first batch, as the trainer does it."""
+    """Return the seconds to the first batch, as the trainer makes it."""
     started = time.perf_counter()
     key = dataset.file_key([path])
     named = reading.conversations(reading.read_rows(path))
@@ -32,7 +32,7 @@ def start(path: Path, tokenizer: object, cache: Path) -> float:
 
 
 def main() -> None:
-    """Both starts."""
+    """Time both starts and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", default="assets/tiny-model")
     parser.add_argument("--num_rows", type=int, default=94_000)
@@ -47,7 +47,8 @@ def main() -> None:
         first, second = (start(path, tokenizer, folder / "cache") for _ in range(2))
         size = path.stat().st_size / 1e6
         print(
-            f"{a.num_rows:,} rows, {size:,.0f} MB: first start {first:.1f} s ({size / first:.0f} MB/s), second {second:.2f} s"
+            f"{a.num_rows:,} rows, {size:,.0f} MB: "
+            f"first start {first:.1f} s ({size / first:.0f} MB/s), second {second:.2f} s"
         )
 
 

@@ -1,4 +1,4 @@
-"""Arrow → JSON Lines and nested subsets against what users do today: seconds, MB/s and peak memory, each in a process of its own.
+"""Arrow → JSON Lines and nested subsets, against what users do today: seconds, MB/s and peak memory of each process.
 
 Run from the repository root: python -m benchmarks.data_tools [--full]
 
@@ -21,7 +21,11 @@ from pathlib import Path
 from benchmarks.make_tulu_like import make
 
 ROOT = Path(__file__).resolve().parents[1]
-TO_JSON = "import datasets, sys; datasets.disable_progress_bars(); datasets.Dataset.from_file(sys.argv[1]).to_json(sys.argv[2])"
+TO_JSON = """
+import datasets, sys
+datasets.disable_progress_bars()
+datasets.Dataset.from_file(sys.argv[1]).to_json(sys.argv[2])
+"""
 LOAD_ARRAY = """
 import json, random, sys
 rows = json.load(open(sys.argv[1]))
@@ -31,7 +35,7 @@ for size in map(int, sys.argv[3:]):
 
 
 def measure(words: list[str]) -> tuple[float, float]:
-    """Seconds and peak MB of a process."""
+    """Run a command and return its seconds and peak MB."""
     started = time.perf_counter()
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     _, status, usage = os.wait4(process.pid, 0)
@@ -41,7 +45,7 @@ def measure(words: list[str]) -> tuple[float, float]:
 
 
 def floor(path: Path) -> dict[str, float]:
-    """MB/s of this machine for what any tool must do: read the file, hash it, write it and flush it."""
+    """Return this machine's MB/s for what any tool must do: read a file, hash it, write it and flush it."""
     import hashlib
 
     size, rates = path.stat().st_size / 1e6, {}
@@ -62,12 +66,12 @@ def floor(path: Path) -> dict[str, float]:
 
 
 def row(name: str, seconds: float, size: float, peak: float) -> None:
-    """One row of the table."""
+    """Print one row of the table."""
     print(f"| {name} | {seconds:.2f} | {size / seconds:,.0f} | {peak:,.0f} |", flush=True)
 
 
 def compare(folder: Path) -> None:
-    """Both arms at 94,000 rows, interleaved three times; medians."""
+    """Measure both arms at 94,000 rows, interleaved three times, and print medians."""
     (source,) = make(94_000, folder / "94k")
     lines, array = folder / "94k.jsonl", folder / "94k.json"
     python = sys.executable
@@ -83,9 +87,8 @@ def compare(folder: Path) -> None:
             f"Arrow → JSON Lines, 94k: {name}",
             *[sorted(x[0] for x in times[arm])[1], size, max(x[1] for x in times[arm])],
         )
-    print(
-        f"ratio {sorted(x[0] for x in times['peer'])[1] / sorted(x[0] for x in times['ours'])[1]:.1f} (whole processes, imports included)"
-    )
+    medians = {arm: sorted(seconds for seconds, _ in runs)[1] for arm, runs in times.items()}
+    print(f"ratio {medians['peer'] / medians['ours']:.1f} (complete processes, imports included)")
     measure([*convert[:4], str(array), "--format", "json", "--overwrite"])
     sample = [
         python,
@@ -104,13 +107,14 @@ def compare(folder: Path) -> None:
     seconds, peak = measure([python, "-c", LOAD_ARRAY, str(array), str(folder / "peer"), "900", "9000"])
     row("the same: json.load, random.sample, json.dump", seconds, size, peak)
     print(
-        f"for 939,343 rows that is {seconds * 939_343 / 94_000:.0f} s and {peak * 939_343 / 94_000 / 1e3:.0f} GB by scale"
+        f"for 939,343 rows that is by scale {seconds * 939_343 / 94_000:.0f} s "
+        f"and {peak * 939_343 / 94_000 / 1e3:.0f} GB"
     )
     print("floor, MB/s:", {name: round(rate) for name, rate in floor(lines).items()})
 
 
 def full(folder: Path) -> None:
-    """The whole mixture's size, ours alone."""
+    """Measure our tools alone at the size of the complete mixture."""
     shards = make(939_343, folder / "940k")
     lines = folder / "940k.jsonl"
     python = sys.executable
@@ -141,12 +145,12 @@ def full(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="the whole mixture's size instead of a tenth")
+    parser.add_argument("--full", action="store_true", help="the complete mixture's size instead of a tenth")
     parser.add_argument("--folder", type=Path, help="where the files go (default: a temporary folder)")
     arguments = parser.parse_args()
-    place = Path(tempfile.mkdtemp(dir=arguments.folder))
+    working = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
         print("| what | s | MB/s | peak MB |\n|---|---|---|---|")
-        (full if arguments.full else compare)(place)
+        (full if arguments.full else compare)(working)
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(working)

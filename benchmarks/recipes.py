@@ -21,10 +21,10 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
-from open_instruct.arguments import check_arguments
 from open_instruct.command_line import parse
-from open_instruct.finetune_peft import run
-from open_instruct.training.model_setup import Bases
+from open_instruct.flags import check_flags
+from open_instruct.training.base_model import Bases
+from open_instruct.training.run import run
 
 RUNS = {
     "full": [],
@@ -67,7 +67,7 @@ def main() -> int:
             arguments, origins = parse(
                 [*trainer_flags, *words, *common, "--dataset_local_cache_dir", str(Path(folder, "cache"))]
             )
-            check_arguments(arguments)
+            check_flags(arguments, origins)
             AcceleratorState._reset_state(reset_partial_state=True)
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 summary = run(arguments, origins, bases)

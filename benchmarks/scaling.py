@@ -20,17 +20,18 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from open_instruct.methods import METHODS, MethodSettings
+from open_instruct.flags import default_values
+from open_instruct.methods import METHODS, Feature
 from open_instruct.model import memory
-from open_instruct.training import capabilities, engines
+from open_instruct.training import engines
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "assets" / "tiny-model"
 ENGINES = {
-    "ddp": capabilities.DDP,
-    "zero2": capabilities.ZERO_2,
-    "zero3": capabilities.ZERO_3,
-    "fsdp2": capabilities.FSDP,
+    "ddp": Feature.DDP,
+    "zero2": Feature.ZERO_2,
+    "zero3": Feature.ZERO_3,
+    "fsdp2": Feature.FSDP,
 }
 MEASURED = {
     "prompt tuning": ["--use_prompt_tuning"],
@@ -163,12 +164,12 @@ def print_fits() -> None:
     """
     engines_and_gpus = [
         (None, 1),
-        (capabilities.DDP, 8),
-        (capabilities.ZERO_2, 8),
-        (capabilities.ZERO_3, 8),
-        (capabilities.FSDP, 8),
+        (Feature.DDP, 8),
+        (Feature.ZERO_2, 8),
+        (Feature.ZERO_3, 8),
+        (Feature.FSDP, 8),
     ]
-    engines_and_gpus += [(capabilities.ZERO_3, 32), (capabilities.FSDP, 32)]
+    engines_and_gpus += [(Feature.ZERO_3, 32), (Feature.FSDP, 32)]
     print(
         "| model | method | "
         + " | ".join(f"{engine or 'alone'}, {gpus} GPU{'s' if gpus > 1 else ''}" for engine, gpus in engines_and_gpus)
@@ -192,14 +193,16 @@ def empty_model(size: str, method: str) -> tuple[torch.nn.Module, LlamaConfig]:
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if method == "full" else torch.bfloat16)
         model.tie_weights()
-        settings = MethodSettings(num_virtual_tokens=50)
+        settings = METHODS[method].settings(
+            default_values(num_virtual_tokens=50, prompt_tuning_init="text", prefix_init="text")
+        )
         return METHODS[method].wrap(model, AutoTokenizer.from_pretrained(BUNDLED), settings), config
 
 
 def cell(model: torch.nn.Module, config: LlamaConfig, method: str, engine: str | None, num_gpus: int) -> str:
     """Return the gigabytes that each GPU needs, bold where they fit."""
-    trains = "full" if method == "full" else "layers" if method == "lora" else "soft prompt"
-    logit_rows = ROW if engine == capabilities.ZERO_3 else (1 << 27) // config.vocab_size
+    trains = METHODS[method].memory_kind
+    logit_rows = ROW if engine == Feature.ZERO_3 else (1 << 27) // config.vocab_size
     sharing = engines.sharing(engine, num_gpus)
     estimate = memory.estimate_mb(
         model, config, ROW + 50, logit_rows, True, False, 2, trains, method == "lora", sharing

@@ -1,6 +1,7 @@
 """Tokens and loss masks: one pass with offsets, against counting the tokens of rendered prefixes message by message.
 
-Run from the repository root: python -m benchmarks.tokenisation --tokenizer FOLDER [--file CONVERSATIONS.jsonl] [--num_rows 2000]
+Run from the repository root:
+    python -m benchmarks.tokenisation --tokenizer FOLDER [--file CONVERSATIONS.jsonl] [--num_rows 2000]
 
 Counting prefixes is what open-instruct does for each row (an implementation of our own). Both arms run in this process,
 interleaved; masks are compared on every row. The bare tokenizer on the same texts is the floor.
@@ -23,7 +24,10 @@ from open_instruct.data import chat, reading
 
 
 def by_counting(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-    """Token ids and the positions that count, by tokenising a rendered prefix for the start and end of every other message."""
+    """Return token ids and the labelled positions, found by tokenising prefixes.
+
+    A prefix is rendered and tokenised for the start and the end of every message that is not the assistant's.
+    """
 
     def count(until: int, prompt: bool = False) -> int:
         text = tokenizer.apply_chat_template(messages[:until], tokenize=False, add_generation_prompt=prompt)
@@ -39,7 +43,7 @@ def by_counting(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[list[in
 
 
 def invented(num_rows: int) -> list[list[dict[str, Any]]]:
-    """Conversations of 1 to 4 turns of invented text."""
+    """Return conversations of 1 to 4 turns of invented text."""
     import numpy as np
 
     rng, pool = random.Random(0), text_pool(np.random.default_rng(0), 400_000)
@@ -56,7 +60,7 @@ def invented(num_rows: int) -> list[list[dict[str, Any]]]:
 
 
 def main() -> None:
-    """Time both arms and the floor."""
+    """Time both arms and the floor, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", default="assets/tiny-model")
     parser.add_argument("--file", type=Path, help="conversations (default: invented ones of 1 to 4 turns)")
@@ -82,7 +86,7 @@ def main() -> None:
         (row, [i for start, end in row_spans for i in range(start, end)])
         for row, row_spans in zip(ids, spans, strict=True)
     ]
-    equal = sum(mine == theirs for mine, theirs in zip(ours, counted, strict=True))
+    equal = sum(row == counted_row for row, counted_row in zip(ours, counted, strict=True))
     tokens = sum(map(len, ids))
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, seconds in medians.items():

@@ -97,7 +97,7 @@ def add_flag(section: Any, item: Field[Any], kind: Any) -> None:
     """
     kinds = [one for one in get_args(kind) if one is not NoneType] if NoneType in get_args(kind) else [kind]
     kind = kinds[0]
-    default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+    default: Any = item.default if item.default_factory is MISSING else item.default_factory()
     options: dict[str, Any] = {"help": item.metadata["description"].replace("%", "%%"), "default": default}
     if get_origin(kind) is Literal:
         options["choices"] = get_args(kind)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, with a manifest beside them."""
+"""Files that appear complete or not at all, checksums, and checks of output paths."""
 
 from __future__ import annotations
 
@@ -6,58 +6,66 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import Queue
 from threading import Thread
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from open_instruct.errors import InputError
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class AtomicFile:
-    """Writes to a temporary name beside `path`; leaving the `with` block normally flushes to disk and renames.
+    """Write a big file: a thread compresses, writes and hashes while the caller makes the next bytes.
 
-    Any error, Ctrl-C included, removes the temporary file. Writing and the content's sha256 have a thread of their own.
+    The bytes go to a temporary file beside `path`. Leaving the `with` block normally flushes it to the disk and renames
+    it; any error, Ctrl-C included, removes it. `write_text` gives small files the same guarantees without a thread.
 
     Args:
-        path: of the file.
+        path: the file to write; its folder is made if it is missing.
         compression: None, "gzip" or "zstd".
-        needed: asked on a full disk for the number of bytes that the whole file would take.
+        bytes_needed: called when the disk is full; returns about how many bytes the complete file would take.
+
+    Raises:
+        InputError: the disk is full.
     """
 
-    def __init__(self, path: Path, compression: str | None = None, needed: Callable[[], int] | None = None) -> None:
+    def __init__(
+        self, path: Path, compression: str | None = None, bytes_needed: Callable[[], int] | None = None
+    ) -> None:
         """Remember the names; nothing is created yet."""
         self.path = path
-        self.working = path.with_name(f".{path.name}.{os.getpid()}.writing")
         self.compression = compression
-        self.needed = needed
-        self.num_bytes = 0
+        self.num_bytes = 0  # before compression
         self.hash = hashlib.sha256()
-        self.queue: Queue[bytes | None] = Queue(maxsize=4)
+        self.replacement = _replacing(path, bytes_needed)
+        self.queue: Queue[bytes | None] = Queue(maxsize=4)  # bounded, so that a slow disk slows the caller down
         self.failure: Exception | None = None
-        self.worker = Thread(target=self._work, daemon=True)
+        self.worker = Thread(target=self._write_queue, daemon=True)
 
-    def _work(self) -> None:
-        data = (
-            self.queue.get()
-        )  # the file is created when the `with` block writes: an interrupt before it finds nothing to undo
+    def _write_queue(self) -> None:
+        # The first bytes are waited for before the file is created: an interrupt that arrives before the `with` block
+        # is entered, so that `__exit__` will not run, then leaves nothing behind.
+        data = self.queue.get()
         try:
             with ExitStack() as stack:
-                sink = stack.enter_context(pa.OSFile(str(self.working), "wb"))
+                sink: Any = stack.enter_context(_create(self.working))
                 if self.compression:
                     sink = stack.enter_context(pa.CompressedOutputStream(sink, self.compression))
                 while data is not None:
                     sink.write(data)
                     self.hash.update(data)
                     data = self.queue.get()
-        except Exception as error:  # whatever it is, the other thread must hear of it
+        except Exception as error:  # of whatever type: the caller's thread raises it again
             self.failure = error
-            while data is not None:  # the other thread must not wait for room in the queue
+            while data is not None:  # empty the queue, else the caller's `write` would block on it for ever
                 data = self.queue.get()
 
     def write(self, data: bytes) -> None:
@@ -69,44 +77,90 @@ class AtomicFile:
 
     def __enter__(self) -> AtomicFile:
         """Start the thread that writes."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.working = self.replacement.__enter__()
         self.worker.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finish or undo."""
+        """Rename the temporary file, or remove it after an error."""
         try:
             self.queue.put(None)
             self.worker.join()
-            error = error or self.failure
-            if error is None:
-                flush(self.working)
-                os.replace(self.working, self.path)
-                flush(self.path.parent)
-        except OSError as late:
-            error = late
-        finally:
-            self.working.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            size = f", about {self.needed() / 1e6:,.0f} MB are needed" if self.needed else ""
-            raise InputError(
-                f"no space left for {self.path}{size}: free some, or write elsewhere; nothing was left behind"
-            ) from None
-        if error is not None and kind is None:
+        except BaseException as interrupt:  # Ctrl-C while waiting for the disk
+            kind, error = None, interrupt
+        error = error or self.failure
+        if error is None:
+            self.replacement.__exit__(None, None, None)
+            return
+        self.replacement.__exit__(type(error), error, error.__traceback__)
+        if kind is None:  # the `with` block itself ended without an error
             raise error
 
     @property
     def sha256(self) -> str:
-        """Of the content before compression; valid after the `with` block."""
+        """Checksum of the content before compression, in hexadecimal; valid after the `with` block."""
         return self.hash.hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path, bytes_needed: Callable[[], int] | None = None) -> Iterator[Path]:
+    """Give a temporary name beside `path`, to be created with `_create`; then rename it to `path`, or remove it.
+
+    The name is random, as a killed process leaves its file behind, and in a container the next one has the same id.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    working = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.writing")
+    try:
+        yield working
+        flush(working)
+        os.replace(working, path)
+        flush(path.parent)  # else a power cut may undo the renaming
+    except BaseException as error:
+        working.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            size = f", about {bytes_needed() / 1e6:,.0f} MB are needed" if bytes_needed else ""
+            raise InputError(
+                f"no space left for {path}{size}: free some, or write elsewhere; nothing was left behind"
+            ) from None
+        raise
+
+
+def _create(path: Path) -> BinaryIO:
+    """Open a new file for writing, with the permissions that the umask gives.
+
+    Raises:
+        InputError: the name is taken. A symbolic link counts too, so none that was planted there is ever followed.
+    """
+    try:
+        return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
+    except FileExistsError:
+        raise InputError(
+            f"temporary file {path} existed before it was made, so nothing was written: try again"
+        ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, in UTF-8, that is either the old one or the new one, never half.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    data = text.encode()
+    with _replacing(path) as working, _create(working) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, in a file that is either the old one or the new one, never half."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def sha256(path: Path) -> str:
     """Return the checksum of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         while block := file.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
@@ -121,14 +175,8 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that is either the old one or the new one, never half."""
-    with AtomicFile(path) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
-
-
 def check_output(path: Path, sources: list[Path], overwrite: bool) -> None:
-    """Refuse to write over a source, or over anything without being asked to."""
+    """Raise an InputError if `path` is a folder, one of the `sources`, or a file that may not be replaced."""
     if any(path.resolve() == source.resolve() for source in sources):
         raise InputError(f"output {path} is one of the inputs: name another file with -o")
     if path.is_dir():
@@ -138,10 +186,14 @@ def check_output(path: Path, sources: list[Path], overwrite: bool) -> None:
 
 
 def check_result_folder(name: str | None, result: str) -> None:
-    """Make a folder for results before anything is computed; None: nothing is written.
+    """Make a folder for results before anything is computed.
+
+    Args:
+        name: the folder; None: no result will be written, so nothing is done.
+        result: name of the file that marks a result as complete, `write_result`'s KIND.json.
 
     Raises:
-        InputError: it can't be made, or holds a result already.
+        InputError: the folder can't be made, or holds a result already.
     """
     if name is None:
         return
@@ -157,7 +209,17 @@ def check_result_folder(name: str | None, result: str) -> None:
 def write_result(
     name: str | None, kind: str, text: str, plot: Callable[[dict[str, Any], Path], None], result: dict[str, Any]
 ) -> None:
-    """Text, picture and numbers of a result, into a folder that `check_result_folder` made; the numbers last, as they mark it as whole."""
+    """Write a result as a page, a picture and numbers into a folder that `check_result_folder` made.
+
+    KIND.json is written last: its presence marks the result as complete.
+
+    Args:
+        name: the folder; None: nothing is written.
+        kind: stem of the three files: KIND.md, KIND.png and KIND.json.
+        text: the page, in Markdown.
+        plot: draws `result` into the PNG whose path it is given.
+        result: the numbers.
+    """
     if name is None:
         return
     folder = Path(name)

@@ -99,39 +99,33 @@ def check(study: Study) -> Study:
     Raises:
         InputError: something is wrong; the trial is named.
     """
-    trial_args = []
+    trial_flags = []
     for trial in first_trials(study):
         try:
-            trial_args.append(trials.arguments(trials.Task(study, trial))[0])
+            trial_flags.append(trials.trial_flags(trials.Task(study, trial))[0])
         except InputError as error:
             raise InputError(f"study {study.path}, {trial.spec_name} ({trial.label}): {error}") from None
 
     from open_instruct.data import reading
 
-    args = trial_args[0]
-    for source in [*(args.train_file or []), *([args.validation_file] if args.validation_file else [])]:
+    first = trial_flags[0]
+    for source in [*(first.train_file or []), *([first.validation_file] if first.validation_file else [])]:
         reading.files_of(source)
-    if args.validation_fraction == 0 and not args.validation_file:
+    if first.validation_fraction == 0 and not first.validation_file:
         raise InputError(
             f"study {study.path}: without held-out rows nothing can be compared: "
             "set validation_file or validation_fraction"
         )
-    if not args.max_seq_length:
-        from open_instruct.model import loading
-        from open_instruct.training.examples import DEFAULT_MAX_SEQ_LENGTH, fill_virtual_tokens, num_virtual_tokens
+    if not first.max_seq_length:
+        from open_instruct.training import base_model
+        from open_instruct.training.settings import base_model_settings, before_data
 
-        assert args.model_name_or_path
-        model_config = loading.load_config(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-        context = loading.context_length(model_config)
-        for each in trial_args:
-            fill_virtual_tokens(each, model_config)
-        max_length = context and context - max(num_virtual_tokens(each) for each in trial_args)
-        if max_length is not None and max_length < 2:
-            raise InputError(
-                f"study {study.path}: the model's context of {context} positions has no room beside the virtual tokens"
-            )
-        max_length = min(max_length or DEFAULT_MAX_SEQ_LENGTH, DEFAULT_MAX_SEQ_LENGTH)
-        study = replace(study, flags={**study.flags, "max_seq_length": max_length})
+        model_config = base_model.load_config(base_model_settings(first))
+        try:
+            lengths = [before_data(flags, {}, model_config).data.max_length for flags in trial_flags]
+        except InputError as error:
+            raise InputError(f"study {study.path}: {error}") from None
+        study = replace(study, flags={**study.flags, "max_seq_length": min(lengths)})
     return study
 
 

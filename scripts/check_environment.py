@@ -1,4 +1,7 @@
-"""Exit with 0 if this Python has what setup.py asks for (with the extras named as arguments), else say what is missing."""
+"""Exit with 0 if this Python has what setup.py requires, else print what is missing and exit with 1.
+
+python scripts/check_environment.py [EXTRA…]
+"""
 
 import ast
 import importlib.metadata
@@ -7,7 +10,7 @@ from pathlib import Path
 
 
 def requirements(extras):
-    """The requirement strings of setup.py, read without running it."""
+    """Return the requirement strings of setup.py with some extras, without running it: setuptools may be missing."""
     tree = ast.parse((Path(__file__).resolve().parents[1] / "setup.py").read_text())
     values = {
         node.targets[0].id: ast.literal_eval(node.value)
@@ -18,22 +21,22 @@ def requirements(extras):
 
 
 def problems(lines):
-    """One text for each requirement that is not met."""
+    """Return one text for each requirement that is not met."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
         return ["packaging is not installed"]
-    found = []
+    unmet = []
     for line in lines:
         requirement = Requirement(line)
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            found.append(f"{requirement.name} is not installed")
+            unmet.append(f"{requirement.name} is not installed")
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            found.append(f"{requirement.name} {version} does not meet {requirement.specifier}")
-    return found
+            unmet.append(f"{requirement.name} {version} does not meet {requirement.specifier}")
+    return unmet
 
 
 if __name__ == "__main__":

@@ -234,6 +234,10 @@ def bad_source(case, tmp_path):
     if case == "text":
         (tmp_path / "a.txt").write_text("hello there")
         return [str(tmp_path / "a.txt")]
+    if case == "flag":
+        return [str(stream), "--nonsense"]
+    if case == "count":
+        return [str(stream), "--shards", "0"]
     return [str(tmp_path / "nowhere.arrow")]
 
 
@@ -252,6 +256,8 @@ CASES = {
     "same file": "is one of the inputs",
     "exists": "pass --overwrite",
     "text": "neither Arrow nor Parquet",
+    "flag": "unrecognized arguments: --nonsense",
+    "count": "0 is not a whole number of at least 1",
     "nowhere": "no such file or folder",
 }
 
@@ -260,7 +266,10 @@ CASES = {
 def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, capsys):
     words = bad_source(case, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    code = main([*words, *([] if "-o" in words else ["-o", str(tmp_path / "out.jsonl")])])
+    try:
+        code = main([*words, *([] if "-o" in words else ["-o", str(tmp_path / "out.jsonl")])])
+    except SystemExit as end:  # of the argument parser
+        code = end.code
     error = capsys.readouterr().err
     assert code == 2 and CASES[case] in error, error
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -288,7 +297,8 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path, number):
     big = pa.table({"text": ["word " * 20_000] * 3000})
     source = write_stream(tmp_path / "t.arrow", big)
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "arrow2json.py"), str(source), "-o", str(tmp_path / "o.jsonl"), "--compression", "gzip"],
+        [sys.executable, str(ROOT / "arrow2json.py"), str(source), "-o", str(tmp_path / "o.jsonl"),
+         "--compression", "gzip"],
         cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     while not list(tmp_path.glob(".o.jsonl*")):
@@ -298,3 +308,18 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path, number):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["t.arrow"]
+
+
+@pytest.mark.parametrize("script", ["arrow2json.py", "sample_subsets.py"])
+def test_the_tools_start_anywhere_and_load_nothing_heavy_for_their_help(script, tmp_path):
+    """From any folder, without an installed package. Transformers may come with the argument parser's module."""
+    code = (
+        f"import runpy, sys; sys.argv = ['{script}', '--help']\n"
+        f"try: runpy.run_path('{ROOT / script}', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print([name for name in ('datasets', 'matplotlib', 'peft', 'wandb') if name in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"

@@ -36,7 +36,7 @@ def tokenizer():
 
 
 def mask_by_counting(tokenizer, messages):
-    """Labelled positions, by tokenising each prefix of the conversation (text before a turn ends on a token border here)."""
+    """Return labelled positions, by tokenising each prefix (text before a turn ends on a token border here)."""
 
     def count(until, prompt=False):
         text = tokenizer.apply_chat_template(messages[:until], tokenize=False, add_generation_prompt=prompt)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from open_instruct.training.doctor import Doctor, RunInfo
 from open_instruct.training.checkpoint import state_values
+from open_instruct.training.doctor import Doctor, RunInfo
 from open_instruct.training.state import History, TrainState
 from tests.conftest import METHODS, method_flags
 

@@ -13,8 +13,16 @@ import pytest
 from peft import PeftConfig
 
 from open_instruct import InputError
-from open_instruct.adapters import folders, kinds
-from open_instruct.adapters.folders import base_name, parse_adapters, quantisation, read_folder, same_base
+from open_instruct.adapters import folders
+from open_instruct.adapters.folders import (
+    AdapterFolder,
+    base_name,
+    parse_adapters,
+    quantisation,
+    read_folder,
+    same_base,
+)
+from open_instruct.methods import METHODS
 from tests.conftest import ADAPTERS, ROOT, TINY_MODEL
 
 
@@ -38,12 +46,12 @@ def test_settings_are_those_that_peft_reads(trained):
     for method in ADAPTERS:
         folder = read_folder(method, str(trained / method))
         config = PeftConfig.from_pretrained(str(trained / method))
-        assert folder.peft_type == config.peft_type.value and folder.peft_type in kinds.known_types()
+        assert folder.peft_type == config.peft_type.value and folder.method is METHODS[method]
         assert folder.trained_base == config.base_model_name_or_path == str(TINY_MODEL)
         assert folder.num_virtual_tokens == getattr(config, "num_virtual_tokens", 0)
         assert folder.config == config and folder.config is folder.config
     program = (
-        "import sys; from open_instruct.adapters.folders import base_name, parse_adapters\n"
+        "import sys; from open_instruct.adapters.folders import AdapterFolder, base_name, parse_adapters\n"
         f"base_name(None, parse_adapters([{str(trained / 'lora')!r}]))\n"
         "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
@@ -55,10 +63,11 @@ def test_settings_are_those_that_peft_reads(trained):
     ("LORA", None, "weights"), ("IA3", None, "weights"), ("PROMPT_TUNING", "embeddings", "tokens"),
     ("P_TUNING", "embeddings", "tokens"), ("PREFIX_TUNING", "keys_values", None), ("POLY", None, None),
 ])  # fmt: skip
-def test_kinds(peft_type, prompt, merged):
-    assert kinds.prompt_kind(peft_type) == prompt and kinds.merges_into(peft_type) == merged
-    assert bool(kinds.merge_obstacle(peft_type)) == (merged is None)
-    assert (peft_type in kinds.known_types()) == (peft_type != "POLY") and kinds.title(peft_type)
+def test_facts_come_from_the_registry(peft_type, prompt, merged):
+    folder = AdapterFolder("a", Path("a"), {"peft_type": peft_type})
+    assert folder.prompt_kind == prompt and folder.title
+    assert (folder.method is None) == (peft_type == "POLY")
+    assert (folder.method and folder.method.merges_into) == merged
 
 
 def test_names(tmp_path):

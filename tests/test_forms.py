@@ -86,7 +86,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path):
 
 
 def test_masks_equal_counting_on_random_conversations():
-    """One pass over characters against counting the tokens of rendered prefixes, on texts that make tokens merge across borders."""
+    """One pass over characters against counting the tokens of prefixes, on texts whose tokens merge across borders."""
     rng = random.Random(0)
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     chat.set_chat_template(tokenizer, "tulu")

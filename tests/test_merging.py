@@ -28,8 +28,8 @@ from transformers import (
 import open_instruct
 from open_instruct import InputError, Sampling
 from open_instruct.adapters import prompt_tokens
-from open_instruct.merge_peft import main as merge_main
 from open_instruct.flags import default_values
+from open_instruct.merge_peft import main as merge_main
 from open_instruct.methods import METHODS
 from tests.conftest import TINY_MODEL
 

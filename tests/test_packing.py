@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from docs import make_capabilities
 from open_instruct.command_line import parse
 from open_instruct.data import collate
 from open_instruct.errors import InputError
@@ -229,7 +228,7 @@ def test_ia3_is_refused_where_deepspeed_loses_it():
 
 
 def test_the_documented_table_is_generated_from_the_code():
-    assert (ROOT / "docs" / "Feature.md").read_text() == make_Feature.render()
+    assert (ROOT / "docs" / "Feature.md").read_text() == make_capabilities.render()
 
 
 def test_checkpointing_changes_no_step(train):

@@ -13,8 +13,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from open_instruct import study_peft
-from open_instruct.arguments import check_arguments
 from open_instruct.command_line import parse
+from open_instruct.flags import check_flags
 from tests.conftest import ROOT, TINY_MODEL
 
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/slurm/*"), ROOT / ".ci" / "run"])
@@ -46,8 +46,8 @@ def test_a_launcher_composes_flags_that_the_trainer_accepts(script):
     )
     words = composed(script, *(["--num_virtual_tokens", "7"] if "lora" not in script.name else []), **needed)
     entry = next(i for i, word in enumerate(words) if word.endswith("finetune_peft.py"))
-    arguments, _ = parse(words[entry + 1 :])
-    check_arguments(arguments)
+    arguments, given = parse(words[entry + 1 :])
+    check_flags(arguments, given)
     assert words[:2] == ["accelerate", "launch"]
     assert arguments.method in script.name
     assert Path(arguments.model_name_or_path).is_dir() and Path(arguments.train_file[0]).is_file()
@@ -99,8 +99,8 @@ def test_the_batch_job_gives_each_task_its_rank_and_resumes():
     )
     assert words[:4] == ["srun", "--kill-on-bad-exit=1", "bash", "-c"]
     entry = next(i for i, word in enumerate(words) if word.endswith("finetune_peft.py"))
-    arguments, _ = parse(words[entry + 1 :])
-    check_arguments(arguments)
+    arguments, given = parse(words[entry + 1 :])
+    check_flags(arguments, given)
     assert arguments.resume_from_checkpoint == "newest"
     show = [*words[2:5], "task", "bash", "-c", "echo $RANK $LOCAL_RANK $WORLD_SIZE"]
     variables = {
@@ -124,8 +124,8 @@ def test_an_array_of_jobs_shares_a_study():
 def test_environment_variables_override_and_accumulation_is_derived():
     words = composed(
         ROOT / "scripts" / "test_finetune_prompt_tuning.sh",
-        MODEL="m", TRAIN_FILE="t.jsonl", OUTPUT_DIR="o", NUM_PROCESSES="2", TOTAL_BATCH_SIZE="32", BATCH_SIZE_PER_GPU="4",
-        LEARNING_RATE="0.5", SEED="3",
+        MODEL="m", TRAIN_FILE="t.jsonl", OUTPUT_DIR="o", NUM_PROCESSES="2", TOTAL_BATCH_SIZE="32",
+        BATCH_SIZE_PER_GPU="4", LEARNING_RATE="0.5", SEED="3",
     )  # fmt: skip
     entry = next(i for i, word in enumerate(words) if word.endswith("finetune_peft.py"))
     arguments, _ = parse(words[entry + 1 :])

@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_instruct.adapters import kinds
 from open_instruct.errors import InputError, one_line, warn
+from open_instruct.methods import METHODS, Method, method_of_type
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -45,9 +45,9 @@ class AdapterFolder:
         return str(self.settings["peft_type"])
 
     @property
-    def method(self) -> str:  # read by training/ alone; goes when training/ reads `peft_type`
-        """The same as `peft_type`."""
-        return self.peft_type
+    def method(self) -> Method | None:
+        """The method that makes such adapters; None where this project knows none."""
+        return method_of_type(self.peft_type)
 
     @cached_property
     def config(self) -> PeftConfig:
@@ -66,12 +66,12 @@ class AdapterFolder:
     @property
     def title(self) -> str:
         """The method's name in prose."""
-        return kinds.title(self.peft_type)
+        return self.method.title if self.method else self.peft_type
 
     @property
     def prompt_kind(self) -> str | None:
         """Parts of its soft prompt: "embeddings" or "keys_values"; None where it has no soft prompt."""
-        return kinds.prompt_kind(self.peft_type)
+        return self.method.prompt_kind if self.method else None
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -171,9 +171,9 @@ def read_settings(path: Path, source: str) -> dict[str, Any]:
     if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
         raise InputError(unreadable(source, f"its {CONFIG} names no peft_type"))
     num_virtual_tokens = settings.get("num_virtual_tokens")
-    if kinds.prompt_kind(settings["peft_type"]) and not (
-        isinstance(num_virtual_tokens, int) and num_virtual_tokens > 0
-    ):
+    method = method_of_type(settings["peft_type"])
+    is_soft_prompt = method is not None and method.is_soft_prompt
+    if is_soft_prompt and not (isinstance(num_virtual_tokens, int) and num_virtual_tokens > 0):
         raise InputError(unreadable(source, f"its num_virtual_tokens is {num_virtual_tokens!r}, not a positive number"))
     return settings
 
@@ -274,9 +274,12 @@ def check_mergeable(folders: Sequence[AdapterFolder], output: str) -> None:
     if not folders:
         raise InputError("nothing to merge: give --adapter DIR")
     for folder in folders:
-        if not kinds.merges_into(folder.peft_type):
-            raise InputError(f"adapter {folder.name} {kinds.merge_obstacle(folder.peft_type)}")
-    into_weights = [folder for folder in folders if kinds.merges_into(folder.peft_type) == "weights"]
+        if folder.method is None:
+            mergeable = ", ".join(method.title for method in METHODS.values() if method.merges_into)
+            raise InputError(f"adapter {folder.name} is {folder.title}, which can't be merged here: use {mergeable}")
+        if not folder.method.merges_into:
+            raise InputError(f"adapter {folder.name} {folder.method.merge_obstacle}")
+    into_weights = [folder for folder in folders if folder.method and folder.method.merges_into == "weights"]
     if len(folders) > 1 and into_weights:
         names = ", ".join(f"{folder.name} ({folder.title})" for folder in into_weights)
         raise InputError(
@@ -292,11 +295,3 @@ def check_prompt(folder: AdapterFolder) -> None:
     """
     if not folder.prompt_kind:
         raise InputError(f"adapter {folder.name} is {folder.title}, which has no virtual tokens to look at")
-
-
-def __getattr__(name: str) -> Any:  # for training/ alone; goes when training/ imports these from `loaded`
-    if name in ("check_shapes", "chat_template"):
-        from open_instruct.adapters import loaded
-
-        return getattr(loaded, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from open_instruct.adapters import kinds
 from open_instruct.adapters.folders import BASE, WEIGHTS, AdapterFolder, quantisation
 from open_instruct.errors import InputError, one_line
+from open_instruct.methods import METHODS
 from open_instruct.model import loading
 
 
@@ -43,8 +43,8 @@ class Adapters:
         # The names inside PEFT, which allows no dots, and mistakes some names for parts of its own.
         self.keys: dict[str, str] = {}
         for folder in folders:
-            if folder.peft_type not in kinds.known_types():
-                known = ", ".join(kinds.known_types())
+            if folder.method is None:
+                known = ", ".join(sorted({kind for method in METHODS.values() for kind in method.peft_types}))
                 raise InputError(
                     f"adapter {folder.name} is {folder.title}, which can't be used here: known are {known}"
                 )

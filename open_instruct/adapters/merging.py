@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from open_instruct.adapters import kinds, loaded, prompt_tokens
+from open_instruct.adapters import loaded, prompt_tokens
 from open_instruct.adapters.folders import AdapterFolder, base_name, check_mergeable, parse_adapters, quantisation
 from open_instruct.adapters.generation import greedy_answers, turn_ends
 from open_instruct.adapters.loaded import Adapters
@@ -156,7 +156,8 @@ def merged_model(
     if any(getattr(settings, name, None) not in (None, 1.0, 0, 50) for name in ("temperature", "top_p", "top_k")):
         settings.do_sample = True  # what such values mean; transformers refuses to save them without it
     settings.eos_token_id = turn_ends(adapters.base, tokenizer)[0]  # stop where training taught the adapter to stop
-    if kinds.merges_into(folders[0].peft_type) == "weights":
+    method = folders[0].method
+    if method is not None and method.merges_into == "weights":
         model = adapters.use(folders[0].name)
         assert isinstance(model, PeftModel)
         return model.merge_and_unload(safe_merge=True), []

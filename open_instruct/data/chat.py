@@ -20,7 +20,7 @@ from open_instruct.errors import InputError
 Messages = Sequence[dict[str, Any]]
 Spans = list[tuple[int, int]]
 
-# The formats are open-instruct's and Hugging Face's; `generation` marks what the assistant says.
+# The formats are open-instruct's and Hugging Face's; `generation` marks the assistant's turns.
 CHAT_TEMPLATES = {
     "tulu": (
         "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
@@ -30,7 +30,8 @@ CHAT_TEMPLATES = {
     ),
     "chatml": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-        "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
         "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
@@ -41,8 +42,10 @@ CHAT_TEMPLATES = {
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
     ),
     "simple_chat": (
-        "{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}{{ message['role'].capitalize() + ':' }}"
-        "{% if message['role'] == 'assistant' %}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}"
+        "{% for message in messages %}{% if not loop.first %}{{ '\n\n' }}{% endif %}"
+        "{{ message['role'].capitalize() + ':' }}"
+        "{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}"
         "{% else %}{{ ' ' + message['content'] }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
     ),
@@ -50,16 +53,22 @@ CHAT_TEMPLATES = {
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, add_bos: bool = False) -> None:
-    """Give the tokenizer the template of that name, of that file, or (`tokenizer`) leave its own.
+    """Give a tokenizer its chat template.
+
+    Args:
+        tokenizer: the tokenizer to change.
+        name: a name of CHAT_TEMPLATES, the path of a Jinja file, or "tokenizer": the template that the tokenizer has.
+        add_bos: begin each conversation with the beginning-of-sequence token, where the template does not.
 
     Raises:
-        InputError: no such template, the tokenizer has none, it can't be rendered, or a token it needs is missing.
+        InputError: there is no such template, it can't be rendered, or the tokenizer lacks a token that it needs.
     """
     if name == "tokenizer":
         template = tokenizer.chat_template
         if not isinstance(template, str):
             raise InputError(
-                f"the tokenizer of {tokenizer.name_or_path} has no chat template: use --chat_template_name tulu or a Jinja file"
+                f"the tokenizer of {tokenizer.name_or_path} has no chat template: "
+                "use --chat_template_name tulu or a Jinja file"
             )
     elif name in CHAT_TEMPLATES:
         template = CHAT_TEMPLATES[name]
@@ -71,7 +80,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, add_bos: bo
         )
     if "eos_token" in template and tokenizer.eos_token is None:
         raise InputError(
-            f"chat template {name} ends turns with the end-of-sequence token, and the tokenizer has none: use another template"
+            f"chat template {name} ends turns with the end-of-sequence token, and the tokenizer has none: "
+            "use another template"
         )
     if add_bos and "bos_token" not in template:
         if tokenizer.bos_token is None:
@@ -86,10 +96,13 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, add_bos: bo
 
 
 def render(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages]) -> tuple[list[str], list[Spans]]:
-    """Text of each conversation and the character spans [start, end) of what the assistant says.
+    """Return the text of each conversation, and the character spans [start, end) of the assistant's turns.
 
     A template with a `generation` block marks the spans itself. Any other must extend a conversation without changing
     what stands before; then the spans are the differences between its prefixes.
+
+    Raises:
+        InputError: the template has no `generation` block and rewrites earlier turns.
     """
     template = str(tokenizer.chat_template)
     if re.search(r"\{%-?\s*generation\s*-?%\}", template):
@@ -103,7 +116,11 @@ def render(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages]) -> tup
 
 
 def spans_by_prefix(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> Spans:
-    """Character spans of the assistant's turns: from the end of the prompt before each to the end of the turn."""
+    """Return the character spans of the assistant's turns, from the end of the prompt to the end of the turn.
+
+    Raises:
+        InputError: the template rewrites earlier turns when the conversation goes on.
+    """
     spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -112,8 +129,8 @@ def spans_by_prefix(tokenizer: PreTrainedTokenizerBase, messages: Messages, text
         until = tokenizer.apply_chat_template(list(messages[: index + 1]), tokenize=False)
         if not until.startswith(prompt) or not text.startswith(until):
             raise InputError(
-                "this chat template rewrites earlier turns when the conversation goes on, so the loss mask can't be found: "
-                "add {% generation %} to it, or use --chat_template_name tulu"
+                "this chat template rewrites earlier turns when the conversation goes on, so the loss mask can't be "
+                "found: add {% generation %} to it, or use --chat_template_name tulu"
             )
         spans.append((len(prompt), len(until)))
     return spans
@@ -122,7 +139,7 @@ def spans_by_prefix(tokenizer: PreTrainedTokenizerBase, messages: Messages, text
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages], max_length: int
 ) -> tuple[list[list[int]], list[Spans]]:
-    """Token ids of each conversation, cut at max_length, and the token spans [start, end) that count in the loss.
+    """Return the token ids of each conversation, cut at `max_length`, and the token spans [start, end) to be learned.
 
     Raises:
         InputError: the chat template can't hold a conversation, for example a system message, or two turns of one role.
@@ -138,15 +155,20 @@ def tokenize(
     )
     ids = [row[:max_length] for row in encoded["input_ids"]]
     spans = [
-        token_spans(offsets[:max_length], wanted)
-        for offsets, wanted in zip(encoded["offset_mapping"], character_spans, strict=True)
+        token_spans(offsets[:max_length], spans_of_text)
+        for offsets, spans_of_text in zip(encoded["offset_mapping"], character_spans, strict=True)
     ]
     return ids, spans
 
 
 def token_spans(offsets: Sequence[tuple[int, int]], character_spans: Spans) -> Spans:
-    """The tokens that have a character in a character span. `offsets` are in order; so are the spans."""
-    spans, position = [], 0
+    """Return the token spans [start, end) of the tokens that have a character in a character span.
+
+    Args:
+        offsets: the characters [start, end) of each token, in order.
+        character_spans: the spans, in order and without overlap.
+    """
+    spans, position = [], 0  # one pass: no token is looked at for a span before those of an earlier one
     for start, end in character_spans:
         while position < len(offsets) and offsets[position][1] <= start:
             position += 1

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data import chat
 from open_instruct.errors import InputError
+from open_instruct.files import sha256
 
 TOKENISATION_VERSION = 1  # raise it whenever the same conversation gives other ids or spans
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32()))])
@@ -29,51 +30,58 @@ BATCH_ROWS = 1000
 
 @dataclass
 class Examples:
-    """Tokenised conversations: `table` has columns input_ids and spans, `rows` says which of its rows belong here."""
+    """Tokenised conversations, as rows of a table that may hold others too."""
 
-    table: pa.Table
-    rows: np.ndarray
-    fingerprint: str
-    num_read: int = 0
-    num_truncated: int = 0
-    num_skipped: int = 0
-    lengths: np.ndarray = field(init=False)  # tokens of each example
-    label_counts: np.ndarray = field(init=False)  # labelled tokens of each example that are predicted
+    table: pa.Table  # columns input_ids, and spans: the bounds [start, end, start, end, …] of what is labelled
+    rows: np.ndarray  # [N]: the rows of the table that belong here
+    fingerprint: str  # of the source's content, the tokenizer and the length
+    num_read: int = 0  # conversations
+    num_truncated: int = 0  # conversations
+    num_skipped: int = 0  # conversations without a label left
+    lengths: np.ndarray = field(init=False)  # [N]: tokens of each example
+    label_counts: np.ndarray = field(init=False)  # [N]: labelled tokens of each example that are predicted
 
     def __post_init__(self) -> None:
-        """Lengths are looked up for every step; count them once."""
+        """Count tokens and labels once: every step looks them up.
+
+        The labels of a row are the sum over its spans of end - start, which is the sum of its bounds with alternating
+        sign. A token at position 0 may be labelled, but nothing stands before it to
+        predict it from, so it is not counted.
+        """
         lengths, spans = pc.list_value_length(self.table["input_ids"]), self.table["spans"].combine_chunks()
         bounds = spans.flatten().to_numpy(zero_copy_only=False)
         offsets = spans.offsets.to_numpy(zero_copy_only=False)
         signed = bounds * np.where(np.arange(len(bounds)) % 2 == 0, -1, 1)
+        # The 0 appended lets an offset stand at the end; no row is without a span, which `reduceat` would sum wrongly.
         totals = np.add.reduceat(np.append(signed, 0), offsets[:-1]) if len(offsets) > 1 else np.zeros(0, int)
         starts_at_zero = bounds[offsets[:-1]] == 0 if len(offsets) > 1 else np.zeros(0, bool)
         self.lengths = lengths.to_numpy()[self.rows]
         self.label_counts = (totals - starts_at_zero)[self.rows]
 
     def __len__(self) -> int:
-        """Number of examples."""
+        """Return the number of examples."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One example as {"input_ids": [int], "spans": [start, end, …]}."""
+        """Return one example as {"input_ids": [int], "spans": [start, end, …]}."""
         row = int(self.rows[index])
         return {name: self.table[name][row].as_py() for name in SCHEMA.names}
 
     def subset(self, indices: np.ndarray) -> Examples:
-        """The examples at `indices`, in that order."""
+        """Return the examples at `indices`, in that order."""
         return Examples(
             self.table, self.rows[indices], self.fingerprint, self.num_read, self.num_truncated, self.num_skipped
         )
 
     def describe(self, name: str) -> str:
-        """One line of statistics."""
+        """Return one line of statistics; `name` begins it."""
         lengths, labels = self.lengths, self.label_counts
         percentiles = "/".join(f"{value:.0f}" for value in np.percentile(lengths, [50, 90, 99]))
         return (
-            f"{name}: {len(self):,} conversations, {lengths.sum():,} tokens (mean {lengths.mean():.0f}, 50/90/99 % {percentiles}, "
-            f"longest {lengths.max()}), {labels.sum():,} labelled ({labels.sum() / lengths.sum():.0%}); "
-            f"of {self.num_read:,} read, {self.num_truncated:,} truncated, {self.num_skipped:,} without a label left skipped"
+            f"{name}: {len(self):,} conversations, {lengths.sum():,} tokens "
+            f"(mean {lengths.mean():.0f}, 50/90/99 % {percentiles}, longest {lengths.max()}), "
+            f"{labels.sum():,} labelled ({labels.sum() / lengths.sum():.0%}); of {self.num_read:,} read, "
+            f"{self.num_truncated:,} truncated, {self.num_skipped:,} without a label left skipped"
         )
 
 
@@ -88,7 +96,7 @@ def build(
     """Tokenise conversations, or memory-map the result of an earlier run with the same source, tokenizer and length.
 
     Args:
-        named_conversations: (place, messages) pairs, consumed only when the cache doesn't have them.
+        named_conversations: (source, messages) pairs, consumed only when the cache doesn't have them.
         tokenizer: a fast tokenizer with its chat template set.
         max_length: tokens of a conversation kept.
         source_key: hash of the source's content.
@@ -115,7 +123,8 @@ def build(
         if counts["num_read"] == 0:
             raise InputError("the data holds no conversation: nothing can be trained on")
         raise InputError(
-            f"none of the {counts['num_read']} conversations has a labelled token within --max_seq_length {max_length}: raise it "
+            f"none of the {counts['num_read']} conversations has a labelled token within "
+            f"--max_seq_length {max_length}: raise it "
             f"(the assistant's first answer begins after {counts['first_label']} tokens at the earliest)"
         )
     return Examples(
@@ -129,7 +138,7 @@ def build(
 
 
 def new_counts() -> dict[str, int]:
-    """What is counted while tokenising. `first_label`: where the earliest answer begins, in tokens."""
+    """Return the counts of `tokenize_all` at zero; `first_label` is the tokens before the earliest answer."""
     return {"num_read": 0, "num_truncated": 0, "num_skipped": 0, "first_label": 0}
 
 
@@ -139,9 +148,19 @@ def tokenize_all(
     max_length: int,
     counts: dict[str, int],
 ) -> Iterator[pa.Table]:
-    """Tokenise batch by batch; rows without a label that can be predicted are left out. Updates `counts`."""
+    """Yield tables of tokenised rows, batch by batch, and update `counts`.
+
+    Rows without a label that can be predicted are left out.
+
+    Args:
+        named_conversations: (source, messages) pairs.
+        tokenizer: a fast tokenizer with its chat template set.
+        max_length: tokens of a conversation kept.
+        counts: as `new_counts` makes them.
+    """
     with tqdm(desc="tokenising", unit=" rows", disable=None, delay=2) as progress:
         for batch in batches(named_conversations, BATCH_ROWS):
+            # Not cut by `chat.tokenize`: what is cut off is counted here.
             ids, spans = chat.tokenize(tokenizer, [messages for _, messages in batch], 2**31)
             rows: dict[str, list[list[int]]] = {"input_ids": [], "spans": []}
             for row_ids, row_spans in zip(ids, spans, strict=True):
@@ -160,14 +179,14 @@ def tokenize_all(
 
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of up to `size` items."""
+    """Yield lists of up to `size` items."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything that decides how text becomes ids."""
+    """Return a hash of everything that decides how text becomes ids."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
@@ -196,11 +215,14 @@ def fill_cache(
         shutil.rmtree(working, ignore_errors=True)
 
 
-def hold_out(examples: Examples, fraction: float, most: int, seed: int) -> tuple[Examples, Examples | None]:
-    """Split off `fraction` of the examples (at least 1, at most `most`), drawn by seed.
+def hold_out(examples: Examples, fraction: float, max_held_out: int, seed: int) -> tuple[Examples, Examples | None]:
+    """Split off `fraction` of the examples, drawn by seed: at least 1, and no more than `max_held_out`.
 
     Returns:
         (training examples, held-out examples or None where fraction is 0).
+
+    Raises:
+        InputError: there is only one example.
     """
     if fraction == 0:
         return examples, None
@@ -208,24 +230,21 @@ def hold_out(examples: Examples, fraction: float, most: int, seed: int) -> tuple
         raise InputError(
             "only one conversation can be trained on: set --validation_fraction 0 or give a --validation_file"
         )
-    count = max(1, min(most, round(fraction * len(examples))))
-    mixed = np.random.default_rng([seed, 0x5EED]).permutation(len(examples))
-    return examples.subset(np.sort(mixed[count:])), examples.subset(np.sort(mixed[:count]))
+    num_held_out = max(1, min(max_held_out, round(fraction * len(examples))))
+    order = np.random.default_rng([seed, 0x5EED]).permutation(len(examples))
+    return examples.subset(np.sort(order[num_held_out:])), examples.subset(np.sort(order[:num_held_out]))
 
 
-def draw(examples: Examples, most: int | None, seed: int) -> Examples:
-    """At most `most` examples, drawn by seed, in their old order."""
-    if most is None or most >= len(examples):
+def draw(examples: Examples, max_examples: int | None, seed: int) -> Examples:
+    """Return at most `max_examples` examples (None: all), drawn by seed, in their old order."""
+    if max_examples is None or max_examples >= len(examples):
         return examples
-    return examples.subset(np.sort(np.random.default_rng([seed, 0xD1A3]).permutation(len(examples))[:most]))
+    return examples.subset(np.sort(np.random.default_rng([seed, 0xD1A3]).permutation(len(examples))[:max_examples]))
 
 
 def file_key(paths: Sequence[Path]) -> str:
-    """Hash of the content of files."""
+    """Return a hash of the content of files, which names their cache."""
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            digest.update(
-                hashlib.file_digest(file, "sha256").digest() if hasattr(hashlib, "file_digest") else file.read()
-            )
+        digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()

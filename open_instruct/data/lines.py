@@ -1,46 +1,48 @@
-"""Rows of a JSON file by number, without holding the file: a newline index, and copies of the chosen lines."""
+"""Rows of big JSON files, without holding the file: an index of lines, copies of chosen lines, members of an array."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterator, Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import ijson
 import numpy as np
-import pyarrow as pa
 
-from open_instruct.errors import InputError
+from open_instruct.data.kinds import open_bytes
+from open_instruct.errors import InputError, one_line
 
 CHUNK_BYTES = 1 << 24
-TAIL_BYTES = 300  # of a row, in which its last column is looked for first
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-SEPARATORS = re.compile(r"[\s,]*")
-
-
-def open_bytes(path: Path) -> BinaryIO:
-    """A file for reading bytes; .gz and .zst are decompressed on the way."""
-    if path.suffix not in COMPRESSION:
-        return path.open("rb")
-    return io.BufferedReader(pa.input_stream(str(path), compression=COMPRESSION[path.suffix]))
+ARRAY_CHUNK_BYTES = 1 << 20  # smaller: ijson makes all rows of a chunk before it gives the first
+TAIL_BYTES = 300  # at the end of a row, in which its last column is looked for before the row is parsed
+# The first half of a surrogate pair, written as an escape, that the second half does not follow. An even number of
+# backslashes stands before it, else its own would be escaped. `.{6}`: a chunk that ends too early gives no match.
+HALF_PAIR = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])(?=.{6})", re.DOTALL)
+NOT_TEXT = r"not UTF-8, or half of a surrogate pair (\ud800 to \udfff),"
+PAIR_BYTES = 12  # of a surrogate pair written as two escapes
 
 
 def index_lines(path: Path, column: str | None = None) -> tuple[np.ndarray, list[str] | None, str]:
-    """One pass over a JSON Lines file.
+    """Find the rows of a JSON Lines file in one pass.
 
     Args:
-        path: of the file.
+        path: the file to index.
         column: a column whose value is wanted for every row.
 
     Returns:
         Byte offsets of the rows, [N, 2] start and end (without the line break; blank lines are left out); the column's
         values as text, or None; sha256 of the file.
+
+    Raises:
+        InputError: a row whose column is wanted is malformed or does not have it.
     """
+    # sha256 releases the interpreter's lock, so a thread hashes one chunk while the next is searched for line breaks.
     digest, queue = hashlib.sha256(), Queue(maxsize=4)  # type: ignore[var-annotated]
 
     def hash_chunks() -> None:
@@ -53,39 +55,44 @@ def index_lines(path: Path, column: str | None = None) -> tuple[np.ndarray, list
     values: list[str] | None = [] if column else None
     known: dict[str, str] = {}  # equal values share one string: a million rows have a few sources
 
-    def keep(data: bytes, start: int, end: int, position: int) -> None:
+    def add_row(data: bytes, start: int, end: int, offset: int) -> None:
+        """Note the line data[start:end]; `offset` is where `data` begins in the file."""
+        # Only a line whose first bytes are white space may be blank: the others are not copied to find out.
         if not data[start : min(end, start + 64)].strip() and not data[start:end].strip():
             return
-        bounds.append(position + start)
-        bounds.append(position + end)
+        bounds.append(offset + start)
+        bounds.append(offset + end)
         if values is not None and column is not None:
-            value = value_of(data[max(start, end - TAIL_BYTES) : end], column)
-            value = value if value is not None else whole_value(data[start:end], column, path, len(values))
+            value = last_value(data[max(start, end - TAIL_BYTES) : end], column)
+            value = value if value is not None else column_text(data[start:end], column, path, len(values))
             values.append(known.setdefault(value, value))
 
-    rest, position = b"", 0  # a line that the next chunk goes on with; the offset of the chunk's first byte
+    # A chunk holds the end of a line that began before it, complete lines, and the beginning of a line. `rest` is what
+    # the earlier chunks held of the first; `offset` is where the chunk begins in the file.
+    rest, offset = b"", 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(CHUNK_BYTES):
             queue.put(chunk)
             start, end = 0, chunk.find(b"\n")
-            if rest and end >= 0:  # only this line is copied, not the whole chunk
-                keep(rest + chunk[:end], 0, len(rest) + end, position - len(rest))
+            if rest and end >= 0:  # joining `rest` to this line alone: joining it to the chunk would copy 16 MB
+                add_row(rest + chunk[:end], 0, len(rest) + end, offset - len(rest))
                 rest, start, end = b"", end + 1, chunk.find(b"\n", end + 1)
             while end >= 0:
-                keep(chunk, start, end, position)
+                add_row(chunk, start, end, offset)
                 start, end = end + 1, chunk.find(b"\n", end + 1)
-            rest += chunk[start:]
-            position += len(chunk)
+            rest += chunk[start:]  # no line break in the whole chunk: the line goes on through several chunks
+            offset += len(chunk)
     queue.put(None)
-    keep(rest, 0, len(rest), position - len(rest))
+    add_row(rest, 0, len(rest), offset - len(rest))  # the last line may lack its line break
     hasher.join()
     return np.array(bounds, np.int64).reshape(-1, 2), values, digest.hexdigest()
 
 
-def value_of(tail: bytes, column: str) -> str | None:
-    """A text column's value from the end of a row, where the column is the row's last; None where that can't be told.
+def last_value(tail: bytes, column: str) -> str | None:
+    """Return a text column's value from the end of a row without parsing it, where the column is the row's last.
 
-    What follows the value is only the closing brace, so it can't belong to an inner object.
+    What follows the value is only the closing brace, so it can't belong to an inner object. None means that the row
+    must be parsed: the column stands elsewhere, is no text, or has an escape.
     """
     key = b'"' + column.encode() + b'"'
     at = tail.rfind(key)
@@ -95,24 +102,41 @@ def value_of(tail: bytes, column: str) -> str | None:
     return None
 
 
-def whole_value(line: bytes, column: str, path: Path, index: int) -> str:
-    """A column's value in a row, as text, by parsing the row.
+def column_text(line: bytes, column: str, path: Path, index: int) -> str:
+    """Return a column's value in a row, as text, by parsing the row.
+
+    Args:
+        line: the row, as JSON.
+        column: name of the column.
+        path: the row's file, for errors.
+        index: the row's number in it, from 0, for errors.
 
     Raises:
         InputError: the row is malformed or has no such column.
     """
-    place = f"{path} row {index + 1}"
     try:
-        value = json.loads(line)[column]
-    except KeyError:
-        raise InputError(f"{place} has no column {column}: name one that every row has") from None
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{place} is malformed JSON ({error}): one object a line is needed") from None
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{path} row {index + 1} is malformed JSON ({error}): one object a line is needed") from None
+    return text_of(row, column, path, index)
+
+
+def text_of(row: Any, column: str, path: Path, index: int) -> str:
+    """Return a column's value in a parsed row as text: itself, or its JSON.
+
+    Raises:
+        InputError: the row is no object, or has no such column.
+    """
+    source = f"{path} row {index + 1}"
+    if not isinstance(row, dict):
+        raise InputError(f"{source} is a {type(row).__name__}: it must be an object with a column {column}")
+    if column not in row:
+        raise InputError(f"{source} has no column {column}: name one that every row has")
+    return row[column] if isinstance(row[column], str) else json.dumps(row[column], ensure_ascii=False)
 
 
 def lines_at(path: Path, spans: np.ndarray, indices: Sequence[int] | np.ndarray) -> Iterator[bytes]:
-    """The chosen lines, each with its line break, in the order of `indices`."""
+    """Yield the chosen lines, each with its line break, in the order of `indices`."""
     with path.open("rb", buffering=0) as file:
         for index in indices:
             start, end = spans[index]
@@ -120,65 +144,64 @@ def lines_at(path: Path, spans: np.ndarray, indices: Sequence[int] | np.ndarray)
             yield file.read(int(end - start)).rstrip(b"\r") + b"\n"
 
 
-def array_rows(path: Path) -> Iterator[bytes]:
-    """The members of a JSON array as compact lines, parsed one at a time from a sliding window of the file.
+def array_rows(path: Path) -> Iterator[Any]:
+    """Yield the members of a JSON array one at a time, as `json.loads` would give them.
 
     Raises:
-        InputError: malformed JSON or text that is not UTF-8, with the byte at which the bad row begins.
+        InputError: no array, malformed JSON, or text that is not UTF-8, with the number of the bad row.
     """
-    decoder = json.JSONDecoder()
-    window, number, at_end = "", 0, False
-    pending = b""
-    with path.open("rb") as file:
+    num_rows = 0
+    with open_bytes(path) as file:
+        try:
+            # Not with `use_float`, which refuses integers beyond 64 bits and numbers like 1e400.
+            for row in ijson.items(ijson.from_iter(array_chunks(file, path)), "item"):
+                yield with_floats(row)
+                num_rows += 1
+        except ijson.JSONError as error:
+            (message,) = error.args  # bytes where the text around the mistake, which it quotes, is not UTF-8
+            message = message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)
+            reason = one_line(message.split("\n")[0]).removesuffix(".")
+            if "UTF8" in reason:
+                raise InputError(f"{path}: not UTF-8 in row {num_rows + 1}: convert the file to UTF-8") from None
+            raise InputError(f"{path}: malformed JSON in row {num_rows + 1} ({reason}): mend the file there") from None
+        except UnicodeDecodeError:  # yajl checks less than Python
+            raise InputError(f"{path}: {NOT_TEXT} in row {num_rows + 1}: mend the file there") from None
+        except InvalidOperation:  # of Decimal
+            raise InputError(f"{path}: a number in row {num_rows + 1} is out of range: mend the file there") from None
+        except OSError as error:
+            raise InputError(f"{path} can't be read ({one_line(error, 200)}): fetch or compress it again") from None
 
-        def more() -> bool:
-            nonlocal window, pending, at_end
-            data = file.read(CHUNK_BYTES)
-            at_end = not data
-            try:
-                text, pending = decode_prefix(pending + data, at_end)
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}: not UTF-8 after row {number} ({error.reason}): convert the file to UTF-8"
-                ) from None
-            window += text
-            return not at_end
 
-        more()
-        cursor = skip_to_value(window, 0)
-        if window[cursor : cursor + 1] != "[":
+def array_chunks(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    r"""Yield the bytes of a file for ijson, with two checks that its parser, yajl, leaves out.
+
+    yajl writes "?" for the first half of a surrogate pair (`\ud800`) that the second does not follow, which would
+    change the data without a word. And of the file `{"item": 1}` ijson would give 1, as if it were the array `[1]`.
+
+    Raises:
+        InputError: the file holds no array, or half of a surrogate pair.
+    """
+    unchecked, offset = b"", 0  # the end of the last chunk, in which an escape may be cut; where it begins in the file
+    while True:
+        chunk = file.read(ARRAY_CHUNK_BYTES)
+        data = unchecked + (chunk or b" " * PAIR_BYTES)
+        if offset == 0 and not data.lstrip().startswith(b"["):
             raise InputError(f"{path} holds no JSON array")
-        cursor += 1
-        while True:
-            while (cursor := skip_to_value(window, cursor)) == len(window) and more():
-                pass
-            if window[cursor : cursor + 1] == "]":
-                return
-            try:
-                row, cursor = decoder.raw_decode(window, cursor)
-            except json.JSONDecodeError as error:
-                # A row that the window cuts fails at its end, or in a string that is still open; any other mistake is final.
-                cut = error.pos > len(window) - 16 or error.msg.startswith("Unterminated string")
-                if cut and not at_end and more():
-                    continue
-                raise InputError(f"{path}: malformed JSON in row {number + 1} ({error.msg})") from None
-            number += 1
-            yield json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-            if cursor > CHUNK_BYTES:
-                window, cursor = window[cursor:], 0
+        if (b"\\ud" in data or b"\\uD" in data) and (match := HALF_PAIR.search(data)):
+            raise InputError(f"{path}: {NOT_TEXT} near byte {offset + match.end() - 6:,}: mend the file there")
+        if not chunk:
+            return
+        yield chunk
+        cut = max(len(data) - PAIR_BYTES, 0)
+        while cut > 0 and data[cut - 1] == ord("\\"):  # never between a backslash and what it escapes
+            cut -= 1
+        unchecked, offset = data[cut:], offset + cut
 
 
-def skip_to_value(text: str, position: int) -> int:
-    """The next position that holds neither white space nor a comma."""
-    match = SEPARATORS.match(text, position)
-    return match.end() if match else position
-
-
-def decode_prefix(data: bytes, final: bool) -> tuple[str, bytes]:
-    """The longest prefix that ends on a character border, decoded, and the up to three bytes left over."""
-    try:
-        return data.decode("utf-8"), b""
-    except UnicodeDecodeError as error:
-        if not final and error.start >= len(data) - 3 and error.end == len(data):
-            return data[: error.start].decode("utf-8"), data[error.start :]
-        raise
+def with_floats(value: Any) -> Any:
+    """Return a value with floats in place of ijson's Decimals, at any depth; lists and dicts are changed in place."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(inner, dict | list | Decimal):
+                value[key] = with_floats(inner)
+    return float(value) if isinstance(value, Decimal) else value

@@ -1,4 +1,4 @@
-"""Rows of any known form → questions, with the answer that is given for each, if one is."""
+"""Rows of any known form → questions, each with its reference answer where the row has one."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from open_instruct.errors import InputError
 class Question:
     """A conversation up to the turn that is to be answered."""
 
-    place: str
+    place: str  # where the row stands, for errors
     messages: list[dict[str, Any]]
     reference: str | None  # the turn itself, where the row has it
 
     @property
     def text(self) -> str:
-        """The last thing said, for tables."""
+        """Return the last message, for tables."""
         return str(self.messages[-1]["content"])
 
 
 def questions(rows: Iterable[Row], key: str = "messages") -> Iterator[Question]:
-    """One question a row: everything before the assistant's last turn if the row ends with it, else all of it.
+    """Yield one question a row: everything before the assistant's last turn if the row ends with it, else all of it.
 
     Raises:
         InputError: a row of no known form, or with content that is no text.
     """
-    for place, row in rows:
-        messages = forms.to_messages(place, row, key, answered=False)
+    for source, row in rows:
+        messages = forms.to_messages(source, row, key, answered=False)
         if messages[-1]["role"] == "assistant":
-            yield Question(place, messages[:-1], str(messages[-1]["content"]))
+            yield Question(source, messages[:-1], str(messages[-1]["content"]))
         else:
-            yield Question(place, messages, None)
+            yield Question(source, messages, None)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
-    """Token ids of a conversation that the assistant is to continue, as in training.
+    """Return the token ids of a conversation that the assistant is to continue, as in training.
 
     Raises:
         InputError: the chat template can't hold it, for example a system message, or two turns of one role.

@@ -1,4 +1,4 @@
-"""Files, folders and Hub data sets → rows with their places ("train.jsonl:17"), one at a time; rows → conversations."""
+"""Files, folders and Hub data sets → rows, one at a time, each with its source ("train.jsonl:17"); → conversations."""
 
 from __future__ import annotations
 
@@ -9,34 +9,43 @@ from pathlib import Path
 from typing import Any
 
 from open_instruct.data import forms, lines, shards
-from open_instruct.errors import InputError
+from open_instruct.data.kinds import file_kind, is_json, is_table, open_bytes
+from open_instruct.errors import InputError, one_line
 
-LFS_HEADER = b"version https://git-lfs"
 Row = tuple[str, dict[str, Any]]
+"""(source, columns): the source names where the row stands, for error messages."""
 
 
-def is_json(path: Path) -> bool:
-    """Whether a name ends like JSON, compressed or not."""
-    name = path.with_suffix("") if path.suffix in lines.COMPRESSION else path
-    return name.suffix in (".jsonl", ".json")
+def files_of(source: str, split: str = "train", configuration: str | None = None) -> list[Path]:
+    """Return the files that hold the rows of a source, in order.
 
+    Args:
+        source: a file; a glob; a folder of JSON or table files, or one that `Dataset.save_to_disk` wrote; or the name
+            of a data set on the Hub, which is downloaded where it is not in the cache of `datasets`.
+        split: the split to take, where the source has several.
+        configuration: the configuration of a data set on the Hub; None: its only one.
 
-def files_of(source: str, split: str = "train") -> list[Path]:
-    """The files that a source names: itself, a glob's, or the shards of a folder or of a data set on the Hub."""
+    Raises:
+        InputError: nothing is there, a shard is missing, or a configuration is given for a file or folder.
+    """
     path = Path(source).expanduser()
     if path.is_file() or (is_json(path) and not any(mark in source for mark in "*?[")):
-        check_file(path)
-        return [path]
-    if path.is_dir():
-        found = sorted((p for p in path.iterdir() if is_json(p)), key=shards.natural)
-        if found:
-            shards.check_sequence(found)
-            return found
-    return shards.source_files(source, split)
+        file_kind(path)  # refuses what can't be data
+        files = [path]
+    elif path.is_dir() and not shards.is_saved_dataset(path):
+        files = sorted((p for p in path.iterdir() if is_json(p)), key=shards.natural)
+        shards.check_sequence(files)
+    else:
+        files = []
+    if not files:
+        return shards.source_files(source, split, configuration)
+    if configuration:
+        raise InputError(shards.no_configuration(source, configuration))
+    return files
 
 
 def read_files(paths: Sequence[Path]) -> Iterator[Row]:
-    """The rows of files of any known kind, one file after another.
+    """Yield the rows of files of any known kind, one file after another.
 
     Raises:
         InputError: a file is missing, empty, a Git LFS pointer, not UTF-8, malformed, or of another kind.
@@ -46,71 +55,61 @@ def read_files(paths: Sequence[Path]) -> Iterator[Row]:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of one file."""
-    check_file(path)
-    if not is_json(path):
-        if path.suffix not in shards.SUFFIXES:
-            raise InputError(
-                f"{path} ends in {path.suffix or 'nothing'}: conversations must be .jsonl, .json, .arrow, .feather or .parquet"
-            )
+    """Return the rows of one file; the file is checked at once, the rows are read one at a time.
+
+    Raises:
+        InputError: as `read_files`.
+    """
+    kind = file_kind(path)
+    if is_table(path, kind):
         return read_table(path)
-    if path.suffix not in lines.COMPRESSION:
-        with path.open("rb") as file:
-            if file.read(256).lstrip().startswith(b"["):
-                return read_json_array(path)
-    return read_json_lines(path)
-
-
-def check_file(path: Path) -> None:
-    """Refuse what can't be data before anything is read."""
-    if not path.exists():
-        near = sorted(p.name for p in path.parent.glob("*.json*"))[:5] if path.parent.is_dir() else []
-        raise InputError(f"no such file: {path}" + (f" (its folder has {', '.join(near)})" if near else ""))
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: name a file")
-    with path.open("rb") as file:
-        head = file.read(len(LFS_HEADER))
-    if not head:
-        raise InputError(f"{path} is empty: it holds no conversation")
-    if head == LFS_HEADER:
-        raise InputError(f"{path} is a Git LFS pointer, not the data: run `git lfs pull` in its repository")
+    if not is_json(path):
+        raise InputError(
+            f"{path} ends in {path.suffix or 'nothing'}: "
+            "conversations must be .jsonl, .json, .arrow, .feather or .parquet"
+        )
+    return read_json_array(path) if kind == "json array" else read_json_lines(path)
 
 
 def read_json_lines(path: Path) -> Iterator[Row]:
-    """One row a line; blank lines are passed over."""
-    with lines.open_bytes(path) as file:
+    """Yield one row a line; blank lines are left out."""
+    with open_bytes(path) as file:
         try:
             for number, line in enumerate(iter(file.readline, b""), start=1):
                 text = line.strip()
                 if text:
-                    yield from parse_line(f"{path}:{number}", text)
+                    yield parse_line(f"{path}:{number}", text)
         except OSError as error:
-            raise InputError(f"{path} can't be read ({error}): fetch or compress it again") from None
+            raise InputError(f"{path} can't be read ({one_line(error, 200)}): fetch or compress it again") from None
 
 
-def parse_line(place: str, line: bytes) -> Iterator[Row]:
-    """One JSON object."""
+def parse_line(source: str, line: bytes) -> Row:
+    """Parse one JSON object.
+
+    Raises:
+        InputError: text that is not UTF-8, malformed JSON, or another JSON value than an object.
+    """
     try:
-        yield place, as_row(place, json.loads(line.decode("utf-8")))
+        return source, as_row(source, json.loads(line.decode("utf-8")))
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{place}: not UTF-8 ({error.reason} at byte {error.start}): convert the file to UTF-8"
+            f"{source}: not UTF-8 ({error.reason} at byte {error.start}): convert the file to UTF-8"
         ) from None
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{place}: malformed JSON ({error.msg} at column {error.colno}): one object a line is needed"
+            f"{source}: malformed JSON ({error.msg} at column {error.colno}): one object a line is needed"
         ) from None
 
 
 def read_json_array(path: Path) -> Iterator[Row]:
-    """The members of one JSON array, one at a time."""
-    for number, line in enumerate(lines.array_rows(path), start=1):
-        place = f"{path} row {number}"
-        yield place, as_row(place, json.loads(line))
+    """Yield the members of one JSON array, one at a time."""
+    for number, row in enumerate(lines.array_rows(path), start=1):
+        source = f"{path} row {number}"
+        yield source, as_row(source, row)
 
 
 def read_table(path: Path) -> Iterator[Row]:
-    """The rows of an Arrow, Feather or Parquet file, a record batch at a time."""
+    """Yield the rows of an Arrow, Feather or Parquet file; a record batch is held at a time."""
     number = 0
     for batch in shards.open_shard(path).batches():
         for row in batch.to_pylist():
@@ -118,35 +117,24 @@ def read_table(path: Path) -> Iterator[Row]:
             yield f"{path} row {number}", row
 
 
-def as_row(place: str, value: Any) -> dict[str, Any]:
-    """A row must be an object."""
+def as_row(source: str, value: Any) -> dict[str, Any]:
+    """Return the value of a row, or raise an InputError if it is no JSON object."""
     if not isinstance(value, dict):
-        raise InputError(f"{place}: a row is a {type(value).__name__}: it must be an object with `messages`")
+        raise InputError(f"{source}: a row is a {type(value).__name__}: it must be an object with `messages`")
     return value
 
 
-def read_hub_rows(name: str, configuration: str | None, split: str) -> Iterator[Row]:
-    """The rows of a data set on the Hub or of a local folder that `datasets` can load."""
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, configuration, split=split)
-    except Exception as error:  # `datasets` and the Hub raise dozens of types; each means that the name can't be loaded
-        raise InputError(
-            f"data set {name} can't be loaded ({shards.one_line(error)}): check the name, or give a file"
-        ) from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{name} row {number}", row
-
-
 def read_mixture(members: list[tuple[str, str]], splits: list[str], seed: int) -> Iterator[Row]:
-    """Rows of several sources one after another. A source is read twice, to count and to choose, and never held.
+    """Yield the rows of several sources one after another, each read twice, to count and to choose, and none held.
 
     Args:
         members: (file, folder or data set, amount) pairs. An amount with a point is a share of the rows (1.0: all), one
             without is a number of rows, as in open-instruct.
         splits: one split for each member, or one for all.
-        seed: of the draw of rows where an amount is less than all.
+        seed: decides which rows are drawn where an amount is less than all.
+
+    Raises:
+        InputError: the splits don't fit the members, or an amount does not fit its source.
     """
     if len(splits) not in (1, len(members)):
         raise InputError(f"{len(splits)} splits for {len(members)} data sets: give one for each, or one for all")
@@ -162,7 +150,11 @@ def read_mixture(members: list[tuple[str, str]], splits: list[str], seed: int) -
 
 
 def mixture_count(name: str, amount: str, num_rows: int) -> int:
-    """How many rows an amount of a mixture means: "0.5" is a share, "2000" a number."""
+    """Return how many of `num_rows` rows an amount of a mixture means: "0.5" is a share, "2000" a number.
+
+    Raises:
+        InputError: the amount is no number, or there are not so many rows.
+    """
     try:
         count = round(float(amount) * num_rows) if "." in amount else int(amount)
     except ValueError:
@@ -173,6 +165,6 @@ def mixture_count(name: str, amount: str, num_rows: int) -> int:
 
 
 def conversations(rows: Iterable[Row], key: str = "messages") -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Each row's place and checked messages."""
-    for place, row in rows:
-        yield place, forms.to_messages(place, row, key)
+    """Yield each row's source and checked messages; `key` is the column of the messages."""
+    for source, row in rows:
+        yield source, forms.to_messages(source, row, key)

@@ -1,4 +1,4 @@
-"""Where a table lies on disk: Arrow, Feather and Parquet files, `datasets` folders and caches, Hub snapshots → ordered shards.
+"""Arrow, Feather and Parquet files, `datasets` folders and caches, Hub snapshots and Hub names → the shards of a table.
 
 A shard is one file. Record batches are read one at a time, so memory does not depend on the number of rows.
 """
@@ -16,85 +16,81 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from open_instruct.errors import InputError
+from open_instruct.data.kinds import TABLE_MAGIC, TABLE_SUFFIXES, file_kind
+from open_instruct.errors import InputError, one_line
 
 BATCH_ROWS = 1000
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 SHARD_NAME = re.compile(r"^(?P<stem>.*?)-?(?P<index>\d{5})-of-(?P<count>\d{5})")
 SPLIT_NAME = re.compile(r"(?:^|[-_/])(train|validation|valid|test|dev)(?:[-_.]|$)")
-SUFFIXES = (".arrow", ".feather", ".parquet")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a table. `kind` is what its first bytes say: an Arrow stream, an Arrow (Feather) file, or Parquet."""
+    """One file of a table."""
 
     path: Path
-    kind: str
+    kind: str  # as `kinds.file_kind` names it: "arrow stream", "arrow file" (Feather) or "parquet"
     num_rows: int
     schema: pa.Schema
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """The record batches, in order."""
+        """Yield the record batches, in order.
+
+        Raises:
+            InputError: the file is damaged.
+        """
         try:
             if self.kind == "parquet":
                 yield from pyarrow.parquet.ParquetFile(self.path).iter_batches(batch_size=BATCH_ROWS)
                 return
             # Not memory-mapped: the pages that were read would count as resident until the file is closed.
             with pa.OSFile(str(self.path), "rb") as source:
-                if self.kind == "stream":
+                if self.kind == "arrow stream":
                     yield from pa.ipc.open_stream(source)
                 else:
                     reader = pa.ipc.open_file(source)
                     for index in range(reader.num_record_batches):
                         yield reader.get_batch(index)
         except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{self.path} is damaged ({one_line(error)}): fetch it again") from None
+            raise InputError(f"{self.path} is damaged ({one_line(error, 200)}): fetch it again") from None
 
 
 def open_shard(path: Path) -> Shard:
     """Recognise a file by its first bytes, and count its rows without reading its columns.
 
     Raises:
-        InputError: it is missing, empty, a Git LFS pointer, truncated, or no table.
+        InputError: the file is missing, empty, a Git LFS pointer, truncated, or no table.
     """
-    if not path.is_file():
-        raise InputError(f"no such file: {path}")
-    with path.open("rb") as file:
-        head = file.read(24)
-        file.seek(max(0, path.stat().st_size - 8))
-        tail = file.read()
-    if not head:
-        raise InputError(f"{path} is empty: fetch it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path} is a Git LFS pointer, not the data: run `git lfs pull` in its repository")
+    kind = file_kind(path)
+    if kind not in TABLE_MAGIC.values():
+        raise InputError(
+            f"{path} is neither Arrow nor Parquet: name a .arrow, .feather or .parquet file, or a folder of them"
+        )
     try:
-        if head.startswith(b"PAR1"):
+        if kind == "parquet":
             parquet = pyarrow.parquet.ParquetFile(path)
-            return Shard(path, "parquet", parquet.metadata.num_rows, parquet.schema_arrow)
+            return Shard(path, kind, parquet.metadata.num_rows, parquet.schema_arrow)
         with pa.memory_map(str(path)) as source:
-            if head.startswith(b"ARROW1"):
+            if kind == "arrow file":
                 reader = pa.ipc.open_file(source)
-                rows = sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
-                return Shard(path, "file", rows, reader.schema)
-            if not head.startswith(b"\xff\xff\xff\xff"):
-                raise InputError(
-                    f"{path} is neither Arrow nor Parquet: name a .arrow, .feather or .parquet file, or a folder of them"
-                )
+                num_rows = sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
+                return Shard(path, kind, num_rows, reader.schema)
             stream = pa.ipc.open_stream(source)
-            rows = sum(batch.num_rows for batch in stream)
-            if tail != END_OF_STREAM:  # a stream that stops between two batches reads without an error
-                raise InputError(f"{path} is truncated (it has no end mark after {rows} rows): fetch it again")
-            return Shard(path, "stream", rows, stream.schema)
+            num_rows = sum(batch.num_rows for batch in stream)
+            source.seek(max(0, source.size() - len(END_OF_STREAM)))
+            if source.read() != END_OF_STREAM:  # a stream that stops between two batches reads without an error
+                raise InputError(f"{path} is truncated (it has no end mark after {num_rows} rows): fetch it again")
+            return Shard(path, kind, num_rows, stream.schema)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is truncated or damaged ({one_line(error)}): fetch it again") from None
+        raise InputError(f"{path} is truncated or damaged ({one_line(error, 200)}): fetch it again") from None
 
 
 def find_shards(sources: Sequence[str], split: str = "train") -> list[Shard]:
-    """Files, folders, globs or Hub names → the shards of one table, in order.
+    """Return the shards of one table, in order, from the names of files, folders, globs or Hub data sets.
 
     Raises:
-        InputError: nothing is found, a shard of a `-of-` sequence is missing, or shards have different columns.
+        InputError: nothing is there, a shard of a `-of-` sequence is missing, or shards have different columns.
     """
     paths = [path for source in sources for path in source_files(source, split)]
     shards = [open_shard(path) for path in paths]
@@ -102,38 +98,66 @@ def find_shards(sources: Sequence[str], split: str = "train") -> list[Shard]:
     for shard in shards[1:]:
         if not shard.schema.equals(first.schema):
             raise InputError(
-                f"shards have different columns: {first.path} has {describe(first.schema)}, {shard.path} has {describe(shard.schema)}: "
+                f"shards have different columns: {first.path} has {describe(first.schema)}, "
+                f"{shard.path} has {describe(shard.schema)}: "
                 "convert them apart, or choose --columns that they share in files of their own"
             )
     return shards
 
 
-def source_files(source: str, split: str) -> list[Path]:
-    """The table files that one source names, in order. A shard may be named alone; a folder or glob must hold them all."""
+def source_files(source: str, split: str, configuration: str | None = None) -> list[Path]:
+    """Return the table files that one source names, in order.
+
+    Args:
+        source: a file, which may be one shard of several; a folder or glob, which must hold all shards; or a data set
+            on the Hub.
+        split: the split to take, where the source has several.
+        configuration: the configuration of a data set on the Hub; None: its only one.
+
+    Raises:
+        InputError: nothing is there, a shard is missing, or a configuration is given for a file or folder.
+    """
     path = Path(source).expanduser()
+    is_local = path.exists() or glob.has_magic(source)
+    if configuration and is_local:
+        raise InputError(no_configuration(source, configuration))
     if path.is_file():
         return [path]
-    found = matching_files(source, path, split)
-    check_sequence(found)
-    return found
-
-
-def matching_files(source: str, path: Path, split: str) -> list[Path]:
-    """The files of a folder, a glob or a data set on the Hub."""
     if path.is_dir():
-        return folder_files(path, split)
-    if glob.has_magic(source):
-        found = sorted((Path(name) for name in glob.glob(source)), key=natural)
-        if not found:
-            raise InputError(f"no file matches {source}")
-        return found
-    if source.count("/") <= 1 and not source.startswith((".", "/", "~")) and path.suffix not in SUFFIXES:
-        return hub_files(source, split)
-    raise InputError(f"no such file or folder: {source}")
+        files = folder_files(path, split)
+    elif is_local:
+        files = sorted((Path(name) for name in glob.glob(str(path))), key=natural)
+        if not files:
+            raise InputError(f"no file matches {source}: check the pattern")
+    elif source.count("/") <= 1 and not source.startswith((".", "/", "~")) and path.suffix not in TABLE_SUFFIXES:
+        files = hub_files(source, split, configuration)
+    else:
+        raise InputError(f"no such file or folder: {source}")
+    check_sequence(files)
+    return files
+
+
+def no_configuration(source: str, configuration: str) -> str:
+    """Return the text of the error that a configuration is given where there can be none."""
+    return (
+        f"{source} is on this disk, and configurations (here {configuration}) belong to data sets on the Hub: "
+        "leave it out, or name the folder that holds the configuration"
+    )
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Return whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote a folder."""
+    return (folder / "dataset_dict.json").exists() or (
+        (folder / "state.json").exists() and (folder / "dataset_info.json").exists()
+    )
 
 
 def folder_files(folder: Path, split: str) -> list[Path]:
-    """The table files of a `save_to_disk` folder, a `datasets` cache, a Hub cache or snapshot, or a plain folder."""
+    """Return the table files of a `save_to_disk` folder, `datasets` cache, Hub cache or snapshot, or plain folder.
+
+    Raises:
+        InputError: there is none, the split is missing, or there are several tables.
+    """
     if (folder / "dataset_dict.json").exists():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         if split not in splits:
@@ -143,37 +167,48 @@ def folder_files(folder: Path, split: str) -> list[Path]:
         return [folder / item["filename"] for item in json.loads((folder / "state.json").read_text())["_data_files"]]
     if (folder / "refs" / "main").exists() and (folder / "snapshots").is_dir():
         folder = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
-    found = [p for p in folder.rglob("*") if p.suffix in SUFFIXES and not p.name.startswith(("cache-", "tmp", "."))]
-    splits = {match.group(1) for p in found if (match := SPLIT_NAME.search(p.name))}
-    if splits:
-        found = [p for p in found if (match := SPLIT_NAME.search(p.name)) and match.group(1) == split]
-        if not found:
-            raise InputError(
-                f"{folder} has the splits {', '.join(sorted(splits))}, not {split}: choose one with --split"
-            )
-    if not found:
-        raise InputError(f"{folder} holds no .arrow, .feather or .parquet file")
-    parents = sorted({p.parent for p in found})
+    files = [
+        p for p in folder.rglob("*") if p.suffix in TABLE_SUFFIXES and not p.name.startswith(("cache-", "tmp", "."))
+    ]
+    split_of = {p: match.group(1) for p in files if (match := SPLIT_NAME.search(p.name))}
+    if split_of:
+        files = [p for p in files if split_of.get(p) == split]
+        if not files:
+            splits = sorted(set(split_of.values()))
+            raise InputError(f"{folder} has the splits {', '.join(splits)}, not {split}: choose one with --split")
+    if not files:
+        raise InputError(f"{folder} holds no .arrow, .feather or .parquet file: name another folder")
+    parents = sorted({p.parent for p in files})
     if len(parents) > 1:
-        raise InputError(
-            f"{folder} holds several tables ({', '.join(str(p.relative_to(folder)) for p in parents[:4])}): name one of them"
-        )
-    return sorted(found, key=natural)
+        tables = ", ".join(str(p.relative_to(folder)) for p in parents[:4])
+        raise InputError(f"{folder} holds several tables ({tables}): name one of them")
+    return sorted(files, key=natural)
 
 
-def hub_files(name: str, split: str) -> list[Path]:
-    """The cached Arrow files of a data set on the Hub, downloaded if the network allows."""
+def hub_files(name: str, split: str, configuration: str | None = None) -> list[Path]:
+    """Return the cached Arrow files of a data set on the Hub, downloaded if the network allows.
+
+    Raises:
+        InputError: the data set can't be loaded, or the split is only a part of one.
+    """
+    if "[" in split or "+" in split:  # a part shares the files of its split, so all rows would be read
+        raise InputError(f"split {split!r} of {name} is not the name of one split: give a name, such as train")
     import datasets
 
     try:
-        table = datasets.load_dataset(name, split=split)
+        table = datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # `datasets` and the Hub raise dozens of types; each means that the name can't be loaded
-        raise InputError(f"no file, folder or data set {name} ({one_line(error)})") from None
-    return [Path(item["filename"]) for item in table.cache_files]
+        raise InputError(
+            f"no file, folder or data set {name} ({one_line(error, 200)}): check the name, or give a file"
+        ) from None
+    files = [Path(item["filename"]) for item in table.cache_files]
+    if not files:
+        raise InputError(f"data set {name} is not kept on the disk: unset HF_DATASETS_IN_MEMORY_MAX_SIZE")
+    return files
 
 
 def check_sequence(paths: Sequence[Path]) -> None:
-    """Every shard of a `-00000-of-00006` sequence must be there, once."""
+    """Raise an InputError if a shard of a `-00000-of-00006` sequence is missing."""
     sequences: dict[tuple[Path, str, str], set[int]] = {}
     for path in paths:
         if match := SHARD_NAME.match(path.name):
@@ -188,15 +223,10 @@ def check_sequence(paths: Sequence[Path]) -> None:
 
 
 def natural(path: Path) -> list[Any]:
-    """Sort key in which part-2 comes before part-10."""
+    """Return a sort key by which part-2 comes before part-10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def describe(schema: pa.Schema) -> str:
-    """Columns and types on one line."""
+    """Return the columns and types of a schema, on one line."""
     return ", ".join(f"{field.name}: {field.type}" for field in schema)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text without line breaks, cut to a readable length."""
-    return " ".join(str(error).split())[:200]

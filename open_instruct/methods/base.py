@@ -1,4 +1,7 @@
-"""What a fine-tuning method is: the interface that every module of this package fills."""
+"""What a fine-tuning method is: the interface that every module of this package fills.
+
+Facts about methods are asked before anything heavy is imported, so these modules import torch and PEFT where they work.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any
-
-import torch
-from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from open_instruct.errors import InputError, one_line
 from open_instruct.methods.facts import ModelFacts
 from open_instruct.methods.features import Feature
-from open_instruct.model.shared_prefix import SoftPrompt
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from open_instruct.model.shared_prefix import SoftPrompt
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,8 @@ class Method(ABC):
 
     def set_init(self, model: Any, values: torch.Tensor) -> None:
         """Start from one of `init_candidates`."""
+        import torch
+
         with torch.no_grad():
             model.prompt_encoder["default"].embedding.weight.copy_(values)
 
@@ -174,6 +181,8 @@ class LayerMethod(Method):
         network: Mapping[str, torch.Tensor] | None,
     ) -> nn.Module:
         """See `Method`: PEFT knows how."""
+        from peft import get_peft_model, set_peft_model_state_dict
+
         config.inference_mode = False
         wrapped = get_peft_model(model, config)
         if weights is None:
@@ -196,11 +205,15 @@ class EmbeddingPrompt(Method):
 
     def soft_prompt(self, model: Any) -> SoftPrompt:
         """Return the embeddings [P, D] from PEFT's own encoder."""
+        from open_instruct.model.shared_prefix import SoftPrompt
+
         embeddings = model.get_prompt(batch_size=1)[0]
         return SoftPrompt(embeddings=embeddings, length=len(embeddings))
 
     def prompt_vectors(self, model: Any) -> torch.Tensor:
         """See `Method`."""
+        import torch
+
         with torch.no_grad():
             return model.get_prompt(batch_size=1)[0].detach().float().cpu()
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-
-from open_instruct.model.tokens import ordinary_tokens
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_TEXT = "Read what the user wrote and give the answer that is wanted, in the form that is wanted."
 
@@ -32,6 +32,10 @@ def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keys
         tokenizer: of the base.
         keys: also measure the spread of keys.
     """
+    import torch
+
+    from open_instruct.model.tokens import ordinary_tokens
+
     embedding = model.get_input_embeddings()
     hidden_size = model.config.get_text_config().hidden_size
     if embedding.weight.device.type == "meta":
@@ -55,11 +59,14 @@ def key_std(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float
         return math.nan
 
 
-@torch.no_grad()
 def cached(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return keys and values [1, K, T, E] of each layer for T tokens, also where a layer's window is shorter than T."""
+    import torch
+    from transformers import DynamicCache
+
     cache = DynamicCache()  # a cache that the model makes itself keeps no more than the window
-    model.eval()(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
+    with torch.no_grad():
+        model.eval()(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 

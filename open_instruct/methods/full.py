@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
-
-import torch
-from peft import PeftConfig
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from open_instruct.methods.base import Method, Recipe
 from open_instruct.methods.facts import ModelFacts, between
 from open_instruct.methods.features import Feature
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 QUANTISED = "quantised weights can't be trained in full: choose another method, for example --use_lora"
 

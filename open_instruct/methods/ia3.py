@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
-
-from peft import IA3Config, TaskType, get_peft_model
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from open_instruct.errors import InputError
 from open_instruct.methods.base import LayerMethod, Recipe
 from open_instruct.methods.facts import ModelFacts, between
 from open_instruct.methods.features import Feature
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 USUAL_LAYERS = ["k_proj", "v_proj", "down_proj"]  # what PEFT names for Llama and most others
 
@@ -41,6 +41,8 @@ class Ia3(LayerMethod):
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Any) -> nn.Module:
         """Put IA3 on the layers that PEFT knows for this architecture, else on those of Llama's names."""
+        from peft import IA3Config, TaskType, get_peft_model
+
         try:
             return get_peft_model(model, IA3Config(task_type=TaskType.CAUSAL_LM))
         except ValueError as error:

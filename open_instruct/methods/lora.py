@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
-
-from peft import LoraConfig, TaskType, get_peft_model
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from open_instruct.methods.base import LayerMethod, Recipe
 from open_instruct.methods.facts import ModelFacts, between
 from open_instruct.methods.features import Feature
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHARDED = "quantised weights can't be sharded: use DDP or ZeRO-2"
 
@@ -45,6 +45,8 @@ class Lora(LayerMethod):
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: LoraSettings) -> nn.Module:
         """Put PEFT's LoRA on all linear layers."""
+        from peft import LoraConfig, TaskType, get_peft_model
+
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM,
             r=settings.lora_rank,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from peft import PeftConfig, PromptEncoderConfig, TaskType, get_peft_model
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from open_instruct.methods.base import EmbeddingPrompt, Recipe, load_network
 from open_instruct.methods.facts import ModelFacts, between, model_facts
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class PTuning(EmbeddingPrompt):
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PTuningSettings) -> nn.Module:
         """Put PEFT's P-tuning on, its output layer scaled so that the prompt starts with the embeddings' spread."""
+        import torch
+        from peft import PromptEncoderConfig, TaskType, get_peft_model
+
         config = PromptEncoderConfig(
             task_type=TaskType.CAUSAL_LM,
             num_virtual_tokens=settings.num_virtual_tokens,

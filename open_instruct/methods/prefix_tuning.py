@@ -6,20 +6,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
-
-import torch
-from peft import PeftConfig, PrefixTuningConfig, TaskType, get_peft_model
-from peft.tuners.cartridge.utils import prompt_embeddings_from_past_key_values
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from open_instruct.errors import InputError, one_line
 from open_instruct.methods.base import Method, Recipe, load_network
 from open_instruct.methods.facts import DEFAULT_TEXT, ModelFacts, between, cached
 from open_instruct.methods.features import Feature
-from open_instruct.model.shared_prefix import SoftPrompt
-from open_instruct.model.tokens import random_tokens, text_tokens
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from open_instruct.model.shared_prefix import SoftPrompt
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PrefixTuning(Method):
     wants_keys = True
     memory_kind = "soft prompt"
     merge_obstacle = (
-        "it is a prefix of keys and values in each layer, and no plain checkpoint can hold that: serve it with "
+        "is a prefix of keys and values in each layer, and no plain checkpoint can hold that: serve it with "
         "generate_peft.py or plain PEFT, or train prompt tuning or P-tuning instead"
     )
     obstacles = MappingProxyType(
@@ -74,6 +74,10 @@ class PrefixTuning(Method):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PrefixTuningSettings
     ) -> nn.Module:
         """Put PEFT's prefix tuning on; `text` starts from the keys and values that the base computes for a text."""
+        from peft import PrefixTuningConfig, TaskType, get_peft_model
+
+        from open_instruct.model.tokens import text_tokens
+
         start = None
         if settings.prefix_init in ("text", "screened") and model.device.type != "meta":
             text = settings.prompt_tuning_init_text or DEFAULT_TEXT
@@ -104,6 +108,8 @@ class PrefixTuning(Method):
         if network is not None:
             load_network(wrapped, network)
         elif weights is not None:
+            import torch
+
             with torch.no_grad():
                 wrapped.prompt_encoder["default"].load_prompt_embeddings(weights["prompt_embeddings"].float())
         return wrapped
@@ -123,24 +129,29 @@ class PrefixTuning(Method):
         self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: PrefixTuningSettings, num_candidates: int
     ) -> list[torch.Tensor]:
         """Return keys and values of the text and of random tokens, as PEFT's encoder holds them."""
+        from open_instruct.model.tokens import random_tokens
+
         first = model.prompt_encoder["default"].embedding.weight.detach().clone()
         draws = [random_tokens(tokenizer, settings.num_virtual_tokens) for _ in range(num_candidates - 1)]
         return [first, *(keys_and_values(model.get_base_model(), ids) for ids in draws)]
 
     def soft_prompt(self, model: Any) -> SoftPrompt:
         """Return keys and values [1, K, P, E] of each layer, as PEFT puts them into its cache."""
+        from open_instruct.model.shared_prefix import SoftPrompt
+
         cache = model.get_prompt(batch_size=1)
         length = model.active_peft_config.num_virtual_tokens
         return SoftPrompt(keys_values=[(layer.keys, layer.values) for layer in cache.layers], length=length)
 
 
-@torch.no_grad()
 def keys_and_values(base: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     """Return what a base computes for P tokens, as [P, 2 · L · K · E] in float32: the layout of PEFT's encoder.
 
     Raises:
         InputError: the base keeps no keys and values for each layer.
     """
+    from peft.tuners.cartridge.utils import prompt_embeddings_from_past_key_values
+
     try:
         pairs = cached(base, ids)
         values: torch.Tensor = prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=len(ids))

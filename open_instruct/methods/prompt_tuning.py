@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from peft import PeftConfig, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from open_instruct.methods.base import EmbeddingPrompt, Recipe
 from open_instruct.methods.facts import DEFAULT_TEXT, ModelFacts
-from open_instruct.model.tokens import random_tokens, text_tokens
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class PromptTuning(EmbeddingPrompt):
         PEFT samples from every row of the embedding matrix, unused and special ones included, and its `random` draws
         N(0, 1), some 50 times the spread of a large model's embeddings: the start from which the loss rises.
         """
+        from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
+
+        from open_instruct.model.tokens import random_tokens, text_tokens
+
         num_tokens = settings.num_virtual_tokens
         wrapped = get_peft_model(model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_tokens))
         config = wrapped.peft_config["default"]
@@ -94,6 +98,8 @@ class PromptTuning(EmbeddingPrompt):
         self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: PromptTuningSettings, num_candidates: int
     ) -> list[torch.Tensor]:
         """Return embeddings [P, D] of the text, and of random tokens."""
+        from open_instruct.model.tokens import random_tokens
+
         candidates = [model.prompt_encoder["default"].embedding.weight.detach().clone()]
         for _ in range(num_candidates - 1):
             ids = random_tokens(tokenizer, settings.num_virtual_tokens)
@@ -101,8 +107,10 @@ class PromptTuning(EmbeddingPrompt):
         return candidates
 
 
-@torch.no_grad()
 def embeddings_of(base: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     """Return a base's embeddings [P, D] of P tokens, in float32."""
+    import torch
+
     embedding = base.get_input_embeddings()
-    return embedding(torch.tensor(ids, device=embedding.weight.device)).float()
+    with torch.no_grad():
+        return embedding(torch.tensor(ids, device=embedding.weight.device)).float()

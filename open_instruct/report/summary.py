@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
-def hyperparameter_lines(title: str, values: dict[str, Any], origins: dict[str, str], sources: str) -> str:
+def hyperparameter_lines(title: str, values: dict[str, Any], origins: Mapping[str, str], sources: str) -> str:
     """Return one line for each resolved hyperparameter, with its origin."""
     width = max(len(name) for name in values)
     lines = []

@@ -11,29 +11,13 @@ from typing import Any
 import yaml
 
 from open_instruct.adapters.answer_metrics import NORMALISERS
-from open_instruct.arguments import METHOD_FLAGS
 from open_instruct.errors import InputError, one_line
+from open_instruct.flags import METHOD_NAMES, names_with
 
 SEARCH_KINDS = ("grid", "random", "halving")
-METHOD_NAMES = ("full", *(name.removeprefix("use_") for name in METHOD_FLAGS))
-
 # Data, tokens and precision: a comparison in which methods differ in these says nothing about the methods.
-SAME_FOR_ALL = {
-    "model_name_or_path", "model_revision", "dtype", "train_file", "dataset_name", "dataset_config_name",
-    "dataset_mixer", "dataset_mixer_list", "validation_file", "validation_fraction", "max_eval_samples",
-    "max_train_samples", "max_seq_length", "chat_template_name", "add_bos", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "reduce_loss", "split_seed",
-}  # fmt: skip
-SET_BY_STUDY = (
-    "seed",
-    "output_dir",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "adapter_name_or_path",
-    "dry_run",
-    "keep_best",
-    *METHOD_FLAGS,
-)
+SAME_FOR_ALL = names_with("in_study", "same")
+SET_BY_STUDY = names_with("in_study", "decided")
 
 
 @dataclass(frozen=True)

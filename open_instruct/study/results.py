@@ -133,7 +133,7 @@ def read_result(study: Study, trial: Trial) -> TrialResult | None:
     run_file = task.folder / "run.json"
     flags = json.loads(run_file.read_text(encoding="utf-8"))["flags"] if run_file.exists() else {}
     rows = read_rows(task.folder / "metrics.jsonl")
-    base_path = trials.base_path(task, trials.arguments(task, check=False)[0])
+    base_path = trials.base_path(task, trials.trial_flags(task, check=False)[0])
     return TrialResult(
         spec_name=trial.spec_name,
         params=dict(trial.params),

@@ -10,18 +10,18 @@ import functools
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_instruct.arguments import FinetuneArguments, check_arguments
 from open_instruct.command_line import parse
 from open_instruct.errors import InputError
+from open_instruct.flags import Flags, check_flags
 from open_instruct.study.config import Study
 from open_instruct.study.search import Trial
 
 if TYPE_CHECKING:
-    from open_instruct.training import model_setup
+    from open_instruct.training.base_model import Bases
 
 FAILED = "failed.json"
 MIN_HELD_OUT_ROWS = 4  # half of them choose the parameters, half are for the report
@@ -40,16 +40,16 @@ class Task:
         return self.study.output_dir / "trials" / self.trial.key
 
 
-def arguments(task: Task, check: bool = True) -> tuple[FinetuneArguments, dict[str, str]]:
+def trial_flags(task: Task, check: bool = True) -> tuple[Flags, dict[str, str]]:
     """Return the trainer's flags of a trial, and where each given one came from.
 
     Raises:
         InputError: the flags are wrong.
     """
-    args, origins = parse([*task.trial.words, "--output_dir", str(task.folder)])
+    flags, origins = parse([*task.trial.words, "--output_dir", str(task.folder)])
     if check:
-        check_arguments(args)
-    return args, origins
+        check_flags(flags, origins)
+    return flags, origins
 
 
 def read_outcome(task: Task) -> dict[str, Any] | None:
@@ -61,7 +61,7 @@ def read_outcome(task: Task) -> dict[str, Any] | None:
     return None
 
 
-def run_trial(task: Task, bases: model_setup.Bases) -> dict[str, Any]:
+def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
     """Run a trial unless it has finished. After a kill it starts anew, or from its newest checkpoint if it keeps any.
 
     Args:
@@ -77,36 +77,37 @@ def run_trial(task: Task, bases: model_setup.Bases) -> dict[str, Any]:
     from accelerate.state import AcceleratorState
 
     from open_instruct.files import write_json
-    from open_instruct.finetune_peft import run
+    from open_instruct.methods import METHODS
     from open_instruct.study.measuring import measure
     from open_instruct.training.checkpoint import complete_checkpoints
-    from open_instruct.training.faults import Preempted
+    from open_instruct.training.preemption import Preempted
+    from open_instruct.training.run import run
 
     outcome = read_outcome(task)
     if outcome is not None:
         return outcome
-    args, origins = arguments(task)
+    flags, origins = trial_flags(task)
     task.folder.mkdir(parents=True, exist_ok=True)
     if complete_checkpoints(task.folder / "checkpoints"):
-        args.resume_from_checkpoint = "newest"
+        flags = replace(flags, resume_from_checkpoint="newest")
     else:
-        args.overwrite_output_dir = True
+        flags = replace(flags, overwrite_output_dir=True)
     with (
         (task.folder / "log.txt").open("a", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
         AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision per process
-        base_figures(task, args, bases)  # wrong data or a wrong model end the study
+        base_figures(task, flags, bases)  # wrong data or a wrong model end the study
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
-            run(args, origins, bases, functools.partial(measure, task.study))
+            run(flags, origins, bases, functools.partial(measure, task.study))
         except InputError as error:  # diverged, or out of memory: a result of the study, not its end
-            bases.kept.clear()
+            bases.loaded.clear()
             write_json(task.folder / FAILED, {"failed": str(error)})
         except Preempted:  # its checkpoint is written, and the next start goes on from there
             raise KeyboardInterrupt from None
-    if args.method == "full" and not task.study.keep_full_weights:
+    if METHODS[flags.method].trains_base and not task.study.keep_full_weights:
         for path in task.folder.glob("model*.safetensors*"):
             path.unlink()
     shutil.rmtree(task.folder / "checkpoints", ignore_errors=True)
@@ -115,37 +116,41 @@ def run_trial(task: Task, bases: model_setup.Bases) -> dict[str, Any]:
     return outcome
 
 
-def base_figures(task: Task, args: FinetuneArguments, bases: model_setup.Bases) -> dict[str, Any]:
+def base_figures(task: Task, flags: Flags, bases: Bases) -> dict[str, Any]:
     """Return the figures of a trial's base model, which are measured once for each way in which it is loaded."""
     import torch
 
     from open_instruct.files import write_json
+    from open_instruct.quiet import silence_transformers
     from open_instruct.study.measuring import measure
-    from open_instruct.training import model_setup, setup
-    from open_instruct.training.examples import fill_virtual_tokens, load_data
+    from open_instruct.training import base_model, engines
+    from open_instruct.training.load_data import load_data
+    from open_instruct.training.settings import base_model_settings, before_data
 
-    path = base_path(task, args)
+    path = base_path(task, flags)
     if not path.exists():
-        accelerator = setup.make_accelerator(args)
-        tokenizer, config = setup.load_tokenizer_and_config(args)
-        fill_virtual_tokens(args, config)
-        data = load_data(args, accelerator, tokenizer, config)
+        silence_transformers()
+        config = base_model.load_config(base_model_settings(flags))
+        settings = before_data(flags, {}, config)
+        accelerator = engines.make_accelerator(settings.processes)
+        tokenizer = base_model.load_tokenizer(settings.tokenizer)
+        data = load_data(settings.data, accelerator, tokenizer)
         if data.held_out is None or len(data.held_out) < MIN_HELD_OUT_ROWS:
             raise InputError(
                 f"a study needs {MIN_HELD_OUT_ROWS} held-out rows at least, half of them for choosing: "
                 "give a longer validation_file"
             )
         with torch.no_grad():
-            base = bases.take(args, config, tokenizer, accelerator)
-            quantised = model_setup.quantisation(args)
+            base = bases.take(settings.model, config, tokenizer, accelerator)
+            quantised = settings.model.quantise
             write_json(path, {"quantised": quantised, **measure(task.study, base, tokenizer, data)})
     figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return figures
 
 
-def base_path(task: Task, args: FinetuneArguments) -> Path:
+def base_path(task: Task, flags: Flags) -> Path:
     """Return the file of the base model's figures, named by what decides them."""
-    from open_instruct.training import model_setup
+    from open_instruct.training.settings import base_model_settings
 
-    digest = hashlib.sha256(model_setup.base_key(args).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(base_model_settings(flags).key.encode()).hexdigest()[:8]
     return task.study.output_dir / f"base-{digest}.json"

@@ -17,7 +17,7 @@ import torch
 
 from open_instruct.errors import InputError
 from open_instruct.study.trials import Task, run_trial
-from open_instruct.training.model_setup import Bases
+from open_instruct.training.base_model import Bases
 
 Item = TypeVar("Item")
 # Runs tasks, and yields each with its outcome as soon as it has finished.

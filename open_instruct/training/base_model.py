@@ -13,7 +13,8 @@ from accelerate import Accelerator, init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from open_instruct.adapters.folders import AdapterFolder, chat_template
+from open_instruct.adapters.folders import AdapterFolder
+from open_instruct.adapters.loaded import chat_template
 from open_instruct.data import chat
 from open_instruct.errors import warn
 from open_instruct.model import loading

@@ -15,9 +15,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from open_instruct.adapters import folders
 from open_instruct.adapters.folders import WEIGHTS, AdapterFolder
+from open_instruct.adapters.loaded import check_shapes
 from open_instruct.errors import InputError
 from open_instruct.flags import Flags, check_flags
-from open_instruct.methods import METHODS, Method, method_of_type
+from open_instruct.methods import METHODS, Method
 from open_instruct.model.training_model import causal_of
 from open_instruct.training.base_model import BaseModelSettings, skeleton
 
@@ -38,9 +39,15 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
     folder = folders.read_folder("the adapter", flags.adapter_name_or_path)
     values: dict[str, Any] = {}
     method = METHODS[flags.method]
-    if method.trains_base:
-        maker = next((m for m in METHODS.values() if m.quantises_base and folder.trained_on(f"use_{m.name}")), None)
-        method = maker or maker_of(folder)
+    if method.trains_base:  # no method was chosen
+        quantising = [m for m in METHODS.values() if m.quantises_base and folder.trained_on(f"use_{m.name}")]
+        maker = quantising[0] if quantising else folder.method
+        if maker is None:
+            known = ", ".join(m.title for m in METHODS.values() if m.peft_types)
+            raise InputError(
+                f"--adapter_name_or_path {folder.path} is {folder.title}, which can't be trained here: use {known}"
+            )
+        method = maker
         values[f"use_{method.name}"] = True
         for name in ("load_in_4bit", "load_in_8bit"):
             if folder.trained_on(name) and name not in origins:
@@ -68,21 +75,6 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
     return adopted, origins | taken, folder
 
 
-def maker_of(folder: AdapterFolder) -> Method:
-    """Return the method that made an adapter.
-
-    Raises:
-        InputError: none of ours did.
-    """
-    method = method_of_type(folder.peft_type)
-    if method is None:
-        known = ", ".join(m.title for m in METHODS.values() if m.peft_types)
-        raise InputError(
-            f"--adapter_name_or_path {folder.path} is {folder.title}, which can't be trained here: use {known}"
-        )
-    return method
-
-
 def put_adapter_on(
     model: Any, tokenizer: PreTrainedTokenizerBase, method: Method, settings: Any, folder: AdapterFolder | None
 ) -> Any:
@@ -105,7 +97,7 @@ def put_adapter_on(
     if model.device.type != "meta":
         weights = load_file(folder.path / WEIGHTS)
         network = load_file(folder.path / NETWORK) if method.keeps_network(settings) else None
-    folders.check_shapes(folder, model)
+    check_shapes(folder, model)
     try:
         return method.wrap_trained(model, tokenizer, settings, folder.config, weights, network)
     except InputError as error:

@@ -127,7 +127,8 @@ def training_rows(settings: DataSettings) -> tuple[Iterator[Row], str | None]:
         files = [path for source in settings.train_files for path in reading.files_of(source)]
         return reading.read_files(files), dataset.file_key(files)
     if settings.dataset_name:
-        return reading.read_hub_rows(settings.dataset_name, settings.dataset_config_name, "train"), None
+        files = reading.files_of(settings.dataset_name, "train", settings.dataset_config_name)
+        return reading.read_files(files), dataset.file_key(files)
     members, splits = list(settings.mixture), list(settings.mixture_splits)
     files = [path for name, _ in members for path in reading.files_of(name, splits[0])] if len(splits) == 1 else []
     key = dataset.file_key(files) + json.dumps([members, settings.seed]) if files else None
