@@ -74,6 +74,8 @@ def test_a_yaml_file_is_overridden_by_flags_and_origins_are_kept(tmp_path):
         (["--use-promt-tuning"], "did you mean --use_prompt_tuning?"),
         (["--seed", "many"], "invalid int value: 'many'"),
         (["--prefix_init", "noise"], "noise"),
+        (["--lr_scheduler_type", "wavy"], "--lr_scheduler_type: invalid choice: 'wavy'"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "invalid choice"),
     ],
 )
 def test_wrong_flags_end_with_code_2_and_one_line(words, says, capsys):

@@ -59,12 +59,11 @@ CASES = {
     "flash back end": (["--attn_backend", "flash_attn"], "--attn_backend flash_attn can't be used: it needs a GPU"),
     "packing flags": (
         ["--packing", "False", "--attn_backend", "sdpa"],
-        "--attn_backend belongs to the packed forward pass",
+        "--attn_backend sdpa: it belongs to the packed forward pass",
     ),
     "quantised full": (["--load_in_4bit"], "full fine-tuning does not work with 4-bit base"),
-    "two quantisations": (["--use_lora", "--load_in_4bit", "--load_in_8bit"], "exclude each other"),
-    "schedule": (["--lr_scheduler_type", "wavy"], "--lr_scheduler_type wavy"),
-    "final rate": (["--final_lr_ratio", "0.1", "--lr_scheduler_type", "cosine"], "--final_lr_ratio 0.1"),
+    "two quantisations": (["--use_lora", "--load_in_4bit", "--load_in_8bit"], "--load_in_4bit: it excludes --load_in_8bit"),
+    "final rate": (["--final_lr_ratio", "0.1", "--lr_scheduler_type", "polynomial"], "--final_lr_ratio 0.1: it works with"),
     "tracker": (["--with_tracking", "--report_to", "notepad"], "--report_to notepad"),
     "output is the model": (
         ["--output_dir", str(TINY_MODEL), "--overwrite_output_dir"],

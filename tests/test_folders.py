@@ -168,7 +168,7 @@ def test_mergeable_and_inspectable(tmp_path):
     for names, message in [
         ([], "nothing to merge"),
         (["prefix"], "adapter prefix is a prefix of keys and values in each layer"),
-        (["poly"], "adapter poly is POLY, which can't be merged here: use LoRA, IA3, prompt tuning or P-tuning"),
+        (["poly"], "adapter poly is POLY, which can't be merged here: use LoRA, prompt tuning, P-tuning, IA3"),
         (["lora", "prompt"], r"lora \(LoRA\) would change the weights"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -228,7 +228,7 @@ def test_ia3_is_refused_where_deepspeed_loses_it():
 
 
 def test_the_documented_table_is_generated_from_the_code():
-    assert (ROOT / "docs" / "Feature.md").read_text() == make_capabilities.render()
+    assert (ROOT / "docs" / "capabilities.md").read_text() == make_capabilities.render()
 
 
 def test_checkpointing_changes_no_step(train):

@@ -26,7 +26,6 @@ REQUIRED = {  # without which a parser complains of something else than the mist
     "sample_subsets.py": ["x.jsonl"],
 }
 HEAVY = {"torch", "peft", "datasets", "matplotlib"}
-TRANSFORMERS_PARSER = {"open_instruct/finetune_peft.py", "open_instruct/study_peft.py"}  # flags are its dataclasses
 # Runs a script as `python SCRIPT …` does, then reports the modules in which it ran.
 PROBE = """
 import atexit, pathlib, runpy, sys
@@ -53,10 +52,9 @@ def start(script: str, *words: str, cwd: Path) -> tuple[subprocess.CompletedProc
 
 def check_imports(script: str, modules: dict[str, str]) -> None:
     """The modules of this project are this clone's, and nothing heavy is among the others."""
-    heavy = HEAVY if script in TRANSFORMERS_PARSER else HEAVY | {"transformers"}
     own = {name: file for name, file in modules.items() if name.partition(".")[0] == "open_instruct"}
     assert own and all(Path(file).is_relative_to(ROOT / "open_instruct") for file in own.values()), own
-    assert not sorted(heavy & {name.partition(".")[0] for name in modules})
+    assert not sorted(HEAVY & {name.partition(".")[0] for name in modules})
 
 
 def check_error(result: subprocess.CompletedProcess, text: str) -> None:

@@ -275,7 +275,7 @@ def check_mergeable(folders: Sequence[AdapterFolder], output: str) -> None:
         raise InputError("nothing to merge: give --adapter DIR")
     for folder in folders:
         if folder.method is None:
-            mergeable = ", ".join(method.title for method in METHODS.values() if method.merges_into)
+            mergeable = ", ".join(method.title for method in METHODS.values() if method.merges_into and not method.quantises_base)
             raise InputError(f"adapter {folder.name} is {folder.title}, which can't be merged here: use {mergeable}")
         if not folder.method.merges_into:
             raise InputError(f"adapter {folder.name} {folder.method.merge_obstacle}")
