@@ -61,6 +61,7 @@ class Method(ABC):
     init_flag: str | None = None  # flag that says how the soft prompt starts
     network_remedy = ""  # what to do where `keeps_network` wants a file that is missing
     wants_keys = False  # its recipe needs the spread of the base's keys
+    wants_plain_layers = False  # PEFT finds its layers only where no other adapter has wrapped them
     memory_kind = "layers"  # key of `model.memory.KEPT`
     merges_into: str | None = None  # a plain checkpoint holds it as "weights" or as "tokens"
     merge_obstacle = "it can't be merged"  # where `merges_into` is None

@@ -33,6 +33,7 @@ class Vera(LayerMethod):
     settings_class = VeraSettings
     peft_types = continues_from = ("VERA",)
     merges_into = "weights"
+    wants_plain_layers = True
     obstacles = MappingProxyType({Feature.ZERO_3: WHOLE_BASE, Feature.FSDP: WHOLE_BASE})
 
     def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
