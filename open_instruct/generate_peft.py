@@ -32,7 +32,7 @@ from open_instruct.errors import exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit code 0: done; 2: wrong input, reported in one line; 130: interrupted."""
     args = parse(argv)
-    return exit_code(lambda: run(args), "interrupted: finished answers are kept, --resume goes on")
+    return exit_code(lambda: run(args), "interrupted: finished answers are kept, --resume continues")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--chat_template_name", help="as in finetune_peft.py; unset: the adapter's own")
     add("--input_file", metavar="FILE", help="file of questions; unset: a chat starts")
     add("--output_file", metavar="FILE", help="file for the answers, as JSON Lines")
-    add("--resume", action="store_true", help="go on with an output file that was not finished")
+    add("--resume", action="store_true", help="continue an unfinished output file")
     add("--batch_size", type=at_least(1), default=32, help="most answers computed at once (default: 32)")
     add(
         "--combine",

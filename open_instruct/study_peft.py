@@ -56,10 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a study. Exit code 0: done; 2: wrong input; 130: interrupted, and can go on."""
+    """Run a study. Exit code 0: done; 2: wrong input; 130: interrupted, can be continued."""
     args = build_parser().parse_args(argv)
     return exit_code(
-        lambda: run(args), interrupted="interrupted: what is finished is kept, and the same command goes on"
+        lambda: run(args), interrupted="interrupted: what is finished is kept, and the same command continues"
     )
 
 

@@ -5,7 +5,8 @@
 
 A refactoring must change no loss. Every method is trained for a few steps on the bundled model and data, packed and
 padded, on one process and on two; metrics.jsonl, the saved weights and summary.json must be equal, apart from times and
-memory. Results in --work_dir are kept, so that the old checkout has to be run only once. Exit code 1: something differs.
+memory. Results in --work_dir are kept, so that the old checkout has to be run only once. Exit code 1: something
+differs.
 """
 
 from __future__ import annotations

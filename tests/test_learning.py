@@ -1,4 +1,4 @@
-"""With nothing set, every method learns; with the settings that users brought, the loss rises. On a task that no recipe was tuned for."""
+"""On a task that no recipe was tuned for, every method learns by default; with users' old settings the loss rises."""
 
 import pytest
 import torch

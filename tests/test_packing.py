@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from docs import make_capabilities
 from open_instruct.command_line import parse
 from open_instruct.data import collate
 from open_instruct.errors import InputError

@@ -1,4 +1,4 @@
-"""Base and adapters in one process: loaded together, switched, and asked."""
+"""Base and adapters in one process: loaded together, switched, and queried."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 import open_instruct
 from open_instruct import InputError, Sampling
 from open_instruct.adapters import loaded
-from tests.conftest import ADAPTERS, TINY_MODEL, asked
+from tests.conftest import ADAPTERS, TINY_MODEL, questions_of
 
 
 def test_adapters_of_all_methods_share_a_base_and_answer_as_alone(trained, questions_file):
@@ -40,7 +40,7 @@ def test_adapters_of_all_methods_share_a_base_and_answer_as_alone(trained, quest
 )
 def test_answers_do_not_depend_on_the_batch(method, sampling, trained, questions_file):
     served = open_instruct.load(str(trained / method))
-    texts = asked(questions_file, 12)
+    texts = questions_of(questions_file, 12)
     together = served.answers(texts, sampling=sampling, batch_size=7)
     alone = [served.answers([text], sampling=sampling)[0] for text in texts]
     assert together == alone

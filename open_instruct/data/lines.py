@@ -80,7 +80,7 @@ def index_lines(path: Path, column: str | None = None) -> tuple[np.ndarray, list
             while end >= 0:
                 add_row(chunk, start, end, offset)
                 start, end = end + 1, chunk.find(b"\n", end + 1)
-            rest += chunk[start:]  # no line break in the whole chunk: the line goes on through several chunks
+            rest += chunk[start:]  # no line break in this chunk: the line continues in the next
             offset += len(chunk)
     queue.put(None)
     add_row(rest, 0, len(rest), offset - len(rest))  # the last line may lack its line break

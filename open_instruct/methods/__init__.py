@@ -16,7 +16,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_of_type(peft_type: str) -> Method | None:
-    """Return the method that makes adapters of PEFT's type, or None; the one that leaves the base as it is, if two do."""
+    """Return the method that makes adapters of a PEFT type, or None. Of two, prefer that with an unquantised base."""
     makers = [method for method in METHODS.values() if peft_type in method.peft_types]
     return min(makers, key=lambda method: method.quantises_base is not None, default=None)
 

@@ -113,7 +113,7 @@ Backend = Callable[[AttentionInputs], torch.Tensor]  # returns [1, T, H, E]
 
 @dataclass
 class PackedContext:
-    """What the attention of every layer has to know of the packed row that passes through the model.
+    """Facts about the packed row in the model, which the attention of every layer needs.
 
     Args:
         lengths: tokens of each example, in order.

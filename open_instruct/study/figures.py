@@ -140,7 +140,7 @@ class StudyFigures:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method costs."""
+    """Costs of a method."""
 
     name: str
     unit: str

@@ -1,4 +1,4 @@
-"""How a study measures a model: losses on held-out rows and on other text, and exact matches of answers."""
+"""Measurements of a trial: losses on held-out rows and on other text, and exact matches of answers."""
 
 from __future__ import annotations
 

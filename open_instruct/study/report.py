@@ -92,7 +92,7 @@ def write(study: Study, results: StudyResults, num_workers: int) -> str:
     )
     write_text(folder / "report.md", render("report.md.j2", content))
     write_text(folder / "report.html", render("report.html.j2", content))
-    return "\n".join(["", *sentences, f"the whole report: {folder / 'report.html'}"])
+    return "\n".join(["", *sentences, f"full report: {folder / 'report.html'}"])
 
 
 def render(template: str, content: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """What a study has computed so far."""
+    """Results that a study has computed so far."""
 
     trials: list[TrialResult]
     num_missing: int  # trials that are known to be needed and have not finished

@@ -53,7 +53,7 @@ def next_trials(study: Study, spec: MethodSpec, losses: Mapping[str, float]) -> 
 
     Args:
         study: the study.
-        spec: the method whose search goes on.
+        spec: the method whose search continues.
         losses: loss on the rows for choosing of each finished trial, by `Trial.key`. A loss that is not finite counts
             as infinite.
 

@@ -105,7 +105,7 @@ def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
         except InputError as error:  # diverged, or out of memory: a result of the study, not its end
             bases.loaded.clear()
             write_json(task.folder / FAILED, {"failed": str(error)})
-        except Preempted:  # its checkpoint is written, and the next start goes on from there
+        except Preempted:  # its checkpoint is written, and the next start continues from it
             raise KeyboardInterrupt from None
     if METHODS[flags.method].trains_base and not task.study.keep_full_weights:
         for path in task.folder.glob("model*.safetensors*"):

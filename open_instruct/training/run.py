@@ -46,12 +46,16 @@ def run(
 
     Args:
         flags: checked by `flags.check_flags`.
-        origins: where each flag that was given comes from.
-        bases: base models of earlier runs of this process, of one process alone; None: the base is read anew.
+        origins: where each given flag comes from.
+        bases: base models that earlier runs of this process loaded (one process only); None: the base is read anew.
         measure: takes trained model, tokenizer and data at the end, and returns further entries of summary.json.
 
     Returns:
-        The summary on the main process, None elsewhere and where nothing was to be trained.
+        The summary on the main process; None on the others, and if nothing was to be trained.
+
+    Raises:
+        InputError: the flags, the files or the machine don't allow the run.
+        Preempted: a signal stopped it.
     """
     silence_transformers()
     tracking.reset_peak_memory()
@@ -167,7 +171,7 @@ def save(
     samples: sample_answers.SampleAnswers,
     measure: Callable[[Any, Any, Data], dict[str, Any]],
 ) -> dict[str, Any] | None:
-    """Keep the best parameters or the last ones, let the model answer, and write what the run leaves.
+    """Take the best parameters or the last ones, let the model answer, and write the run's results.
 
     Returns:
         The summary on the main process, None elsewhere.

@@ -1,8 +1,8 @@
 """Flags → settings, resolved once: what a run does, in values that nothing writes to afterwards.
 
-There are three moments. `before_data` knows the flags, the adapter and the base's configuration, and gives `Settings`. `with_recipe`
-knows the base's scales as well, and gives `Resolved`, in which no hyperparameter is missing. `with_learning_rate`
-replaces the rate by the one that --auto_lr chose. Origins say where each value comes from.
+There are three moments. `before_data` knows the flags, the adapter and the base's configuration, and gives `Settings`.
+`with_recipe` knows the base's scales as well, and gives `Resolved`, in which no hyperparameter is missing.
+`with_learning_rate` replaces the rate by the one that --auto_lr chose. Origins record where each value comes from.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Settings:
     flags: Flags
     origins: Mapping[str, str]
     method: Method
-    adapter: AdapterFolder | None  # whose training continues
+    adapter: AdapterFolder | None  # trained adapter to continue
     num_virtual_tokens: int  # 0 for methods without a soft prompt
     answer_length: int | None  # positions for a prompt and its answer; None: unlimited
     compute_dtype: torch.dtype
@@ -54,7 +54,7 @@ class Settings:
     tracking: TrackingSettings
 
     def plan(self, num_examples: int, num_processes: int) -> Plan:
-        """Return which examples each step holds, and how many steps there are."""
+        """Return the plan: the examples of each step, and the number of steps."""
         flags = self.flags
         per_step = flags.per_device_train_batch_size * flags.gradient_accumulation_steps * num_processes
         num_steps = flags.max_train_steps or flags.num_train_epochs * -(-num_examples // per_step)
@@ -79,7 +79,7 @@ class Settings:
         )
 
     def check_engine(self, engine: Feature | None) -> None:
-        """Refuse what method, engine and base can't be combined with.
+        """Refuse combinations of method, engine and base that don't work.
 
         Raises:
             InputError: naming every obstacle.
@@ -102,17 +102,17 @@ class Settings:
                 problems.append(f"quantised weights can't be sharded by {engine}: use DDP or ZeRO-2, or drop {flag}")
             if method.init_flag and getattr(flags, method.init_flag) == "screened":
                 problems.append(
-                    f"a screened start needs a whole model, which no process holds under {engine}: use the "
+                    f"a screened start needs the full model, which no process holds under {engine}: use the "
                     "initialisation text"
                 )
             if flags.auto_lr:
                 problems.append(
-                    f"--auto_lr needs a whole model, which no process holds under {engine}: use DDP or ZeRO-2, or run "
-                    "it alone first"
+                    f"--auto_lr needs the full model, which no process holds under {engine}: use DDP or ZeRO-2, or "
+                    "choose the rate on one process first"
                 )
         if engine == Feature.FSDP and flags.use_8bit_optimizer:
             problems.append(
-                "--use_8bit_optimizer does not know the sharded parameters of FSDP: drop it, or use another engine"
+                "--use_8bit_optimizer does not support the sharded parameters of FSDP: drop it, or use another engine"
             )
         if problems:
             raise InputError("; ".join(problems))
@@ -120,9 +120,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Resolved(Settings):
-    """All that a run needs before its first step."""
+    """Settings with every hyperparameter resolved: all that a run needs before its first step."""
 
-    method_settings: Any  # of the method's `settings_class`
+    method_settings: Any  # an instance of the method's `settings_class`
     optimizer: OptimizerSettings
     recipe_sources: str
 
@@ -146,7 +146,7 @@ class Resolved(Settings):
         return {item: values[item] for item in shown if not (self.adapter and item == self.method.init_flag)}
 
     def record(self, data: Data, num_processes: int, engine: Feature | None) -> dict[str, Any]:
-        """Return what run.json says of the settings: everything that is needed to repeat the run."""
+        """Return the entries of run.json about the settings: everything that is needed to repeat the run."""
         return {
             "flags": {
                 name: {"value": value, "origin": self.origins.get(name, "default")}
@@ -197,9 +197,9 @@ class Resolved(Settings):
 
 
 def base_model_settings(flags: Flags) -> BaseModelSettings:
-    """Return what flags say of the base model."""
+    """Return the settings of the base model."""
     method = METHODS[flags.method]
-    assert flags.model_name_or_path is not None  # `check_flags` and `adopt_adapter` see to it
+    assert flags.model_name_or_path is not None  # `check_flags` and `adopt_adapter` ensure it
     quantise = method.quantises_base or ("4bit" if flags.load_in_4bit else "8bit" if flags.load_in_8bit else None)
     return BaseModelSettings(
         name=flags.model_name_or_path,
@@ -223,10 +223,10 @@ def before_data(
     """Resolve what is known before data is read: the first moment.
 
     Args:
-        flags: checked, with what the adapter decides.
-        origins: of the flags that were given.
-        config: of the base model.
-        adapter: whose training continues, or None.
+        flags: checked flags, with the values that the adapter decides.
+        origins: origins of the given flags.
+        config: the base model's configuration.
+        adapter: trained adapter to continue, or None.
 
     Raises:
         InputError: virtual tokens and conversations do not fit into the model's context.
@@ -326,12 +326,12 @@ def repository(flags: Flags, method: Method) -> str:
 
 
 def with_recipe(settings: Settings, facts: ModelFacts, sharded: bool) -> Resolved:
-    """Fill what the user left unset from the method's recipe: the second moment.
+    """Fill the hyperparameters that the user left unset from the method's recipe: the second moment.
 
     Args:
-        settings: from `before_data`.
+        settings: result of `before_data`.
         facts: scales of the base.
-        sharded: no process holds the whole model, so no starts can be tried, and a screened one begins at the text.
+        sharded: no process holds the full model, so starts can't be compared, and a screened start uses the text.
     """
     flags, method, origins = settings.flags, settings.method, dict(settings.origins)
     given = asdict(flags) | {"num_virtual_tokens": settings.num_virtual_tokens or None}
