@@ -49,8 +49,8 @@ def render() -> str:
     lines += [
         "",
         "Behaviour that differs at the same value: the loss is the mean over all labelled tokens of a step, on every",
-        "process, not a mean of micro-batch means; `output_dir` is used as given; no token is added to a tokenizer that",
-        "has no pad token.",
+        "process, not a mean of micro-batch means; `output_dir` is used as given; no token is added to a tokenizer",
+        "without a pad token.",
     ]
     for group in GROUPS:
         if group is AcceptedFlags:

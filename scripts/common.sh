@@ -63,8 +63,8 @@ launch() {
     total=${TOTAL_BATCH_SIZE:-16}
     per_gpu=${BATCH_SIZE_PER_GPU:-$((total / processes > 16 ? 16 : total / processes))}
     if ((per_gpu < 1 || total % (processes * per_gpu) != 0)); then
-        echo "error: TOTAL_BATCH_SIZE $total is no multiple of NUM_PROCESSES $processes × BATCH_SIZE_PER_GPU $per_gpu:" \
-            "change one of them" >&2
+        echo "error: TOTAL_BATCH_SIZE $total is no multiple of NUM_PROCESSES $processes ×" \
+            "BATCH_SIZE_PER_GPU $per_gpu: change one of them" >&2
         exit 2
     fi
     accumulation=$((total / processes / per_gpu))

@@ -205,7 +205,7 @@ def test_inspection_finds_what_was_put_there(trained, questions_file, tmp_path, 
     out = capsys.readouterr().out
     assert "Attention to the virtual tokens" in out and "apple" in out
     assert inspect_main(["--adapter", str(trained / "lora")]) == 2
-    assert "no virtual tokens to look at" in capsys.readouterr().err
+    assert "no virtual tokens to inspect" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])

@@ -79,9 +79,9 @@ def test_a_run_that_goes_on_to_learn_by_heart_saves_its_best(train, task, tmp_pa
         data=task,
     )
     kept = load_file(sorted(stopped.folder.glob(f"checkpoints/step_{step}"))[0] / "trained.safetensors")
-    found = load_file(run.folder / "adapter_model.safetensors")
+    trained = load_file(run.folder / "adapter_model.safetensors")
     assert saved != ended and all(
-        torch.equal(found[name.replace(".default", "")], value) for name, value in kept.items()
+        torch.equal(trained[name.replace(".default", "")], value) for name, value in kept.items()
     )
 
 

@@ -1,4 +1,4 @@
-"""A file of questions answered by adapters: one JSON line for each question, which a killed run can take up again."""
+"""A file of questions answered by adapters: one JSON line for each question, which a killed run can continue."""
 
 from __future__ import annotations
 

@@ -296,4 +296,4 @@ def check_prompt(folder: AdapterFolder) -> None:
         InputError: it has no virtual tokens.
     """
     if not folder.prompt_kind:
-        raise InputError(f"adapter {folder.name} is {folder.title}, which has no virtual tokens to look at")
+        raise InputError(f"adapter {folder.name} is {folder.title}, which has no virtual tokens to inspect")

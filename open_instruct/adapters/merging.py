@@ -250,7 +250,7 @@ def verify(
         different = next(((text, wanted_text) for text, wanted_text in pairs if text != wanted_text), None)
         if different and model.dtype == torch.float32:
             raise InputError(
-                f"the merged model says {different[0]!r} where base + {name} says {different[1]!r}: "
+                f"the merged model answers {different[0]!r} where base + {name} answers {different[1]!r}: "
                 "serve the adapter with PEFT instead"
             )
     return {

@@ -138,7 +138,7 @@ def source_files(source: str, split: str, configuration: str | None = None) -> l
 
 
 def no_configuration(source: str, configuration: str) -> str:
-    """Return the text of the error that a configuration is given where there can be none."""
+    """Return the error message for a configuration of a local source, which can't have one."""
     return (
         f"{source} is on this disk, and configurations (here {configuration}) belong to data sets on the Hub: "
         "leave it out, or name the folder that holds the configuration"

@@ -36,7 +36,7 @@ HARMLESS = {
 
 
 class CannotPack(Exception):
-    """The model computes something that packed attention would get wrong; the message says what."""
+    """The model computes something that packed attention would get wrong; the message names it."""
 
 
 @dataclass(frozen=True)

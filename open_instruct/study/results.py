@@ -71,7 +71,7 @@ def exact_match(summary: dict[str, Any]) -> float:
 
 
 def params_name(params: dict[str, Any]) -> str:
-    """Return parameters for people."""
+    """Return parameters as readable text."""
     return ", ".join(f"{name} {value}" for name, value in params.items()) or "the recipe"
 
 

@@ -1,4 +1,4 @@
-"""Which trials a study consists of: grid, random search or successive halving, with the same budget for each method."""
+"""Trials of a study by grid, random search or successive halving, with the same budget for each method."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """Return parameters and seed for people."""
+        """Return parameters and seed as readable text."""
         return ", ".join([*(f"{name} {value}" for name, value in self.params), f"seed {self.seed}"])
 
 

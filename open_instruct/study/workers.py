@@ -1,4 +1,4 @@
-"""Who runs the trials: this process, several processes with a GPU each, or Ray's actors. Each loads a base once."""
+"""Runners of trials: this process, several processes with a GPU each, or Ray's actors. Each loads a base once."""
 
 from __future__ import annotations
 

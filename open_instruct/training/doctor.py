@@ -138,8 +138,8 @@ class Doctor:
         calm, wild = median(self.history.norms[:size]), median(self.history.norms[-size:])
         return Finding(
             "rate too high",
-            f"the training loss rose from {best:.3f} to {recent:.3f} (means of {size} steps), above its first values, and "
-            f"the gradient norm went from {calm:.2g} to {wild:.2g}",
+            f"the training loss rose from {best:.3f} to {recent:.3f} (means of {size} steps), above its first values, "
+            f"and the gradient norm went from {calm:.2g} to {wild:.2g}",
             f"the learning rate {self.info.learning_rate:.2g} is too high",
             f"--learning_rate {self.info.learning_rate / 10:.2g}",
         )

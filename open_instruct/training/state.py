@@ -92,7 +92,7 @@ class TrainState:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Return the part of summary.json that survives a resumption. The final loss is that of the saved parameters."""
+        """Return the entries of summary.json that survive a resumption. The final loss is the saved parameters'."""
         return {
             "base_eval_loss": self.base_eval_loss,
             "initial_eval_loss": self.initial_eval_loss,
