@@ -36,19 +36,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", type=Path, required=True, metavar="STUDY.yaml", help="the study; configs/studies holds examples"
     )
-    parser.add_argument("--output_dir", type=Path, help="folder of the study (default: the one that the file names)")
+    parser.add_argument("--output_dir", type=Path, help="folder of the study (default: the one named in the file)")
     parser.add_argument(
-        "--workers", type=at_least(1), default=1, help="trials at a time, each on a GPU of its own if there are any"
+        "--workers",
+        type=at_least(1),
+        default=1,
+        help="number of trials that run at a time, each on its own GPU if there are any",
     )
     parser.add_argument(
-        "--engine", choices=["local", "ray"], default="local", help="what runs several workers (default: local)"
+        "--engine", choices=["local", "ray"], default="local", help="how several workers are run (default: local)"
     )
     parser.add_argument(
         "--shard", metavar="I/N", help="run only part I of N (from 0), as a task of a SLURM array does; no report"
     )
-    parser.add_argument(
-        "--report_only", action="store_true", help="run nothing, and write the report of the finished trials"
-    )
+    parser.add_argument("--report_only", action="store_true", help="only write the report of the finished trials")
     parser.add_argument(
         "--dry_run", action="store_true", help="check the study, print the trials that it begins with, and stop"
     )
