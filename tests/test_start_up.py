@@ -21,11 +21,11 @@ ENTRY_POINTS = [
 ]
 REQUIRED = {  # without which a parser complains of something else than the mistyped flag
     "open_instruct/merge_peft.py": ["--output", "out"],
-    "open_instruct/study_peft.py": ["study.yaml"],
+    "open_instruct/study_peft.py": ["--config", "study.yaml"],
     "arrow2json.py": ["x.arrow"],
     "sample_subsets.py": ["x.jsonl"],
 }
-HEAVY = {"torch", "peft", "datasets", "matplotlib"}
+HEAVY = {"torch", "transformers", "peft", "datasets", "matplotlib"}
 # Runs a script as `python SCRIPT …` does, then reports the modules in which it ran.
 PROBE = """
 import atexit, pathlib, runpy, sys

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from open_instruct.bootstrap import interval
 from open_instruct.errors import InputError
 
 METRICS = ("loss", "exact_match", "rouge", "bleu")
@@ -125,11 +126,6 @@ def resamples(num_rows: int, seed: int) -> list[np.ndarray]:
     """Draw indices of rows with replacement, the same for every adapter, so that differences are paired."""
     generator = np.random.default_rng([seed, 0xB007])
     return [generator.integers(0, num_rows, num_rows) for _ in range(NUM_RESAMPLES)]
-
-
-def interval(values: Sequence[float]) -> list[float]:
-    """Return the bounds of the middle 95 % of bootstrapped values (the percentile interval)."""
-    return [float(value) for value in np.percentile(values, [2.5, 97.5])]
 
 
 def figures(statistics: dict[str, Statistic], num_rows: int, draws: Sequence[np.ndarray]) -> dict[str, dict[str, Any]]:

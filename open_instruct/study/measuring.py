@@ -8,12 +8,13 @@ import numpy as np
 
 from open_instruct.adapters.answer_metrics import exact_matches
 from open_instruct.adapters.generation import greedy_answers
+from open_instruct.adapters.loaded import max_length
 from open_instruct.adapters.scoring import answer_losses
 from open_instruct.data import dataset, reading
-from open_instruct.model import loading
 from open_instruct.model.evaluation_mode import evaluating
 from open_instruct.study.config import Study
-from open_instruct.training.examples import Data
+from open_instruct.training.load_data import Data
+from open_instruct.training.sample_answers import question_of
 
 SCORING_BATCH_SIZE = 16  # rows
 MAX_OTHER_ROWS = 200  # of the text that measures forgetting
@@ -44,16 +45,10 @@ def answer_questions(study: Study, model: Any, tokenizer: Any, examples: list[di
     """Answer the last question of each example greedily; return 1 for each answer that is the example's, else 0."""
     if not examples:
         return []
-    starts = [example["spans"][-2] for example in examples]
-    ends = [example["spans"][-1] for example in examples]
-    prompts = [example["input_ids"][:start] for example, start in zip(examples, starts, strict=True)]
-    references = [
-        tokenizer.decode(example["input_ids"][start:end], skip_special_tokens=True).strip()
-        for example, start, end in zip(examples, starts, ends, strict=True)
-    ]
-    context = loading.context_length(model.config)
-    max_length = context and context - num_virtual_tokens(model)
-    answers = greedy_answers(model, tokenizer, prompts, study.max_new_tokens, max_length)
+    questions = [question_of(example, tokenizer) for example in examples]
+    length = max_length(model.config, num_virtual_tokens(model))
+    prompts, references = [q.prompt for q in questions], [q.reference for q in questions]
+    answers = greedy_answers(model, tokenizer, prompts, study.max_new_tokens, length)
     matches: list[float] = exact_matches(answers, references, study.answer_regex, study.normalise).tolist()
     return matches
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from open_instruct.adapters import loaded
 from open_instruct.adapters.folders import AdapterFolder
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
@@ -252,7 +253,7 @@ def before_data(
         method=method,
         adapter=adapter,
         num_virtual_tokens=num_virtual_tokens,
-        answer_length=context and context - num_virtual_tokens,
+        answer_length=loaded.max_length(config, num_virtual_tokens),
         compute_dtype=compute_dtype,
         model=model,
         tokenizer=TokenizerSettings(
