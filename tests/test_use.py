@@ -197,7 +197,7 @@ def test_going_on_is_refused_where_it_would_not_be_the_same(trained, tmp_path, c
             ["--adapter_name_or_path", str(trained / "ia3"), "--use_prefix_tuning"],
             "is IA3, and the method is prefix_tuning",
         ),
-        (["--adapter_name_or_path", str(trained / "prompt_tuning"), "--num_virtual_tokens", "7"], "is not the 20 of"),
+        (["--adapter_name_or_path", str(trained / "prompt_tuning"), "--num_virtual_tokens", "7"], "contradicts the 20 of"),
         (["--adapter_name_or_path", str(foreign)], "does not hold its network"),
         (["--adapter_name_or_path", str(TINY_MODEL)], "it holds a full model"),
     ]:
@@ -236,7 +236,7 @@ def test_the_adapter_that_is_gone_on_from_is_never_overwritten(trained, tmp_path
         and (trained / "lora" / "adapter_model.safetensors").exists()
     )
     assert finetune([*words, "--output_dir", str(tmp_path / "on"), "--lora_rank", "3"]) == 2
-    assert "--lora_rank 3 is not the 64 of" in capsys.readouterr().err
+    assert "--lora_rank 3 contradicts the 64 of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tool, words, says", [
