@@ -69,7 +69,7 @@ def nested_subsets(
     """
     too_many = [size for size in sizes if size > num_rows]
     if too_many:
-        raise InputError(f"{too_many[0]:,} rows were asked for, but there are only {num_rows:,}: ask for fewer")
+        raise InputError(f"{too_many[0]:,} rows were requested, but there are only {num_rows:,}: request fewer")
     order = permutation(num_rows, seed)
     if values is None:
         return {size: order[:size] for size in sizes}
@@ -252,7 +252,7 @@ def histogram(counts: dict[str, Counter[str]], max_values: int = 30) -> str:
     """Return a table of each value's share, input against subsets, with a bar for the input.
 
     Args:
-        counts: of "input" and of each subset: value → number of rows.
+        counts: for "input" and each subset, the number of rows with each value.
         max_values: most frequent values that get a line.
     """
     totals = {name: sum(counter.values()) for name, counter in counts.items()}

@@ -53,7 +53,9 @@ def main() -> None:
     """Print one of the two tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fits", action="store_true")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="measured ones")
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="engines to measure (default: all)"
+    )
     parser.add_argument("--worker", nargs=2, metavar=("ENGINE", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -185,7 +185,7 @@ def speed(name: str, dtype: str, arguments: argparse.Namespace) -> str:
         max_tokens_per_microbatch=None, train_batch_size=16, max_seq_length=2048, num_virtual_tokens=virtual
     )
     batching = Packing(packing.row_bound(settings) - virtual)  # type: ignore[arg-type]
-    backend = backends.choose(None, torch.device(device), getattr(torch, dtype))
+    backend = backends.choose_backend(None, torch.device(device), getattr(torch, dtype))
     make_packed = partial(PackedModel, model, partial(METHODS[method].soft_prompt, model), backends.BACKENDS[backend])
     torch._dynamo.utils.counters.clear()
     rng = np.random.default_rng(0)
@@ -271,7 +271,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="measured steps per row, after one to warm up")
     parser.add_argument("--shape", choices=SHAPES, default="llama-40m")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtypes", nargs="*", help="instead of each row's own")
+    parser.add_argument("--dtypes", nargs="*", help="precisions to measure instead of those of each row")
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers of the packed arm")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

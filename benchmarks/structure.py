@@ -1,8 +1,8 @@
-"""Count what keeps the control side readable: who sees the raw flags, who compares methods, how deep the loop lies.
+"""Count what keeps the control side readable: who sees the raw flags, who names methods, how deep the loop lies.
 
     python -m benchmarks.structure
 
-The bounds are those of CONTRIBUTING.md; exit code 1 if one is exceeded. The frames are counted in a real run of one step.
+The bounds are those of CONTRIBUTING.md; exit code 1 if one is exceeded. Frames are counted in a real run of one step.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def count_source() -> dict[str, list[str]]:
             if isinstance(node, ast.FunctionDef) and "flags/" not in name:
                 annotations = [ast.unparse(a.annotation) for a in node.args.args if a.annotation]
                 takers += [f"{place} {node.name}"] if "Flags" in annotations else []
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "object.__setattr__"):
+            if isinstance(node, ast.Call) and ast.unparse(node).startswith(("setattr(flags", "object.__setattr__(")):
                 writes.append(place)
             if (
                 isinstance(node, ast.Attribute)

@@ -26,7 +26,8 @@ def render() -> str:
         "",
         "## Differences from open-instruct",
         "",
-        "Defaults that differ from `open_instruct/finetune.py`, snapshots 2024-12 and 2026-08 (the newer where both have the flag):",
+        "Defaults that differ from `open_instruct/finetune.py`, snapshots 2024-12 and 2026-08 (the newer where both "
+        "have the flag):",
         "",
         "| flag | open-instruct | here | why |",
         "|---|---|---|---|",
@@ -47,8 +48,9 @@ def render() -> str:
     lines += [f"| `{field.name}` | {field.metadata['description']} |" for field in fields(AcceptedFlags)]
     lines += [
         "",
-        "Behaviour that differs at the same value: the loss is the mean over all labelled tokens of a step, on every process, not a",
-        "mean of micro-batch means; `output_dir` is used as given; no token is added to a tokenizer without a pad token.",
+        "Behaviour that differs at the same value: the loss is the mean over all labelled tokens of a step, on every",
+        "process, not a mean of micro-batch means; `output_dir` is used as given; no token is added to a tokenizer",
+        "without a pad token.",
     ]
     for group in GROUPS:
         if group is AcceptedFlags:

@@ -1,4 +1,4 @@
-"""Command line and YAML file → flags, with the origin of every value that was given."""
+"""Parse the command line and a YAML file into flags, with the origin of every given value."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class OneLineArgumentParser(argparse.ArgumentParser):
     """An argparse parser with one-line errors and no abbreviations."""
 
     def __init__(self, **options: Any) -> None:
-        """Take argparse's options."""
+        """Pass the options on to argparse."""
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -34,19 +34,19 @@ class OneLineArgumentParser(argparse.ArgumentParser):
 
 
 def add_model_flags(parser: argparse.ArgumentParser, dtype: str = "stored") -> None:
-    """Add the flags that name a base model and adapters: the same for every tool that uses them."""
+    """Add the flags that name a base model and adapters, shared by every tool that uses them."""
     parser.add_argument(
         "--adapter",
         action="append",
         metavar="[NAME=]DIR",
-        help="trained adapter, in PEFT's format; may be given several times",
+        help="trained adapter in PEFT's format; can be repeated",
     )
+    parser.add_argument("--model_name_or_path", metavar="MODEL", help="base model; unset: the one named by the adapter")
     parser.add_argument(
-        "--model_name_or_path", metavar="MODEL", help="base model; unset: the one that the adapter names"
+        "--any_base", action="store_true", help="accept a base whose name differs from that in the adapter"
     )
-    parser.add_argument("--any_base", action="store_true", help="accept a base under another name than the adapter's")
     choices = ["stored", "auto", "float32", "bfloat16", "float16"]
-    text = "precision of the base; stored: as in its files; auto: bfloat16 on a GPU that supports it, float32 elsewhere"
+    text = "precision of the base. stored: as in its files; auto: bfloat16 on a GPU that supports it, float32 elsewhere"
     parser.add_argument("--dtype", default=dtype, choices=choices, help=f"{text} (default: {dtype})")
     parser.add_argument(
         "--allow_pickle", action="store_true", help="load a base whose weights exist only as pickle files"
@@ -55,15 +55,15 @@ def add_model_flags(parser: argparse.ArgumentParser, dtype: str = "stored") -> N
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number that is not smaller than a bound."""
+    """Return an argparse type for integers of at least `smallest`."""
 
-    def whole_number(text: str) -> int:
+    def integer(text: str) -> int:
         digits = text.removeprefix("-")
         if not (digits.isascii() and digits.isdigit() and len(digits) < 19) or int(text) < smallest:
             raise argparse.ArgumentTypeError(f"{text[:80]} is not a whole number of at least {smallest}")
         return int(text)
 
-    return whole_number
+    return integer
 
 
 def boolean(text: str) -> bool:
@@ -91,12 +91,12 @@ def build_parser() -> OneLineArgumentParser:
 
 
 def add_flag(section: Any, item: Field[Any], kind: Any) -> None:
-    """Add one flag. Its spelling with dashes works as well, and is left out of the help.
+    """Add one flag. Its spelling with dashes also works, but is left out of the help.
 
-    A truth value may stand without an argument; one that is true by default has a `--no_` form as well.
+    A truth value needs no argument. One that is true by default has a `--no_` form as well.
     """
-    kinds = [one for one in get_args(kind) if one is not NoneType] if NoneType in get_args(kind) else [kind]
-    kind = kinds[0]
+    if NoneType in get_args(kind):  # X | None
+        kind = next(member for member in get_args(kind) if member is not NoneType)
     default: Any = item.default if item.default_factory is MISSING else item.default_factory()
     options: dict[str, Any] = {"help": item.metadata["description"].replace("%", "%%"), "default": default}
     if get_origin(kind) is Literal:
@@ -123,11 +123,11 @@ def parse(argv: Sequence[str]) -> tuple[Flags, dict[str, str]]:
     """Parse `[CONFIG.yaml] --flag value …`.
 
     Returns:
-        The flags, and for each flag that was given where it came from: `flag` or `config`.
+        The flags, and for each given flag its origin: `flag` or `config`.
 
     Raises:
-        InputError: unreadable or unknown configuration keys.
-        SystemExit: with code 2 on a wrong flag, 0 after `--help`.
+        InputError: the configuration file can't be read, or is no mapping.
+        SystemExit: with code 2 on a wrong flag or configuration key, 0 after `--help`.
     """
     argv = list(argv)
     from_config: list[str] = []
@@ -145,7 +145,7 @@ def parse(argv: Sequence[str]) -> tuple[Flags, dict[str, str]]:
 
 
 def without_aliases(flags: Flags) -> Flags:
-    """Give older names and zero values that mean "unset" their present form."""
+    """Replace older names, and zeros that mean "unset", by their present form."""
     return replace(
         flags,
         tokenizer_name_or_path=flags.tokenizer_name_or_path or flags.tokenizer_name,
@@ -186,7 +186,7 @@ def flags_in(words: Sequence[str]) -> list[str]:
 
 
 def describe_unknown(unknown: Sequence[str]) -> str:
-    """Name the unknown words, with the nearest flag for each that looks like a flag."""
+    """Return a message that names the unknown words, and the nearest flag for each that looks like a flag."""
     parts = []
     for word in unknown:
         name = word.lstrip("-").split("=")[0].replace("-", "_")
@@ -196,8 +196,8 @@ def describe_unknown(unknown: Sequence[str]) -> str:
 
 
 def warn_without_effect(origins: dict[str, str]) -> None:
-    """Name on one line the flags that were given but do nothing here, each with its reason."""
+    """Print one warning that names the given flags without effect, each with its reason."""
     reasons = {item.name: item.metadata["description"] for item in fields(AcceptedFlags)}
     given = [name for name in origins if name in reasons]
     if given:
-        warn("without effect here: " + "; ".join(f"--{name} ({reasons[name]})" for name in given))
+        warn("these flags have no effect here: " + "; ".join(f"--{name} ({reasons[name]})" for name in given))

@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class InputError(ValueError):
-    """Wrong input: names the value seen, why it is wrong, and the remedy. Entry points print it and exit with code 2."""
+    """Wrong input; the message names the value, the reason and the remedy. Entry points print it and exit with 2."""
 
 
 def one_line(error: BaseException | str, longest: int = 300) -> str:
@@ -23,7 +23,15 @@ def warn(text: str) -> None:
 
 
 def exit_code(work: Callable[[], None], interrupted: str = "interrupted: nothing half-written remains") -> int:
-    """Do a tool's work. 0: done; 2: wrong input, said in one line; 130: interrupted or told to end, said in the words given."""
+    """Do a tool's work.
+
+    Args:
+        work: the work.
+        interrupted: line printed after an interruption (Ctrl-C or SIGTERM).
+
+    Returns:
+        The exit code. 0: done; 2: wrong input, reported in one line; 130: interrupted.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="figures to compute (default: all)")
     add(
         "--answer_regex",
-        help='finds the part of an answer that counts, for example "#### (.*)": the first group of its last match',
+        help="regular expression whose last match's first group is the part of an answer that counts, as '#### (.*)'",
     )
     add(
         "--normaliser",
@@ -54,9 +54,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="how answers are simplified before exact match (default: none)",
     )
     add("--max_samples", type=at_least(1), help="number of rows, drawn by seed; unset: all")
-    add("--max_new_tokens", type=at_least(1), default=256, help="most tokens of an answer (default: 256)")
-    add("--batch_size", type=at_least(1), default=16, help="most rows computed at once (default: 16)")
-    add("--seed", type=at_least(0), default=42, help="for the choice of rows and the bootstrap (default: 42)")
+    add("--max_new_tokens", type=at_least(1), default=256, help="largest number of tokens of an answer (default: 256)")
+    add("--batch_size", type=at_least(1), default=16, help="largest number of rows computed at once (default: 16)")
+    add("--seed", type=at_least(0), default=42, help="seed of the choice of rows and of the bootstrap (default: 42)")
     add("--chat_template_name", help="as in finetune_peft.py; unset: the adapter's own")
     add(
         "--output_dir",

@@ -1,9 +1,9 @@
-"""Fine-tune a causal language model on conversations: LoRA, QLoRA, VeRA, prefix tuning, prompt tuning, P-tuning, IA3, in full.
+"""Fine-tune a causal language model on conversations: prompt, prefix and P-tuning, LoRA, QLoRA, IA3, or in full.
 
     python open_instruct/finetune_peft.py --model_name_or_path MODEL --train_file FILE --use_prompt_tuning
 
-See `--help` for every flag and README.md for what a run leaves in --output_dir. Flags are parsed and checked here, before
-anything heavy is imported; the run itself stands in training/run.py.
+See `--help` for every flag and README.md for what a run leaves in --output_dir. Flags are parsed and checked here,
+before anything heavy is imported. The run itself is in training/run.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0: done; 2: wrong input, reported in one line; 75: preempted, can be resumed; 130: interrupted.
+        The exit code. 0: done; 2: wrong input, reported in one line; 75: preempted, can be resumed; 130: interrupted.
     """
     try:
         flags, origins = parse(sys.argv[1:] if argv is None else argv)
@@ -51,10 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report_error(error: InputError) -> int:
-    """Print one line, and end this process so that its launcher ends the others: they may wait in a collective for it."""
+    """Print the error on one line and return exit code 2; with several processes, end this one at once.
+
+    Its launcher then ends the others, which may be waiting for it in a collective.
+    """
     rank = int(os.environ.get("RANK", "0"))
     if rank:
-        time.sleep(5)  # the first process reports an error that all meet, and the launcher ends this one meanwhile
+        time.sleep(5)  # if all processes meet the error, the first reports it, and the launcher ends this one meanwhile
     print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
@@ -65,7 +68,7 @@ def report_error(error: InputError) -> int:
 if __name__ == "__main__":
     code = main()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # A thread of gloo that meets the dying interpreter aborts it now and then, and the launcher would end the others.
+        # At interpreter shutdown a gloo thread aborts the process now and then; the launcher would end the others.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

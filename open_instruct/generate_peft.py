@@ -32,7 +32,7 @@ from open_instruct.errors import exit_code
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit code 0: done; 2: wrong input, reported in one line; 130: interrupted."""
     args = parse(argv)
-    return exit_code(lambda: run(args), "interrupted: finished answers are kept, --resume goes on")
+    return exit_code(lambda: run(args), "interrupted: finished answers are kept, --resume continues")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,18 +41,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_model_flags(parser, dtype="auto")
     add = parser.add_argument
     add("--chat_template_name", help="as in finetune_peft.py; unset: the adapter's own")
-    add("--input_file", metavar="FILE", help="file of questions; unset: a chat starts")
+    add("--input_file", metavar="FILE", help="file of questions; unset: start a chat")
     add("--output_file", metavar="FILE", help="file for the answers, as JSON Lines")
-    add("--resume", action="store_true", help="go on with an output file that was not finished")
-    add("--batch_size", type=at_least(1), default=32, help="most answers computed at once (default: 32)")
+    add("--resume", action="store_true", help="continue an unfinished output file")
+    add("--batch_size", type=at_least(1), default=32, help="largest number of answers computed at once (default: 32)")
     add(
         "--combine",
         choices=["vote", "concatenate"],
-        help="make one answer of all adapters' answers: the most frequent one, or all one after another",
+        help="combine the adapters' answers into one: the most frequent, or all of them joined",
     )
     add("--system", help="system message for every conversation that has none")
     add = parser.add_argument_group("sampling, as in transformers").add_argument
-    add("--max_new_tokens", type=at_least(1), default=256, help="most tokens of an answer (default: 256)")
+    add("--max_new_tokens", type=at_least(1), default=256, help="largest number of tokens of an answer (default: 256)")
     add("--do_sample", action="store_true", help="draw tokens at random, instead of taking the likeliest one")
     add("--temperature", type=float, default=1.0, help="divisor of the scores (default: 1.0)")
     add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens with this probability (default: 1.0)")

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = OneLineArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser, dtype="auto")
     parser.add_argument(
-        "--file", metavar="FILE", help="questions on which attention is measured; unset: it is not measured"
+        "--file", metavar="FILE", help="questions on which attention is measured; unset: no measurement"
     )
     parser.add_argument("--rows", type=at_least(1), default=16, help="number of rows taken from the file (default: 16)")
     parser.add_argument(
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Check, inspect, print, write."""
     if not args.adapter or len(args.adapter) > 1:
-        raise InputError("give the one adapter to look at, --adapter DIR")
+        raise InputError("give the adapter to inspect with --adapter DIR")
     adapters = folders.parse_adapters(args.adapter)
     folders.check_prompt(adapters[0])
     folders.base_name(args.model_name_or_path, adapters, args.any_base)

@@ -36,19 +36,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", type=Path, required=True, metavar="STUDY.yaml", help="the study; configs/studies holds examples"
     )
-    parser.add_argument("--output_dir", type=Path, help="folder of the study (default: the one that the file names)")
+    parser.add_argument("--output_dir", type=Path, help="folder of the study (default: the one named in the file)")
     parser.add_argument(
-        "--workers", type=at_least(1), default=1, help="trials at a time, each on a GPU of its own if there are any"
+        "--workers",
+        type=at_least(1),
+        default=1,
+        help="number of trials that run at a time, each on its own GPU if there are any",
     )
     parser.add_argument(
-        "--engine", choices=["local", "ray"], default="local", help="what runs several workers (default: local)"
+        "--engine", choices=["local", "ray"], default="local", help="how several workers are run (default: local)"
     )
     parser.add_argument(
         "--shard", metavar="I/N", help="run only part I of N (from 0), as a task of a SLURM array does; no report"
     )
-    parser.add_argument(
-        "--report_only", action="store_true", help="run nothing, and write the report of the finished trials"
-    )
+    parser.add_argument("--report_only", action="store_true", help="only write the report of the finished trials")
     parser.add_argument(
         "--dry_run", action="store_true", help="check the study, print the trials that it begins with, and stop"
     )
@@ -56,16 +57,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a study. Exit code 0: done; 2: wrong input; 130: interrupted, and can go on."""
+    """Run a study. Exit code 0: done; 2: wrong input; 130: interrupted, can be continued."""
     args = build_parser().parse_args(argv)
     return exit_code(
-        lambda: run(args), interrupted="interrupted: what is finished is kept, and the same command goes on"
+        lambda: run(args), interrupted="interrupted: what is finished is kept, and the same command continues"
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Check everything, run what is missing, report."""
-    study = config.read(args.config)
+    study = config.read_study(args.config)
     if args.output_dir:
         study = replace(study, output_dir=args.output_dir)
     shard = parse_shard(args.shard)
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
     if not args.report_only:
         open_study(study)
-        with workers.choose(args.workers, args.engine) as runner:
+        with workers.choose_runner(args.workers, args.engine) as runner:
             run_all(study, runner, shard)
     if shard == (0, 1):
         print(report.write(study, results.collect(study), args.workers))
@@ -120,7 +121,7 @@ def check(study: Study) -> Study:
         from open_instruct.training import base_model
         from open_instruct.training.settings import base_model_settings, before_data
 
-        model_config = base_model.load_config(base_model_settings(first))
+        model_config = base_model.load_base_config(base_model_settings(first))
         try:
             lengths = [before_data(flags, {}, model_config).data.max_length for flags in trial_flags]
         except InputError as error:
@@ -164,14 +165,14 @@ def run_all(study: Study, runner: workers.Runner, shard: tuple[int, int]) -> Non
             num_run += 1
             seconds_left = (time.monotonic() - start) / num_run * (len(missing) - number)
             print(
-                f"[{number}/{len(missing)}] {task.trial.spec_name}: {task.trial.label}: {describe(outcome)}; "
+                f"[{number}/{len(missing)}] {task.trial.spec_name}: {task.trial.label}: {outcome_text(outcome)}; "
                 f"{seconds_left:,.0f} s left",
                 flush=True,
             )
         losses |= {trial.key: results.choosing_loss(study, trial) for trial in stage}
 
 
-def describe(outcome: dict[str, Any]) -> str:
+def outcome_text(outcome: dict[str, Any]) -> str:
     """Return a finished trial's outcome in a few words."""
     if "failed" in outcome:
         return f"failed ({outcome['failed'][:100]})"

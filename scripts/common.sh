@@ -63,7 +63,8 @@ launch() {
     total=${TOTAL_BATCH_SIZE:-16}
     per_gpu=${BATCH_SIZE_PER_GPU:-$((total / processes > 16 ? 16 : total / processes))}
     if ((per_gpu < 1 || total % (processes * per_gpu) != 0)); then
-        echo "error: TOTAL_BATCH_SIZE $total is no multiple of NUM_PROCESSES $processes × BATCH_SIZE_PER_GPU $per_gpu: change one of them" >&2
+        echo "error: TOTAL_BATCH_SIZE $total is no multiple of NUM_PROCESSES $processes ×" \
+            "BATCH_SIZE_PER_GPU $per_gpu: change one of them" >&2
         exit 2
     fi
     accumulation=$((total / processes / per_gpu))
@@ -77,7 +78,10 @@ launch() {
         case $engine in
             ddp) command+=(--multi_gpu) ;;
             fsdp) command+=(--use_fsdp --fsdp_version 2 --fsdp_reshard_after_forward true) ;;
-            *) command+=(--use_deepspeed --deepspeed_config_file "${DS_CONFIG:-$REPO_ROOT/configs/ds_configs/$engine.json}") ;;
+            *)
+                command+=(--use_deepspeed
+                    --deepspeed_config_file "${DS_CONFIG:-$REPO_ROOT/configs/ds_configs/$engine.json}")
+                ;;
         esac
     elif ((processes > 1)); then
         # Several processes on CPUs: `--cpu` would silently start one (docs of accelerate 1.15).

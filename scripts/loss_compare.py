@@ -5,7 +5,8 @@
 
 A refactoring must change no loss. Every method is trained for a few steps on the bundled model and data, packed and
 padded, on one process and on two; metrics.jsonl, the saved weights and summary.json must be equal, apart from times and
-memory. Results in --work_dir are kept, so that the old checkout has to be run only once. Exit code 1: something differs.
+memory. Results in --work_dir are kept, so that the old checkout has to be run only once. Exit code 1: something
+differs.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ STEPS = ["--max_train_steps", "6", "--eval_steps", "3", "--checkpointing_steps",
 def main() -> int:
     """Run every case in both checkouts and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("old", type=Path, help="a checkout of the repository")
-    parser.add_argument("new", type=Path, help="another one")
-    parser.add_argument("--methods", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
-    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="(default: 1 2)")
+    parser.add_argument("old", type=Path, help="checkout of the repository before the change")
+    parser.add_argument("new", type=Path, help="checkout after the change")
+    parser.add_argument(
+        "--methods", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="methods to compare (default: all)"
+    )
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="numbers of processes (default: 1 2)")
     parser.add_argument("--work_dir", type=Path, default=Path("output/loss_compare"), help="folder of the runs")
     args = parser.parse_args()
     num_different = 0

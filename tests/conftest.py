@@ -38,7 +38,8 @@ def no_dropout(method: str) -> list[str]:
     return ["--lora_dropout", "0"] if method in ("lora", "qlora") else []
 
 
-MODEST = {  # rates and sizes at which rounding grows little and the numbers in tests stay as they are, whatever the recipes say
+# Rates and sizes at which rounding grows little, and the numbers in tests stay as they are, whatever the recipes are.
+MODEST = {
     "lora": ["--learning_rate", "3.2e-3"],
     "ia3": ["--learning_rate", "1e-2"],
     "vera": ["--learning_rate", "1e-2"],
@@ -54,7 +55,7 @@ def modest_flags(method: str) -> list[str]:
 
 
 def write_conversations(path: Path, skill: str, count: int, seed: int = 0, long_every: int = 0) -> Path:
-    """Unnamed conversations of a skill as JSON Lines; every `long_every`-th has three turns, so that lengths are ragged."""
+    """Write unnamed conversations of a skill as JSON Lines; every `long_every`-th has three turns: ragged lengths."""
     rng = random.Random(seed)
     with path.open("w") as file:
         for number in range(count):
@@ -150,8 +151,9 @@ def trained(tmp_path_factory) -> Path:
     for method in ADAPTERS:
         AcceleratorState._reset_state(reset_partial_state=True)
         words = [
-            "--model_name_or_path", str(TINY_MODEL), "--train_file", str(data), *modest_flags(method), "--output_dir", str(folder / method),
-            "--max_train_steps", "40", "--validation_fraction", "0.1", "--num_sample_answers", "0", "--checkpointing_steps", "20",
+            "--model_name_or_path", str(TINY_MODEL), "--train_file", str(data), *modest_flags(method),
+            "--output_dir", str(folder / method), "--max_train_steps", "40", "--validation_fraction", "0.1",
+            "--num_sample_answers", "0", "--checkpointing_steps", "20",
             "--dataset_skip_cache",
         ]  # fmt: skip
         assert main(words) == 0
@@ -164,6 +166,6 @@ def questions_file(trained) -> Path:
     return write_conversations(trained / "heldout.jsonl", "reverse", 30, seed=99)
 
 
-def asked(path: Path, count: int = 8) -> list[str]:
+def questions_of(path: Path, count: int = 8) -> list[str]:
     """The questions of a file."""
     return [json.loads(line)["messages"][0]["content"] for line in path.read_text().splitlines()[:count]]

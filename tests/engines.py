@@ -2,7 +2,8 @@
 
     python -m torch.distributed.run --nproc_per_node 2 --standalone tests/engines.py ENGINE RUNS.json
 
-ENGINE is ddp, fsdp2, or the name of a file in configs/ds_configs; RUNS.json holds a list of command lines. Ends with 0 if all of them did.
+ENGINE is ddp, fsdp2, or the name of a file in configs/ds_configs; RUNS.json holds a list of command lines. The exit
+code is 0 if it is 0 for all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def use_deepspeed(engine: str) -> None:
-    """What `accelerate launch --use_deepspeed` sets, without the CPU build of a communication kernel that nothing here needs."""
+    """Set what `accelerate launch --use_deepspeed` sets, without building a communication kernel that is not needed."""
     import deepspeed
     from accelerate import PartialState
 
@@ -28,7 +29,7 @@ def use_deepspeed(engine: str) -> None:
 
 
 def use_fsdp2() -> None:
-    """What `accelerate launch` sets for FSDP2, by the only way to it on CPUs: a private attribute."""
+    """Set what `accelerate launch` sets for FSDP2, in the only way that works on CPUs: a private attribute."""
     from accelerate import PartialState
 
     os.environ["ACCELERATE_USE_FSDP"] = "true"

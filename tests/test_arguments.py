@@ -59,7 +59,8 @@ def test_flags_take_the_values_that_open_instruct_commands_give_them():
 def test_a_yaml_file_is_overridden_by_flags_and_origins_are_kept(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
-        "model_name_or_path: m\nuse_prompt_tuning: true\nlearning_rate: 1e-3\ndataset_mixer: {a: 0.5}\nwarmup_ratio: null\nseed: 1\n"
+        "model_name_or_path: m\nuse_prompt_tuning: true\nlearning_rate: 1e-3\ndataset_mixer: {a: 0.5}\n"
+        "warmup_ratio: null\nseed: 1\n"
     )
     arguments, origins = parse([str(config), "--seed", "2"])
     assert (arguments.learning_rate, arguments.seed, arguments.method) == (1e-3, 2, "prompt_tuning")

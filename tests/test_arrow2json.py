@@ -147,7 +147,7 @@ def test_a_changed_output_fails_verification(source, tmp_path, monkeypatch, caps
     import arrow2json
 
     real = arrow2json.to_lines
-    monkeypatch.setattr(arrow2json, "to_lines", lambda batch, place: real(batch, place).replace(b'"ok"', b'"OK"', 1))
+    monkeypatch.setattr(arrow2json, "to_lines", lambda batch, source: real(batch, source).replace(b'"ok"', b'"OK"', 1))
     assert main([str(source), "-o", str(tmp_path / "o.jsonl"), "--verify"]) == 2
     assert "row 0 differs" in capsys.readouterr().err
 

@@ -62,12 +62,18 @@ CASES = {
         "--attn_backend sdpa: it belongs to the packed forward pass",
     ),
     "quantised full": (["--load_in_4bit"], "full fine-tuning does not work with 4-bit base"),
-    "two quantisations": (["--use_lora", "--load_in_4bit", "--load_in_8bit"], "--load_in_4bit: it excludes --load_in_8bit"),
-    "final rate": (["--final_lr_ratio", "0.1", "--lr_scheduler_type", "polynomial"], "--final_lr_ratio 0.1: it works with"),
+    "two quantisations": (
+        ["--use_lora", "--load_in_4bit", "--load_in_8bit"],
+        "--load_in_4bit: it excludes --load_in_8bit",
+    ),
+    "final rate": (
+        ["--final_lr_ratio", "0.1", "--lr_scheduler_type", "polynomial"],
+        "--final_lr_ratio 0.1: it works with",
+    ),
     "tracker": (["--with_tracking", "--report_to", "notepad"], "--report_to notepad"),
     "output is the model": (
         ["--output_dir", str(TINY_MODEL), "--overwrite_output_dir"],
-        "is the base model's own folder",
+        "is also the folder of the base model",
     ),
     "output folder": (["--output_dir", "/proc/nowhere"], "--output_dir /proc/nowhere can't be written"),
     "flash": (["--use_flash_attn"], "needs a GPU"),

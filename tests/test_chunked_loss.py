@@ -1,4 +1,4 @@
-"""The loss in pieces is the whole loss, and a model's head is found or left to the model."""
+"""The loss in pieces equals the loss at once, and a model's head is recognised or left to the model."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_two_processes_train_as_one(engine, alone, tmp_path, data_file):
 
 @pytest.mark.distributed
 def test_processes_agree_on_start_and_rate(tmp_path, data_file):
-    """Screened starts and --auto_lr, with nothing set: both are judged on the same examples on one process and on two."""
+    """Screened starts and --auto_lr are judged on the same examples on one process and on two."""
     words = ["--prompt_tuning_init", "screened", "--auto_lr", "--max_train_steps", "1"]
     common = [
         word for word in flags(tmp_path, data_file, "prompt_tuning", "True") if word not in ("--learning_rate", "0.06")
@@ -120,9 +120,9 @@ def test_processes_agree_on_start_and_rate(tmp_path, data_file):
     folders = [tmp_path / "prompt_tuning-True", tmp_path / "alone"]
     starts = [load_file(folder / "soft_prompt_start.safetensors")["embeddings"] for folder in folders]
     assert torch.equal(*starts)
-    found = [json.loads((folder / "auto_lr.json").read_text()) for folder in folders]
-    assert found[0]["chosen"] == pytest.approx(found[1]["chosen"], rel=2e-2)
-    assert found[0]["losses"] == pytest.approx(found[1]["losses"], rel=1e-2)
+    tests = [json.loads((folder / "auto_lr.json").read_text()) for folder in folders]
+    assert tests[0]["chosen"] == pytest.approx(tests[1]["chosen"], rel=2e-2)
+    assert tests[0]["losses"] == pytest.approx(tests[1]["losses"], rel=1e-2)
 
 
 def test_another_global_batch_would_be_noticed(alone, tmp_path, data_file):
@@ -142,22 +142,22 @@ def test_a_run_goes_on_where_it_stopped(engine, alone, tmp_path, data_file):
     saving = ("--per_device_train_batch_size", "3", "--checkpointing_steps", "5", "--keep_last_n_checkpoints", "-1")
     first = flags(tmp_path, data_file, "p_tuning", "True", *saving)
     assert launch(engine, [first], tmp_path).returncode == 0
-    whole = tmp_path / "p_tuning-True"
+    full = tmp_path / "p_tuning-True"
     part = tmp_path / "part"
-    shutil.copytree(whole, part)
+    shutil.copytree(full, part)
     shutil.rmtree(part / "checkpoints" / "step_10")
     (part / "summary.json").unlink()
     again = [*first, "--output_dir", str(part), "--resume_from_checkpoint"]
     result = launch(engine, [again], tmp_path)
     assert result.returncode == 0 and "resuming after step 5" in result.stdout, result.stderr[-3000:]
-    assert rows_of(part) == rows_of(whole)
-    assert torch.equal(adapter_of(part), adapter_of(whole))
+    assert rows_of(part) == rows_of(full)
+    assert torch.equal(adapter_of(part), adapter_of(full))
     if engine in ("ddp", "fsdp2"):
         (part / "summary.json").unlink()
         shutil.rmtree(part / "checkpoints" / "step_10")
         AcceleratorState._reset_state(reset_partial_state=True)
         assert main([*again, "--per_device_train_batch_size", "6"]) == 0
-        first_adapter = adapter_of(whole)
+        first_adapter = adapter_of(full)
         assert (adapter_of(part) - first_adapter).norm() / first_adapter.norm() < 1e-5
 
 
@@ -166,9 +166,11 @@ def test_bad_input_is_said_once_by_two_processes(tmp_path):
     result = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-            str(ROOT / "open_instruct" / "finetune_peft.py"), "--model_name_or_path", str(TINY_MODEL), "--train_file", "missing.jsonl",
+            str(ROOT / "open_instruct" / "finetune_peft.py"), "--model_name_or_path", str(TINY_MODEL),
+            "--train_file", "missing.jsonl",
         ],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode != 0
     assert result.stderr.count("no such file: missing.jsonl") == 1
@@ -210,8 +212,8 @@ if not accelerator.is_main_process:  # its share so far, and the part at work: n
     for done, numbers in enumerate(live):
         assert numbers <= done * layer / 2 + max(layer, root) + 10_000, (done, numbers, layer, root)
 assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-mine = sum((p.ds_tensor if hasattr(p, "ds_id") else p.to_local()).numel() for p in model.parameters())
-assert abs(mine - number / 2) < 1000, (mine, number)
+held = sum((p.ds_tensor if hasattr(p, "ds_id") else p.to_local()).numel() for p in model.parameters())
+assert abs(held - number / 2) < 1000, (held, number)
 gathered = sharding.gather_full(dict(model.named_parameters()), accelerator)
 assert all(torch.equal(value, before[name]) for name, value in gathered.items())
 assert bool(gathered) == accelerator.is_main_process

@@ -24,14 +24,14 @@ RUN = ["--max_train_steps", "60", "--per_device_train_batch_size", "8", "--datas
 
 
 def names(run) -> set[str]:
-    """What the doctor said in a run: the same in its summary and on the terminal."""
-    found = {finding["name"] for finding in run.summary["findings"]}
-    assert run.out.count("doctor: ") == len(run.summary["findings"])
-    return found
+    """Return the names of a run's findings: as many in its summary as on the terminal."""
+    findings = run.summary["findings"]
+    assert run.out.count("doctor: ") == len(findings)
+    return {finding["name"] for finding in findings}
 
 
 def falling(doctor: Doctor, steps: int, start: float = 2.0, noise: float = 0.3) -> list:
-    """A run whose losses fall and whose gradients are calm."""
+    """Return the findings of a run whose losses fall and whose gradients are calm."""
     rng = random.Random(0)
     return [
         f for i in range(steps) for f in doctor.step(start * (1 - i / 400) + noise * rng.random(), 0.5 + rng.random())
@@ -45,24 +45,24 @@ def test_a_healthy_run_triggers_nothing(method, train):
 
 
 def test_the_failure_that_users_had_is_named(train):
-    """2e-5 with a random start: both causes, before the first step and at it."""
+    """2e-5 with a random start: both causes are reported, before the first step."""
     settings = ["--learning_rate", "2e-5", "--prompt_tuning_init", "random", "--num_virtual_tokens", "20"]
     run = train("run", "--use_prompt_tuning", *RUN, *settings)
     assert names(run) == {"rate too low", "start off the embeddings"}
-    assert "doctor: at learning rate 2e-05, 60 steps move a number of the soft prompt by at most 0.0006" in run.out
+    assert "doctor: at learning rate 2e-05, 60 steps move an entry of the soft prompt by at most 0.0006" in run.out
     assert "3.9 times as long as the vocabulary's" in run.out and "--prompt_tuning_init sample_vocab" in run.out
     assert run.summary["final_eval_loss"] > run.summary["base_eval_loss"]
 
 
-@pytest.mark.parametrize("flags, found", [
+@pytest.mark.parametrize("flags, expected", [
     (["--use_lora", "--learning_rate", "0.5"], {"rate too high"}),
     (["--use_lora", "--learning_rate", "1e-7"], {"rate too low"}),
     (["--use_prefix_tuning", "--learning_rate", "2e-5"], {"rate too low"}),
     (["--use_prompt_tuning", "--learning_rate", "30"], {"drift", "rate too high"}),
 ])  # fmt: skip
-def test_a_rate_that_does_not_fit_is_named(flags, found, train):
+def test_a_rate_that_does_not_fit_is_named(flags, expected, train):
     run = train("run", *RUN, *flags)
-    assert names(run) == found, run.out
+    assert names(run) == expected, run.out
 
 
 def test_answers_that_are_cut_away_are_named(train, tmp_path):
@@ -91,16 +91,14 @@ def test_what_was_learned_and_lost_again_is_no_low_rate():
     for step, loss, trained in ((30, 2.98, 1.9), (60, 3.43, 0.3), (90, 3.63, 0.1), (120, 3.65, 0.1)):
         for _ in range(30):
             assert doctor.step(trained, 0.5) == []
-        found = [f.name for f in doctor.evaluation(step, loss)]
-        assert found == (["gap"] if step == 60 else [])
+        assert [f.name for f in doctor.evaluation(step, loss)] == (["gap"] if step == 60 else [])
 
 
 def test_a_rising_training_loss_is_a_rate_or_an_order():
     rising = Doctor(HEALTHY, History())
     rising.first(2.0, 2.0)
     falling(rising, 60)
-    found = [f.name for i in range(40) for f in rising.step(2.5 + i / 10, 5.0 + i)]
-    assert found == ["rate too high"]
+    assert [f.name for i in range(40) for f in rising.step(2.5 + i / 10, 5.0 + i)] == ["rate too high"]
     ordered = Doctor(HEALTHY, History())
     ordered.first(2.0, 2.0)
     for step, loss, trained in ((40, 1.8, 1.2), (80, 1.6, 1.1), (120, 1.4, 1.7)):

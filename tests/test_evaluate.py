@@ -19,7 +19,7 @@ from open_instruct.evaluate_peft import main as evaluate_main
 from open_instruct.finetune_peft import main as finetune
 from open_instruct.generate_peft import main as generate_main
 from open_instruct.inspect_peft import main as inspect_main
-from tests.conftest import TINY_MODEL, asked
+from tests.conftest import TINY_MODEL, questions_of
 
 
 def test_losses_are_those_of_single_rows(trained):
@@ -58,7 +58,7 @@ def test_an_evaluation_agrees_with_the_run_and_the_reference_libraries(trained, 
     references = [json.loads(line)["messages"][1]["content"] for line in questions_file.read_text().splitlines()]
     for name in ("prefix_tuning", "base"):
         served = open_instruct.load(str(trained / "prefix_tuning"))
-        answers = [texts[0] for texts in served.answers(asked(questions_file, 30), name, Sampling(24))]
+        answers = [texts[0] for texts in served.answers(questions_of(questions_file, 30), name, Sampling(24))]
         figures = {metric: figure["value"] for metric, figure in result["figures"][name].items()}
         assert figures["exact_match"] == sum(a == r for a, r in zip(answers, references, strict=True)) / 30
         assert figures["bleu"] == pytest.approx(BLEU().corpus_score(answers, [references]).score, abs=1e-9)
@@ -205,7 +205,7 @@ def test_inspection_finds_what_was_put_there(trained, questions_file, tmp_path, 
     out = capsys.readouterr().out
     assert "Attention to the virtual tokens" in out and "apple" in out
     assert inspect_main(["--adapter", str(trained / "lora")]) == 2
-    assert "no virtual tokens to look at" in capsys.readouterr().err
+    assert "no virtual tokens to inspect" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
@@ -216,7 +216,7 @@ def test_attention_mass_is_that_of_the_softmax(method, trained, questions_file):
     model = served.adapters.use(method)
     served.adapters.base.set_attn_implementation("eager")
     text = served.tokenizer.apply_chat_template(
-        [{"role": "user", "content": asked(questions_file)[0]}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": questions_of(questions_file)[0]}], tokenize=False, add_generation_prompt=True
     )
     ids = served.tokenizer(text, add_special_tokens=False)["input_ids"]
     with torch.no_grad():

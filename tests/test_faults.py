@@ -31,7 +31,8 @@ SHORT = ["--max_train_steps", "6", "--eval_steps", "3", "--per_device_train_batc
 def command(folder: Path, data: Path, *flags: str) -> list[str]:
     """Flags of a run that saves a checkpoint each step."""
     return [
-        "--model_name_or_path", str(TINY_MODEL), "--train_file", str(data), "--output_dir", str(folder), "--validation_fraction", "0.2",
+        "--model_name_or_path", str(TINY_MODEL), "--train_file", str(data), "--output_dir", str(folder),
+        "--validation_fraction", "0.2",
         "--dataset_local_cache_dir", str(folder.parent / "cache"), "--num_sample_answers", "0", "--eval_steps", "20",
         "--checkpointing_steps", "1", "--per_device_train_batch_size", "4", *flags,
     ]  # fmt: skip
@@ -79,8 +80,8 @@ def same_result(folder: Path, other: Path, exact: bool = True) -> None:
         assert a == pytest.approx(b, rel=1e-4)
     expected = load_file(other / "adapter_model.safetensors")
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
-        # Adam divides by gradients that may be near zero, so one number can be off by rounding where the whole is not. A missing
-        # step would make 4e-3 here.
+        # Adam divides by gradients that may be near zero, so a single number can be off although the tensor is not. A
+        # missing step would make 4e-3 here.
         assert (tensor - expected[name]).norm() < 1e-5 * expected[name].norm()
 
 
@@ -88,8 +89,8 @@ def same_result(folder: Path, other: Path, exact: bool = True) -> None:
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path, data_file):
     """Some of them during a save: each step is followed by one."""
     flags = ["--use_prompt_tuning", "--max_train_steps", "100"]
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    assert start(whole, data_file, *flags).wait() == 0
+    full, part = tmp_path / "full", tmp_path / "part"
+    assert start(full, data_file, *flags).wait() == 0
     rng, kills, during_a_save = random.Random(1), 0, 0
     while kills < 20:
         process = start(part, data_file, *flags, "--resume_from_checkpoint")
@@ -108,14 +109,14 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path, data_file):
         during_a_save += bool(list((part / "checkpoints").glob(".step_*.writing")))
     print(f"{during_a_save} of {kills} kills hit a save")
     assert start(part, data_file, *flags, "--resume_from_checkpoint").wait() == 0
-    same_result(part, whole)
+    same_result(part, full)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_preempted_run_saves_says_so_and_resumes(name, tmp_path, data_file):
     flags = ["--use_prefix_tuning", "--max_train_steps", "40", "--checkpointing_steps", "1000"]
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    assert start(whole, data_file, *flags).wait() == 0
+    full, part = tmp_path / "full", tmp_path / "part"
+    assert start(full, data_file, *flags).wait() == 0
     process = start(part, data_file, *flags)
     wait_until(lambda: logged_steps(part) > 3, process)
     process.send_signal(getattr(signal, name))
@@ -124,14 +125,14 @@ def test_a_preempted_run_saves_says_so_and_resumes(name, tmp_path, data_file):
     assert f"stopped by {name} after step" in error and "--resume_from_checkpoint" in error and "Traceback" not in error
     assert len(complete_checkpoints(part / "checkpoints")) == 1
     assert start(part, data_file, *flags, "--resume_from_checkpoint").wait() == 0
-    same_result(part, whole)
+    same_result(part, full)
 
 
 @pytest.mark.distributed
 def test_a_killed_process_ends_the_other_and_the_run_resumes_on_one(tmp_path, data_file):
     flags = [*modest_flags("prompt_tuning"), "--max_train_steps", "60", "--timeout", "30"]
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    assert start(whole, data_file, *flags, "--per_device_train_batch_size", "8").wait() == 0
+    full, part = tmp_path / "full", tmp_path / "part"
+    assert start(full, data_file, *flags, "--per_device_train_batch_size", "8").wait() == 0
     process = start(part, data_file, *flags, launcher=TWO)
     wait_until(lambda: logged_steps(part) > 4, process)
     workers = children(process.pid)
@@ -142,7 +143,7 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes_on_one(tmp_path, da
     assert "lost contact with the others in step" in error or "stopped by SIGTERM" in error, error
     assert complete_checkpoints(part / "checkpoints")
     assert start(part, data_file, *flags, "--resume_from_checkpoint", "--per_device_train_batch_size", "8").wait() == 0
-    same_result(part, whole, exact=False)
+    same_result(part, full, exact=False)
 
 
 @pytest.mark.distributed
@@ -171,23 +172,23 @@ def test_a_hanging_process_is_said_with_rank_and_step(tmp_path, data_file):
 
 def children(pid: int) -> list[int]:
     """Processes that another one started, in order."""
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
-    return sorted(map(int, found))
+    pids = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    return sorted(map(int, pids))
 
 
 def test_a_full_disk_costs_a_checkpoint_but_not_the_run(tmp_path, data_file):
     """A limit on the size of files stands for the full disk: the optimizer's state does not fit, the adapter does."""
     flags = ["--use_lora", "--max_train_steps", "3", "--lora_dropout", "0"]
-    whole = tmp_path / "whole"
-    assert start(whole, data_file, *flags).wait() == 0
-    size = (whole / "adapter_model.safetensors").stat().st_size
+    full = tmp_path / "full"
+    assert start(full, data_file, *flags).wait() == 0
+    size = (full / "adapter_model.safetensors").stat().st_size
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size * 3 // 2, size * 3 // 2))  # noqa: E731
     process = start(tmp_path / "run", data_file, *flags, preexec_fn=limit)
     _, error = process.communicate()
     assert process.returncode == 0, error
     assert error.count("could not be written") == 3
     assert not list((tmp_path / "run" / "checkpoints").glob("*step*"))
-    same_result(tmp_path / "run", whole)
+    same_result(tmp_path / "run", full)
 
 
 def test_a_result_that_can_not_be_saved_is_put_elsewhere(train, tmp_path, monkeypatch):
@@ -204,16 +205,16 @@ def test_a_result_that_can_not_be_saved_is_put_elsewhere(train, tmp_path, monkey
     monkeypatch.setattr("open_instruct.training.run.fit", obstructed)
     run = train("run", "--use_prompt_tuning", *SHORT)
     assert run.code == 2 and "could not be saved in" in run.err
-    place = Path(run.err.split("it is in ")[1].split(",")[0])
-    assert load_file(place / "adapter_model.safetensors") and (place / "adapter_config.json").exists()
+    elsewhere = Path(run.err.split("it is in ")[1].split(",")[0])
+    assert load_file(elsewhere / "adapter_model.safetensors") and (elsewhere / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "missing", "unmarked"])
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(kind, train):
     flags = ["--use_p_tuning", *SHORT, "--checkpointing_steps", "2"]
-    whole = train("whole", *flags)
-    part = whole.folder.parent / "part"
-    shutil.copytree(whole.folder, part)
+    full = train("full", *flags)
+    part = full.folder.parent / "part"
+    shutil.copytree(full.folder, part)
     (part / "summary.json").unlink()
     newest = complete_checkpoints(part / "checkpoints")[-1]
     path = newest / ("COMPLETED" if kind == "unmarked" else "optimizer.pt")
@@ -229,12 +230,12 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(kind, train)
     resumed = train("part", *flags, "--resume_from_checkpoint")
     assert resumed.code == 0, resumed.err
     assert ("is damaged" in resumed.err) == (kind != "unmarked") and "resuming after step 4" in resumed.out
-    assert without_measurements(resumed.metrics) == without_measurements(whole.metrics)
+    assert without_measurements(resumed.metrics) == without_measurements(full.metrics)
     named = train(
         "other",
         *flags,
         "--resume_from_checkpoint",
-        str(newest.parent.parent.parent / "whole" / "checkpoints" / "step_9"),
+        str(newest.parent.parent.parent / "full" / "checkpoints" / "step_9"),
     )
     assert named.code == 2 and "it does not exist" in named.err and named.err.count("\n") == 1
 
@@ -279,11 +280,11 @@ def out_of_memory(loss: torch.Tensor) -> torch.Tensor:
 
 def test_rows_are_halved_once_when_memory_runs_out(train, monkeypatch):
     flags = ["--use_prompt_tuning", *SHORT, "--per_device_train_batch_size", "8"]
-    whole = train("whole", *flags)
+    full = train("full", *flags)
     failing(monkeypatch, {2}, out_of_memory)
     run = train("run", *flags)
     assert run.code == 0 and "out of memory: continuing with rows of" in run.out
-    for a, b in zip(without_measurements(run.metrics), without_measurements(whole.metrics), strict=True):
+    for a, b in zip(without_measurements(run.metrics), without_measurements(full.metrics), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
 
 

@@ -121,11 +121,11 @@ def test_two_runs_with_one_seed_are_one_run_and_another_seed_is_another(train):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_repeats_the_uninterrupted_one(variant, train):
     flags = [*VARIANTS[variant], *SHORT, "--checkpointing_steps", "2", "--keep_last_n_checkpoints", "-1"]
-    whole = train("whole", *flags)
-    assert whole.code == 0, whole.err
+    full = train("full", *flags)
+    assert full.code == 0, full.err
     # What a kill during step 6 leaves: two checkpoints, rows up to step 5 of which the last is torn, no summary.
-    part = whole.folder.parent / "part"
-    shutil.copytree(whole.folder, part)
+    part = full.folder.parent / "part"
+    shutil.copytree(full.folder, part)
     shutil.rmtree(part / "checkpoints" / "step_6")
     for name in ("summary.json", "loss.png", "adapter_model.safetensors", "adapter_config.json", "model.safetensors"):
         (part / name).unlink(missing_ok=True)
@@ -135,22 +135,21 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(variant, train):
     resumed = train("part", *flags, "--resume_from_checkpoint")
     assert resumed.code == 0, resumed.err
     assert "resuming after step 4" in resumed.out
-    assert without_measurements(resumed.metrics) == without_measurements(whole.metrics)
+    assert without_measurements(resumed.metrics) == without_measurements(full.metrics)
     weights = "model.safetensors" if variant == "full" else "adapter_model.safetensors"
-    first, second = load_file(whole.folder / weights), load_file(resumed.folder / weights)
+    first, second = load_file(full.folder / weights), load_file(resumed.folder / weights)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert (
-        resumed.summary["examples"] == whole.summary["examples"]
-        and resumed.summary["tokens"] == whole.summary["tokens"]
+        resumed.summary["examples"] == full.summary["examples"] and resumed.summary["tokens"] == full.summary["tokens"]
     )
 
 
 def test_a_run_can_be_resumed_from_an_earlier_checkpoint_by_name(train):
     flags = ["--use_prompt_tuning", *SHORT, "--checkpointing_steps", "2"]
-    whole = train("whole", *flags)
-    resumed = train("other", *flags, "--resume_from_checkpoint", str(whole.folder / "checkpoints" / "step_2"))
+    full = train("full", *flags)
+    resumed = train("other", *flags, "--resume_from_checkpoint", str(full.folder / "checkpoints" / "step_2"))
     assert resumed.code == 0, resumed.err
-    assert resumed.summary["final_eval_loss"] == whole.summary["final_eval_loss"]
+    assert resumed.summary["final_eval_loss"] == full.summary["final_eval_loss"]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +230,8 @@ def test_metrics_count_what_was_trained_on(train, data_file):
     steps = [row for row in run.metrics if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4] and steps[-1]["examples"] == 64 and steps[-1]["epoch"] == 1
     assert list(steps[0]) == [
-        "step", "epoch", "loss", "learning_rate", "grad_norm", "examples", "tokens", "label_tokens", "tokens_per_second", "peak_memory_mb",
+        "step", "epoch", "loss", "learning_rate", "grad_norm", "examples", "tokens", "label_tokens",
+        "tokens_per_second", "peak_memory_mb",
     ]  # fmt: skip
     assert [row["step"] for row in run.metrics if "eval_loss" in row] == [0, 4]
 
@@ -283,8 +283,9 @@ def test_a_nan_loss_stops_with_step_rate_and_checkpoint(train):
 
 def test_as_a_process_from_another_folder(tmp_path, data_file):
     result = run_script(
-        "--model_name_or_path", str(TINY_MODEL), "--train_file", str(data_file), "--use_prompt_tuning", "--max_train_steps", "2",
-        "--output_dir", "out", "--num_sample_answers", "3", "--validation_fraction", "0.1", cwd=tmp_path,
+        "--model_name_or_path", str(TINY_MODEL), "--train_file", str(data_file), "--use_prompt_tuning",
+        "--max_train_steps", "2", "--output_dir", "out", "--num_sample_answers", "3", "--validation_fraction", "0.1",
+        cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for part in (

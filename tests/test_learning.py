@@ -1,4 +1,4 @@
-"""With nothing set, every method learns; with the settings that users brought, the loss rises. On a task that no recipe was tuned for."""
+"""On a task that no recipe was tuned for, every method learns by default; with users' old settings the loss rises."""
 
 import pytest
 import torch
@@ -79,9 +79,9 @@ def test_a_run_that_goes_on_to_learn_by_heart_saves_its_best(train, task, tmp_pa
         data=task,
     )
     kept = load_file(sorted(stopped.folder.glob(f"checkpoints/step_{step}"))[0] / "trained.safetensors")
-    found = load_file(run.folder / "adapter_model.safetensors")
+    trained = load_file(run.folder / "adapter_model.safetensors")
     assert saved != ended and all(
-        torch.equal(found[name.replace(".default", "")], value) for name, value in kept.items()
+        torch.equal(trained[name.replace(".default", "")], value) for name, value in kept.items()
     )
 
 

@@ -147,13 +147,13 @@ def test_keys_are_measured_as_they_are(base, tokenizer):
     ids = torch.tensor([tokenizer(DEFAULT_TEXT, add_special_tokens=False)["input_ids"]])
     layers = base(ids, use_cache=True).past_key_values.layers
     expected = sorted(layer.keys.std().item() for layer in layers)
-    found = model_facts(base, tokenizer, keys=True).key_std
-    assert expected[0] <= found <= expected[-1] and found == pytest.approx((expected[1] + expected[2]) / 2)
+    measured = model_facts(base, tokenizer, keys=True).key_std
+    assert expected[0] <= measured <= expected[-1] and measured == pytest.approx((expected[1] + expected[2]) / 2)
 
 
 @pytest.mark.parametrize("shape", [(4, 20), (1, 1)])
 def test_qloras_gradient_is_that_of_lora_on_the_dequantised_base(shape, base, tokenizer):
-    """Also after an evaluation, at which bitsandbytes repacks the weights on some CPUs for a kernel without a derivative."""
+    """Also after an evaluation: on some CPUs bitsandbytes then repacks the weights for a kernel without a gradient."""
     bnb = pytest.importorskip("bitsandbytes")
     config = AutoConfig.from_pretrained(TINY_MODEL)
     quantised = load_model(str(TINY_MODEL), config, torch.float32, "sdpa", quantise="4bit")

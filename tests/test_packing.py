@@ -70,7 +70,7 @@ def test_a_model_that_packing_would_get_wrong_is_padded_and_says_why(kind):
     own = model.get_base_model().config._attn_implementation
     chosen = choose(model, method, SETTINGS)
     assert (
-        chosen.description.startswith("padded, 4 rows; because the packed one can't serve this model exactly")
+        chosen.description.startswith("padded, 4 rows; the packed one would not be exact for this model")
         and reason in chosen.description
     )
     assert model.get_base_model().config._attn_implementation == own
@@ -90,7 +90,7 @@ def test_the_probe_notices_a_wrong_position(monkeypatch):
         collate, "pack", lambda rows, pack=collate.pack: (b := pack(rows)) | {"position_ids": b["position_ids"] + 1}
     )
     _, obstacle = forward.probe(model, prompt, "blocked", torch.float32)
-    assert "off its own" in obstacle
+    assert "differs from its own by" in obstacle
     assert model.get_base_model().config._attn_implementation == own
 
 
@@ -164,7 +164,7 @@ def test_packed_and_padded_runs_agree_in_bfloat16(method, train):
 
 @pytest.mark.parametrize("kind, options, description", [
     ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256, "attn_pdrop": 0.0}, "packed, rows of"),
-    ("bloom", {"n_head": 4, "n_layer": 2}, "padded, 8 rows; because the packed one can't serve this model exactly"),
+    ("bloom", {"n_head": 4, "n_layer": 2}, "padded, 8 rows; the packed one would not be exact for this model"),
     ("gpt_neox", {}, "packed, rows of"),
 ])  # fmt: skip
 def test_whole_runs_on_architectures_with_other_names_for_their_layers(kind, options, description, train, tmp_path):

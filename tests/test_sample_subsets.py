@@ -1,4 +1,4 @@
-"""Subsets: exact sizes, nested, the same bytes from every format and on every machine, shares kept where asked."""
+"""Subsets: exact sizes, nested, the same bytes from every format and on every machine, shares kept where requested."""
 
 import hashlib
 import json
@@ -117,8 +117,8 @@ def test_the_alabama_paradox_does_not_break_nesting():
 
 def test_stratified_shares(tmp_path):
     assert main([str(write(tmp_path / "t.jsonl")), "--sizes", "100", "--stratify", "source"]) == 0
-    whole, part = (Counter(row["source"] for row in rows) for rows in (ROWS, read(tmp_path / "t_100.jsonl")))
-    assert all(abs(part[name] - whole[name] / 10) < 1 for name in whole)
+    every, part = (Counter(row["source"] for row in rows) for rows in (ROWS, read(tmp_path / "t_100.jsonl")))
+    assert all(abs(part[name] - every[name] / 10) < 1 for name in every)
 
 
 def test_a_file_without_a_source_column_and_with_blank_lines(tmp_path):
@@ -141,7 +141,7 @@ def test_lines_longer_than_a_chunk(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "content, words, says",
     [
-        ("{}\n" * 5, ["--sizes", "9"], "9 rows were asked for, but there are only 5"),
+        ("{}\n" * 5, ["--sizes", "9"], "9 rows were requested, but there are only 5"),
         ("", [], "is empty"),
         ('{"a": 1}\n', ["--sizes", "1", "--stratify", "b"], "row 1 has no column b"),
         ('{"a": 1}\n{oops\n', ["--sizes", "1", "--stratify", "a"], "row 2 is malformed JSON"),

@@ -117,8 +117,8 @@ def test_an_array_of_jobs_shares_a_study():
     job = ROOT / "scripts" / "slurm" / "study.sbatch"
     words = composed(job, "s.yaml", SLURM_ARRAY_TASK_ID="5", SLURM_ARRAY_TASK_MIN="4", SLURM_ARRAY_TASK_COUNT="8")
     entry = next(i for i, word in enumerate(words) if word.endswith("study_peft.py"))
-    asked = study_peft.build_parser().parse_args(words[entry + 1 :])
-    assert str(asked.config) == "s.yaml" and study_peft.parse_shard(asked.shard) == (1, 8)
+    parsed = study_peft.build_parser().parse_args(words[entry + 1 :])
+    assert str(parsed.config) == "s.yaml" and study_peft.parse_shard(parsed.shard) == (1, 8)
 
 
 def test_environment_variables_override_and_accumulation_is_derived():

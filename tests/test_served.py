@@ -1,4 +1,4 @@
-"""Base and adapters in one process: loaded together, switched, and asked."""
+"""Base and adapters in one process: loaded together, switched, and queried."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 import open_instruct
 from open_instruct import InputError, Sampling
 from open_instruct.adapters import loaded
-from tests.conftest import ADAPTERS, TINY_MODEL, asked
+from tests.conftest import ADAPTERS, TINY_MODEL, questions_of
 
 
 def test_adapters_of_all_methods_share_a_base_and_answer_as_alone(trained, questions_file):
@@ -27,7 +27,18 @@ def test_adapters_of_all_methods_share_a_base_and_answer_as_alone(trained, quest
             ids
         ).logits
     with torch.no_grad():
-        for name in ["ia3", "lora", "base", "prefix_tuning", "vera", "prompt_tuning", "lora", "base", "p_tuning", "ia3"]:
+        for name in [
+            "ia3",
+            "lora",
+            "base",
+            "prefix_tuning",
+            "vera",
+            "prompt_tuning",
+            "lora",
+            "base",
+            "p_tuning",
+            "ia3",
+        ]:
             torch.testing.assert_close(mixed.adapters.use(name)(ids).logits, alone[name], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(alone["lora"], alone["base"], atol=1e-2) and not torch.allclose(
         alone["ia3"], alone["base"], atol=1e-2
@@ -40,7 +51,7 @@ def test_adapters_of_all_methods_share_a_base_and_answer_as_alone(trained, quest
 )
 def test_answers_do_not_depend_on_the_batch(method, sampling, trained, questions_file):
     served = open_instruct.load(str(trained / method))
-    texts = asked(questions_file, 12)
+    texts = questions_of(questions_file, 12)
     together = served.answers(texts, sampling=sampling, batch_size=7)
     alone = [served.answers([text], sampling=sampling)[0] for text in texts]
     assert together == alone

@@ -1,4 +1,4 @@
-"""What is settled on a run's own first micro-batches before its first step: where a soft prompt begins, and the learning rate."""
+"""A soft prompt's start and the learning rate are chosen on a run's first micro-batches, before its first step."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def conversations(path, tokenizer) -> list[tuple[list[int], list[tuple[int, int]
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
 def test_the_start_with_the_lowest_loss_is_taken(method, train, data_file):
-    """Found again by hand: the same draws, judged one row at a time by PEFT's own forward pass."""
+    """Repeated by hand: the same draws, judged one row at a time by PEFT's own forward pass."""
     run = train("run", *method_flags(method), *SHORT, "--validation_fraction", "0")
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     set_chat_template(tokenizer, "tulu", False)
@@ -55,8 +55,8 @@ def test_the_start_with_the_lowest_loss_is_taken(method, train, data_file):
     losses = []
     for candidate in candidates:
         METHODS[method].set_init(model, candidate)
-        found = answer_losses(model, [ids for ids, _ in chosen], [spans for _, spans in chosen], 1)
-        losses.append(sum(loss for loss, _ in found) / sum(count for _, count in found))
+        sums = answer_losses(model, [ids for ids, _ in chosen], [spans for _, spans in chosen], 1)
+        losses.append(sum(loss for loss, _ in sums) / sum(count for _, count in sums))
     best = min(range(CANDIDATES), key=losses.__getitem__)
     origin = "the text" if best == 0 else f"draw {best} of random tokens"
     assert (
@@ -70,17 +70,17 @@ def test_the_start_with_the_lowest_loss_is_taken(method, train, data_file):
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "lora"])
 def test_a_range_test_leaves_no_trace_but_the_rate(method, train):
-    """The same rate by hand gives the same adapter bit for bit: parameters, dropout and order are as if nothing had been tried."""
+    """The same rate by hand gives the same adapter bit for bit: trials change neither parameters, dropout nor order."""
     steps = SHORT if method != "lora" else SHORT[:-2]
     run = train("run", *method_flags(method), *steps, "--auto_lr")
     record = json.loads((run.folder / "run.json").read_text())["flags"]["learning_rate"]
-    found = json.loads((run.folder / "auto_lr.json").read_text())
-    assert record == {"value": found["chosen"], "origin": "auto_lr"}
-    assert f"auto_lr: {found['chosen']:.3g}, the recipe's is {found['rates'][2]:.3g}; {found['why']}" in run.out
-    assert (run.folder / "auto_lr.png").read_bytes().startswith(b"\x89PNG") and len(found["rates"]) == len(
-        found["losses"]
+    test = json.loads((run.folder / "auto_lr.json").read_text())
+    assert record == {"value": test["chosen"], "origin": "auto_lr"}
+    assert f"learning rate {test['chosen']:.3g} (recipe {test['rates'][2]:.3g}): {test['why']}" in run.out
+    assert (run.folder / "auto_lr.png").read_bytes().startswith(b"\x89PNG") and len(test["rates"]) == len(
+        test["losses"]
     ) == 5
-    by_hand = train("hand", *method_flags(method), *steps, "--learning_rate", str(found["chosen"]))
+    by_hand = train("hand", *method_flags(method), *steps, "--learning_rate", str(test["chosen"]))
     assert not (by_hand.folder / "auto_lr.png").exists()
     contents = [(folder / "adapter_model.safetensors").read_bytes() for folder in (run.folder, by_hand.folder)]
     assert contents[0] == contents[1]
@@ -88,23 +88,29 @@ def test_a_range_test_leaves_no_trace_but_the_rate(method, train):
 
 def test_a_resumed_run_keeps_the_rate_that_was_found(train):
     flags = ["--use_prompt_tuning", *SHORT, "--auto_lr", "--checkpointing_steps", "5"]
-    whole = train("run", *flags)
-    content = (whole.folder / "adapter_model.safetensors").read_bytes()
-    elsewhere = train("other", *flags, "--resume_from_checkpoint", str(whole.folder / "checkpoints" / "step_5"))
+    full = train("run", *flags)
+    content = (full.folder / "adapter_model.safetensors").read_bytes()
+    elsewhere = train("other", *flags, "--resume_from_checkpoint", str(full.folder / "checkpoints" / "step_5"))
     assert elsewhere.code == 0 and (elsewhere.folder / "adapter_model.safetensors").read_bytes() == content, (
         elsewhere.err
     )
     for name in ("summary.json", "adapter_model.safetensors"):
-        (whole.folder / name).unlink()
+        (full.folder / name).unlink()
     resumed = train("run", *flags, "--resume_from_checkpoint")
-    assert resumed.code == 0 and "auto_lr:" not in resumed.out and (whole.folder / "auto_lr.png").exists(), resumed.err
-    assert (whole.folder / "adapter_model.safetensors").read_bytes() == content
+    assert resumed.code == 0 and "auto_lr:" not in resumed.out and (full.folder / "auto_lr.png").exists(), resumed.err
+    assert (full.folder / "adapter_model.safetensors").read_bytes() == content
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--use_prompt_tuning", "--auto_lr", "--learning_rate", "0.1"], "--auto_lr: it chooses a rate and --learning_rate sets one"),
+    (
+        ["--use_prompt_tuning", "--auto_lr", "--learning_rate", "0.1"],
+        "--auto_lr: it chooses a rate and --learning_rate sets one",
+    ),
     (["--auto_lr"], "--auto_lr: it would need a second copy of all weights"),
-    (["--use_lora", "--learning_rate", "0.1", "--learning_rate_factor", "2"], "--learning_rate_factor 2.0: it multiplies the recipe's rate"),
+    (
+        ["--use_lora", "--learning_rate", "0.1", "--learning_rate_factor", "2"],
+        "--learning_rate_factor 2.0: it multiplies the recipe's rate",
+    ),
 ])  # fmt: skip
 def test_contradicting_rates_are_refused(flags, message, train):
     run = train("run", *flags)
@@ -116,7 +122,7 @@ RATES = [0.01, 0.03, 0.1, 0.3, 1.0]
 
 def test_the_chosen_rate_is_the_parabolas_lowest_point():
     losses = [(math.log(rate) - math.log(0.15)) ** 2 + 1 for rate in RATES]
-    chosen, why = start.choose(RATES, losses, 9.0, 0.1)
+    chosen, why = start.choose_rate(RATES, losses, 9.0, 0.1)
     assert chosen == pytest.approx(0.15, rel=1e-2) and "parabola" in why
 
 
@@ -128,5 +134,5 @@ def test_the_chosen_rate_is_the_parabolas_lowest_point():
     ([9.5, 9.5, 9.2, 9.4, 9.9], 0.1),  # none gets below the start: the recipe's
 ])  # fmt: skip
 def test_a_rate_at_the_edge_or_none(losses, expected):
-    chosen, _ = start.choose(RATES, losses, 9.0, 0.1)
+    chosen, _ = start.choose_rate(RATES, losses, 9.0, 0.1)
     assert chosen == expected

@@ -100,9 +100,9 @@ def test_figures_are_those_of_the_trials(finished):
         (row,) = [row for row in trials_of(finished) if row["method"] == method["name"]]
         summary = json.loads((Path(row["folder"]) / "summary.json").read_text())
         rows = summary["study"]["rows"]
-        held_out_loss = sum(loss for loss, _ in rows) / sum(num_labels for _, num_labels in rows)
+        split_loss = sum(loss for loss, _ in rows) / sum(num_labels for _, num_labels in rows)
         # By PEFT's padded forward pass, and by the packed one.
-        assert held_out_loss == pytest.approx(summary["final_eval_loss"], rel=1e-4)
+        assert split_loss == pytest.approx(summary["final_eval_loss"], rel=1e-4)
         assert method["test"]["value"] == pytest.approx(sum(rows[i][0] for i in base["test"]) / tokens)
         assert method["forgetting"] == pytest.approx(other_loss(summary) - report["base"]["other"])
     values = [method["test"]["value"] for method in report["methods"]]
@@ -203,7 +203,7 @@ def test_a_stopped_study_says_so_and_goes_on_within_its_trial(workers, data, tmp
         time.sleep(0.05)
     process.terminate()
     _, error = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error, error
+    assert process.returncode == 130 and "the same command continues" in error and "Traceback" not in error, error
     end = time.monotonic() + PATIENCE
     while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).stdout:
         assert time.monotonic() < end, "a worker outlived the study"
@@ -312,7 +312,7 @@ def test_changed_data_is_not_mixed_into_old_results(data, tmp_path, capsys):
 
 
 def test_a_trial_that_breaks_down_is_a_result(data, tmp_path):
-    """A rate that overflows: the trial is reported as failed, the study goes on."""
+    """A rate that overflows: the trial is reported as failed, the study continues."""
     methods = {"broken": {"method": "full", "learning_rate": 1e30, "clip_grad_norm": -1}, "ia3": None}
     search_all = {"kind": "grid", "space": {"weight_decay": [0.0]}}
     assert study_peft.main(["--config", str(write_study(tmp_path, data, methods=methods, search=search_all))]) == 0

@@ -127,7 +127,7 @@ def study_in(folder: Path, methods: list[str]) -> Study:
     path = folder / "study.yaml"
     content = {"name": "a <b>bold</b> name", "output_dir": str(folder), "methods": methods, "seeds": [1, 2]}
     path.write_text(yaml.safe_dump(content))
-    return config.read(path)
+    return config.read_study(path)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

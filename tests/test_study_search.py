@@ -38,7 +38,7 @@ def read_study(folder: Path, search_settings: dict, methods: object, seeds: tupl
     }
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return config.read(path)
+    return config.read_study(path)
 
 
 def only_spec(study: Study) -> MethodSpec:

@@ -1,4 +1,4 @@
-"""The command lines that use trained adapters, and training that goes on from one."""
+"""The command lines that use trained adapters, and training that continues one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from open_instruct.evaluate_peft import main as evaluate_main
 from open_instruct.finetune_peft import main as finetune
 from open_instruct.generate_peft import main as generate_main
 from open_instruct.inspect_peft import main as inspect_main
-from tests.conftest import ADAPTERS, ROOT, TINY_MODEL, asked
+from tests.conftest import ADAPTERS, ROOT, TINY_MODEL, questions_of
 
 
 def test_a_file_is_answered_by_each_adapter_and_votes(trained, questions_file, tmp_path, capsys):
@@ -39,7 +39,9 @@ def test_a_file_is_answered_by_each_adapter_and_votes(trained, questions_file, t
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["number"] for row in rows] == list(range(30))
     served = open_instruct.load(str(trained / "prompt_tuning"))
-    assert [row["answers"]["a"] for row in rows[:8]] == served.answers(asked(questions_file), sampling=Sampling(16))
+    assert [row["answers"]["a"] for row in rows[:8]] == served.answers(
+        questions_of(questions_file), sampling=Sampling(16)
+    )
     assert all(row["vote"] in (row["answers"]["a"][0], row["answers"]["b"][0]) and row["reference"] for row in rows)
     assert generate_main([*words, *files]) == 2
     assert "--resume" in capsys.readouterr().err
@@ -103,7 +105,7 @@ def test_a_chat_streams_switches_and_compares(trained):
 @pytest.mark.parametrize("words, says", [
     (["--adapter", "missing/folder/x"], "no such adapter folder: missing/folder/x"),
     (["--adapter", "./missing"], "no such adapter folder: ./missing"),
-    (["--adapter", str(TINY_MODEL)], "it holds a whole model"),
+    (["--adapter", str(TINY_MODEL)], "it holds a full model"),
     (["--adapter", "{lora}", "--adapter", "{lora}"], "two adapters are named 'lora'"),
     (["--adapter", "base={lora}"], "stands for the plain model"),
     (["--adapter", "{lora}", "--model_name_or_path", "{another}"], "was trained on"),
@@ -141,7 +143,7 @@ def test_wrong_input_is_one_line(words, says, trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", [*ADAPTERS, "projected"])
 def test_training_goes_on_from_an_adapter(method, trained, tmp_path, capsys):
-    """The start is where the other run ended, to the last digits; the loss goes on falling."""
+    """The start is where the other run ended, to the last digits; the loss continues to fall."""
     common = [
         "--train_file",
         str(trained / "train.jsonl"),
@@ -195,9 +197,12 @@ def test_going_on_is_refused_where_it_would_not_be_the_same(trained, tmp_path, c
             ["--adapter_name_or_path", str(trained / "ia3"), "--use_prefix_tuning"],
             "is IA3, and the method is prefix_tuning",
         ),
-        (["--adapter_name_or_path", str(trained / "prompt_tuning"), "--num_virtual_tokens", "7"], "is not the 20 of"),
+        (
+            ["--adapter_name_or_path", str(trained / "prompt_tuning"), "--num_virtual_tokens", "7"],
+            "contradicts the 20 of",
+        ),
         (["--adapter_name_or_path", str(foreign)], "does not hold its network"),
-        (["--adapter_name_or_path", str(TINY_MODEL)], "it holds a whole model"),
+        (["--adapter_name_or_path", str(TINY_MODEL)], "it holds a full model"),
     ]:
         assert finetune([*common, *words]) == 2
         assert says in capsys.readouterr().err
@@ -230,11 +235,11 @@ def test_the_adapter_that_is_gone_on_from_is_never_overwritten(trained, tmp_path
     ]
     assert finetune([*words, "--output_dir", str(trained / "lora")]) == 2
     assert (
-        "is the adapter's own folder" in capsys.readouterr().err
+        "is also the folder of the adapter" in capsys.readouterr().err
         and (trained / "lora" / "adapter_model.safetensors").exists()
     )
     assert finetune([*words, "--output_dir", str(tmp_path / "on"), "--lora_rank", "3"]) == 2
-    assert "--lora_rank 3 is not the 64 of" in capsys.readouterr().err
+    assert "--lora_rank 3 contradicts the 64 of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tool, words, says", [

@@ -1,4 +1,4 @@
-"""A file of questions answered by adapters: one JSON line for each question, which a killed run can take up again."""
+"""A file of questions answered by adapters: one JSON line for each question, which a killed run can continue."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def prepare_output(path: Path, settings: dict[str, Any], resume: bool) -> int:
     Args:
         path: the output file.
         settings: all on which the answers depend, as JSON.
-        resume: go on with a file that is there.
+        resume: continue an existing file.
 
     Raises:
         InputError: a file exists and `resume` is not set, or it was made with other settings.
@@ -39,7 +39,7 @@ def prepare_output(path: Path, settings: dict[str, Any], resume: bool) -> int:
         path.touch()
         return 0
     if not resume:
-        raise InputError(f"--output_file {path} exists: name another, or pass --resume to go on with it")
+        raise InputError(f"--output_file {path} exists: name another, or pass --resume to continue it")
     before = json.loads(record.read_text()) if record.exists() else {}
     different = [
         f"{name} was {before.get(name)!r} and is now {value!r}"

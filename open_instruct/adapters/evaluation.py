@@ -36,7 +36,7 @@ def evaluate(
 
     Args:
         file: questions with answers.
-        adapter: as `load` takes it.
+        adapter: an adapter in a form that `load` accepts.
         model_name_or_path: base model; unset: the one that the adapters name.
         names: some of `METRICS`.
         answer_regex: finds the part of an answer that counts.
@@ -44,7 +44,7 @@ def evaluate(
         max_samples: number of rows, drawn by seed; None: all.
         max_new_tokens: most tokens of an answer.
         batch_size: most rows computed at once.
-        seed: for the choice of rows and for the bootstrap.
+        seed: seed of the choice of rows and of the bootstrap.
         options: further arguments of `load`.
 
     Returns:
@@ -68,7 +68,7 @@ def read_questions(file: str, max_samples: int | None, seed: int) -> list[Questi
         InputError: there is none, or one has no answer.
     """
     rows = list(questions.questions(reading.read_files(reading.files_of(file))))
-    unanswered = next((question.place for question in rows if question.reference is None), None)
+    unanswered = next((question.source for question in rows if question.reference is None), None)
     if unanswered:
         raise InputError(
             f"{unanswered}: no answer to compare with: give rows that end with the assistant's turn, "

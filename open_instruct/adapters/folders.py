@@ -143,7 +143,7 @@ def read_folder(name: str, source: str) -> AdapterFolder:
         path = download(source)
     if not (path / CONFIG).is_file():
         hint = (
-            "it holds a whole model, which is a base: use --model_name_or_path"
+            "it holds a full model, which is a base: use --model_name_or_path"
             if (path / "config.json").is_file()
             else "name the folder that a run saved into"
         )
@@ -275,7 +275,9 @@ def check_mergeable(folders: Sequence[AdapterFolder], output: str) -> None:
         raise InputError("nothing to merge: give --adapter DIR")
     for folder in folders:
         if folder.method is None:
-            mergeable = ", ".join(method.title for method in METHODS.values() if method.merges_into and not method.quantises_base)
+            mergeable = ", ".join(
+                method.title for method in METHODS.values() if method.merges_into and not method.quantises_base
+            )
             raise InputError(f"adapter {folder.name} is {folder.title}, which can't be merged here: use {mergeable}")
         if not folder.method.merges_into:
             raise InputError(f"adapter {folder.name} {folder.method.merge_obstacle}")
@@ -294,4 +296,4 @@ def check_prompt(folder: AdapterFolder) -> None:
         InputError: it has no virtual tokens.
     """
     if not folder.prompt_kind:
-        raise InputError(f"adapter {folder.name} is {folder.title}, which has no virtual tokens to look at")
+        raise InputError(f"adapter {folder.name} is {folder.title}, which has no virtual tokens to inspect")

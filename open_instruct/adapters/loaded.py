@@ -148,7 +148,7 @@ def tokenizer_for(
     return tokenizer
 
 
-def load_base(
+def load_adapted_base(
     name: str,
     dtype: str,
     folders: Sequence[AdapterFolder] = (),

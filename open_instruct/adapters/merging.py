@@ -64,7 +64,7 @@ def merge(
     folders = parse_adapters(adapter)
     check_mergeable(folders, output)
     name = base_name(model_name_or_path, folders, any_base)
-    base = loaded.load_base(name, dtype, folders, trust_remote_code, allow_pickle)
+    base = loaded.load_adapted_base(name, dtype, folders, trust_remote_code, allow_pickle)
     if getattr(base, "is_quantized", False):
         base = base.dequantize()  # an adapter corrects the base that it was trained on, rounding included
     check_length(base, folders)
@@ -250,7 +250,7 @@ def verify(
         different = next(((text, wanted_text) for text, wanted_text in pairs if text != wanted_text), None)
         if different and model.dtype == torch.float32:
             raise InputError(
-                f"the merged model says {different[0]!r} where base + {name} says {different[1]!r}: "
+                f"the merged model answers {different[0]!r} where base + {name} answers {different[1]!r}: "
                 "serve the adapter with PEFT instead"
             )
     return {

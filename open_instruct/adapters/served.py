@@ -116,11 +116,11 @@ def load(
     if not chat_template_name:
         check_templates(folders)
         if not tokenizer.chat_template:
-            warn(f"the tokenizer of {name} has no chat template: taking tulu's (--chat_template_name)")
+            warn(f"the tokenizer of {name} has no chat template: using tulu's (--chat_template_name)")
             chat_template_name = "tulu"
     if chat_template_name:
         chat.set_chat_template(tokenizer, chat_template_name)
-    base = loaded.load_base(name, dtype, folders, trust_remote_code, allow_pickle)
+    base = loaded.load_adapted_base(name, dtype, folders, trust_remote_code, allow_pickle)
     return Served(Adapters(base, folders), tokenizer)
 
 

@@ -119,7 +119,7 @@ def spans_by_prefix(tokenizer: PreTrainedTokenizerBase, messages: Messages, text
     """Return the character spans of the assistant's turns, from the end of the prompt to the end of the turn.
 
     Raises:
-        InputError: the template rewrites earlier turns when the conversation goes on.
+        InputError: the template rewrites earlier turns when the conversation continues.
     """
     spans = []
     for index, message in enumerate(messages):
@@ -129,8 +129,8 @@ def spans_by_prefix(tokenizer: PreTrainedTokenizerBase, messages: Messages, text
         until = tokenizer.apply_chat_template(list(messages[: index + 1]), tokenize=False)
         if not until.startswith(prompt) or not text.startswith(until):
             raise InputError(
-                "this chat template rewrites earlier turns when the conversation goes on, so the loss mask can't be "
-                "found: add {% generation %} to it, or use --chat_template_name tulu"
+                "this chat template rewrites earlier turns when the conversation continues, so the loss mask can't "
+                "be derived: add {% generation %} to it, or use --chat_template_name tulu"
             )
         spans.append((len(prompt), len(until)))
     return spans

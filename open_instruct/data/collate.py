@@ -74,7 +74,7 @@ def pack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Batching(Protocol):
-    """The way from the examples of a step to micro-batches."""
+    """Makes micro-batches from the examples of a step."""
 
     def micro_batches(self, indices: Sequence[int], lengths: np.ndarray, rank: int, num_ranks: int) -> list[list[int]]:
         """Return the micro-batches of one process. Every process has the same number of them; some may be empty.

@@ -156,7 +156,7 @@ def tokenize_all(
         named_conversations: (source, messages) pairs.
         tokenizer: a fast tokenizer with its chat template set.
         max_length: tokens of a conversation kept.
-        counts: as `new_counts` makes them.
+        counts: result of `new_counts`.
     """
     with tqdm(desc="tokenising", unit=" rows", disable=None, delay=2) as progress:
         for batch in batches(named_conversations, BATCH_ROWS):

@@ -80,7 +80,7 @@ def index_lines(path: Path, column: str | None = None) -> tuple[np.ndarray, list
             while end >= 0:
                 add_row(chunk, start, end, offset)
                 start, end = end + 1, chunk.find(b"\n", end + 1)
-            rest += chunk[start:]  # no line break in the whole chunk: the line goes on through several chunks
+            rest += chunk[start:]  # no line break in this chunk: the line continues in the next
             offset += len(chunk)
     queue.put(None)
     add_row(rest, 0, len(rest), offset - len(rest))  # the last line may lack its line break
@@ -163,11 +163,11 @@ def array_rows(path: Path) -> Iterator[Any]:
             reason = one_line(message.split("\n")[0]).removesuffix(".")
             if "UTF8" in reason:
                 raise InputError(f"{path}: not UTF-8 in row {num_rows + 1}: convert the file to UTF-8") from None
-            raise InputError(f"{path}: malformed JSON in row {num_rows + 1} ({reason}): mend the file there") from None
+            raise InputError(f"{path}: malformed JSON in row {num_rows + 1} ({reason}): fix the file there") from None
         except UnicodeDecodeError:  # yajl checks less than Python
-            raise InputError(f"{path}: {NOT_TEXT} in row {num_rows + 1}: mend the file there") from None
+            raise InputError(f"{path}: {NOT_TEXT} in row {num_rows + 1}: fix the file there") from None
         except InvalidOperation:  # of Decimal
-            raise InputError(f"{path}: a number in row {num_rows + 1} is out of range: mend the file there") from None
+            raise InputError(f"{path}: a number in row {num_rows + 1} is out of range: fix the file there") from None
         except OSError as error:
             raise InputError(f"{path} can't be read ({one_line(error, 200)}): fetch or compress it again") from None
 
@@ -188,7 +188,7 @@ def array_chunks(file: BinaryIO, path: Path) -> Iterator[bytes]:
         if offset == 0 and not data.lstrip().startswith(b"["):
             raise InputError(f"{path} holds no JSON array")
         if (b"\\ud" in data or b"\\uD" in data) and (match := HALF_PAIR.search(data)):
-            raise InputError(f"{path}: {NOT_TEXT} near byte {offset + match.end() - 6:,}: mend the file there")
+            raise InputError(f"{path}: {NOT_TEXT} near byte {offset + match.end() - 6:,}: fix the file there")
         if not chunk:
             return
         yield chunk

@@ -1,6 +1,6 @@
 """Examples → optimizer steps → micro-batches of each process.
 
-The plan is a function of the seed and the step number: there is nothing to save, and a resumed run goes on with the
+The plan is a function of the seed and the step number: there is nothing to save, and a resumed run continues with the
 examples that the uninterrupted one would have seen.
 """
 

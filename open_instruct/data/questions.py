@@ -18,7 +18,7 @@ from open_instruct.errors import InputError
 class Question:
     """A conversation up to the turn that is to be answered."""
 
-    place: str  # where the row stands, for errors
+    source: str  # file and line of the row, for errors
     messages: list[dict[str, Any]]
     reference: str | None  # the turn itself, where the row has it
 

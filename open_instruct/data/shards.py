@@ -98,8 +98,8 @@ def find_shards(sources: Sequence[str], split: str = "train") -> list[Shard]:
     for shard in shards[1:]:
         if not shard.schema.equals(first.schema):
             raise InputError(
-                f"shards have different columns: {first.path} has {describe(first.schema)}, "
-                f"{shard.path} has {describe(shard.schema)}: "
+                f"shards have different columns: {first.path} has {schema_text(first.schema)}, "
+                f"{shard.path} has {schema_text(shard.schema)}: "
                 "convert them apart, or choose --columns that they share in files of their own"
             )
     return shards
@@ -138,7 +138,7 @@ def source_files(source: str, split: str, configuration: str | None = None) -> l
 
 
 def no_configuration(source: str, configuration: str) -> str:
-    """Return the text of the error that a configuration is given where there can be none."""
+    """Return the error message for a configuration of a local source, which can't have one."""
     return (
         f"{source} is on this disk, and configurations (here {configuration}) belong to data sets on the Hub: "
         "leave it out, or name the folder that holds the configuration"
@@ -227,6 +227,6 @@ def natural(path: Path) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
 
 
-def describe(schema: pa.Schema) -> str:
+def schema_text(schema: pa.Schema) -> str:
     """Return the columns and types of a schema, on one line."""
     return ", ".join(f"{field.name}: {field.type}" for field in schema)

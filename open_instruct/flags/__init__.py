@@ -1,8 +1,8 @@
-"""Every flag of the trainer, once: a typed field that carries all that is known of the flag.
+"""Every flag of the trainer, once: a typed field that carries all facts about the flag.
 
 Names, types and defaults are open-instruct's unless `docs/flags.md` lists the difference. A hyperparameter whose
-default is None is filled by the method's recipe (`open_instruct/methods`). Flags say only what was asked for;
-`training/settings.py` resolves them, once. Nothing here imports anything heavy.
+default is None is filled by the method's recipe (`open_instruct/methods`). Flags hold only what the user gave;
+`training/settings.py` resolves them once. Nothing here imports anything heavy.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DATA_SOURCES = ("train_file", "dataset_name", "dataset_mixer", "dataset_mixer_li
 
 
 def names_with(fact: str, value: Any = True) -> tuple[str, ...]:
-    """Return the names of the flags of which a fact (an argument of `flag`) has a value, in their order."""
+    """Return the names of the flags whose `fact` (an argument of `flag`) equals `value`, in their order."""
     return tuple(name for name, item in FIELDS.items() if item.metadata[fact] == value)
 
 
@@ -52,11 +52,11 @@ def default_values(**changes: Any) -> dict[str, Any]:
 
 
 def check_flags(flags: Flags, given: Mapping[str, str]) -> None:
-    """Find what is wrong with the flags alone, without opening a file.
+    """Check the flags by themselves, without opening a file.
 
     Args:
         flags: all flags.
-        given: flags that were given, with their origin.
+        given: the given flags, with their origin.
 
     Raises:
         InputError: naming every problem at once.

@@ -1,4 +1,4 @@
-"""Flags of open-instruct that are accepted, so that its launch commands run, and have no effect."""
+"""Flags of open-instruct that have no effect, and are accepted so that its launch commands run."""
 
 from __future__ import annotations
 

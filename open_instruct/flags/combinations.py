@@ -1,4 +1,4 @@
-"""Combinations of flags that can't be: each function returns what is wrong, or None. A flag's declaration names one."""
+"""Checks of flag combinations: each function returns what is wrong, or None. Flags' declarations refer to them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def unused_init_text(flags: Any) -> str | None:
     init = flags.prefix_init if flags.use_prefix_tuning else flags.prompt_tuning_init
     if init in (None, "text", "screened"):
         return None
-    return f"the initialisation is {init}: use init text, or drop the text"
+    return f"the initialisation is {init}, which uses no text: choose text, or drop this flag"
 
 
 def bad_auto_lr(flags: Any) -> str | None:
-    """Refuse a range test that has no choice, or no adapter to put back."""
+    """Refuse a range test beside a fixed rate, or without an adapter to restore."""
     if flags.learning_rate is not None:
         return "it chooses a rate and --learning_rate sets one: drop one"
     if flags.method == "full" and not flags.adapter_name_or_path:

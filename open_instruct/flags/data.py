@@ -10,7 +10,10 @@ from open_instruct.flags.declare import flag
 
 @dataclass(frozen=True)
 class DataFlags:
-    """Training and held-out data. Exactly one of train_file, dataset_name, dataset_mixer and dataset_mixer_list."""
+    """Training and held-out data.
+
+    Exactly one of train_file, dataset_name, dataset_mixer and dataset_mixer_list is needed.
+    """
 
     train_file: list[str] | None = flag(
         None,
@@ -54,13 +57,13 @@ class DataFlags:
         in_study="same",
         check=lambda flags: "it has no effect beside --validation_file: remove one" if flags.validation_file else None,
     )
-    max_eval_samples: int = flag(500, "number of held-out rows used at most", at_least=1, in_study="same")
+    max_eval_samples: int = flag(500, "largest number of held-out rows used", at_least=1, in_study="same")
     max_train_samples: int | None = flag(
-        None, "number of training rows used at most, drawn by seed", at_least=1, in_study="same"
+        None, "largest number of training rows used, drawn by seed", at_least=1, in_study="same"
     )
     max_seq_length: int | None = flag(
         None,
-        "tokens kept of a conversation, without virtual tokens; unset: 4096, or what the context allows",
+        "tokens kept of a conversation, without virtual tokens; unset: 4096, or as many as the context allows",
         at_least=2,
         in_study="same",
     )

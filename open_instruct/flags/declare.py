@@ -1,4 +1,4 @@
-"""How a flag is declared: a dataclass field whose metadata carries all that is known of the flag."""
+"""Declaration of a flag: a dataclass field whose metadata carries all facts about the flag."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def flag(
     """Declare a flag.
 
     Args:
-        default: value where the flag is not given; None where something else decides it.
+        default: value if the flag is not given; None: decided elsewhere, as by the recipe.
         description: help text, with the unit.
         at_least: smallest value, inclusive.
         at_most: largest value, inclusive.
@@ -38,14 +38,14 @@ def flag(
         below: bound that the value must stay under.
         chooses: fine-tuning method that the flag chooses.
         includes: another flag that chooses a method and may be given beside this one.
-        methods: methods that the flag belongs to; empty: all. Given with another method, it is refused.
-        needs: flag without which this one has no effect, so that it is refused.
-        check: takes all flags where this one was given, and returns what is wrong with the combination.
+        methods: methods that the flag belongs to; empty: all. With another method it is refused.
+        needs: flag without which this one has no effect, and is refused.
+        check: called with all flags if this one was given; returns what is wrong with the combination, or None.
         same_on_resume: a resumed run must have the same value.
         in_study: "same": all trials of a fair study share it; "decided": the study sets it; "free": it may differ.
         shown: printed with its origin before the first step.
         differs: why the default is not open-instruct's.
-        optional_value: value of the flag where it stands without one.
+        optional_value: value if the flag is given without one.
     """
     facts = dict(locals())
     default = facts.pop("default")
@@ -79,13 +79,13 @@ def out_of_bounds(item: Field[Any], value: Any) -> str | None:
 
 
 def problems_of(flags: Any, fields: Iterable[Field[Any]], given: Mapping[str, str], method: str | None) -> list[str]:
-    """Return everything that single flags have against their values, the method, or each other.
+    """Return every problem of a flag with its value, with the method, or with other flags.
 
     Args:
         flags: the values.
         fields: declarations of the flags.
-        given: flags that were given, with their origin.
-        method: the chosen method; None where it is not known yet.
+        given: the given flags, with their origin.
+        method: the chosen method; None if it is not known yet.
     """
     problems = []
     for item in fields:

@@ -16,7 +16,7 @@ LORA = ("lora", "qlora")
 
 @dataclass(frozen=True)
 class MethodFlags:
-    """The fine-tuning method; without any of the use_ flags it is full fine-tuning."""
+    """The fine-tuning method. Without any of the use_ flags it is full fine-tuning."""
 
     use_lora: bool = flag(False, "LoRA: low-rank updates of the linear layers", chooses="lora", in_study="decided")
     use_qlora: bool = flag(

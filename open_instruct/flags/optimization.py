@@ -24,7 +24,7 @@ class OptimizationFlags:
 
     per_device_train_batch_size: int = flag(
         8,
-        "examples of one process in a micro-batch. Packed rows hold more or fewer; a step holds the same number",
+        "examples of one process in a micro-batch. Packed rows hold more or fewer, but a step holds the same number",
         at_least=1,
         in_study="same",
     )
@@ -57,7 +57,7 @@ class OptimizationFlags:
     )
     lr_scheduler_type: SCHEDULES | None = flag(
         None,
-        "how the learning rate changes after the warm-up; unset: the recipe's",
+        "schedule of the learning rate after the warm-up; unset: the recipe's",
         same_on_resume=True,
         shown=True,
         differs="the method's recipe (linear)",
@@ -78,7 +78,7 @@ class OptimizationFlags:
     )
     final_lr_ratio: float | None = flag(
         None,
-        "learning rate at the end as a share of the peak (linear and cosine schedules); unset: 0",
+        "final learning rate as a share of the peak (linear and cosine schedules); unset: 0",
         at_least=0,
         at_most=1,
         same_on_resume=True,
@@ -90,7 +90,7 @@ class OptimizationFlags:
     )
     weight_decay: float | None = flag(
         None,
-        "AdamW's decay per unit of learning rate; unset: the recipe's",
+        "AdamW's weight decay per unit of learning rate; unset: the recipe's",
         at_least=0,
         same_on_resume=True,
         shown=True,
@@ -98,7 +98,7 @@ class OptimizationFlags:
     )
     clip_grad_norm: float | None = flag(
         None,
-        "bound of the gradient's L2 norm, -1: none; unset: the recipe's",
+        "bound of the gradient's L2 norm; -1: none; unset: the recipe's",
         at_least=-1,
         same_on_resume=True,
         shown=True,
@@ -117,8 +117,8 @@ class OptimizationFlags:
     )
     max_tokens_per_microbatch: int | None = flag(
         None,
-        "tokens of a packed row at most, virtual tokens included; unset: the larger of 4096 and max_seq_length, but at "
-        "most a full padded micro-batch",
+        "largest number of tokens of a packed row, virtual tokens included; unset: the larger of 4096 and "
+        "max_seq_length, but at most a full padded micro-batch",
         at_least=2,
         check=checks.needs_packing,
     )
@@ -139,7 +139,9 @@ class OptimizationFlags:
         in_study="same",
     )
     sync_each_batch: bool = flag(False, "exchange gradients after each micro-batch instead of once a step")
-    timeout: int = flag(1800, "seconds that a process waits for the others", at_least=1, at_most=10**8)
+    timeout: int = flag(
+        1800, "seconds that a process waits for the others before it gives up", at_least=1, at_most=10**8
+    )
     seed: int = flag(
         42,
         "seed of the initialisation, the order of examples and dropout, and the default of split_seed",
@@ -150,7 +152,7 @@ class OptimizationFlags:
     )
     split_seed: int | None = flag(
         None,
-        "seed that decides which rows are held out, and which are drawn by max_train_samples; unset: seed",
+        "seed of the rows that are held out and of those that max_train_samples draws; unset: seed",
         at_least=0,
         at_most=MAX_SEED,
         in_study="same",

@@ -1,4 +1,4 @@
-"""Flags of what a run writes, reports and resumes."""
+"""Flags of a run's output, reports and resumption."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from open_instruct.flags.declare import flag
 
 @dataclass(frozen=True)
 class RunFlags:
-    """What a run writes, reports and resumes."""
+    """Output, reports and resumption."""
 
     output_dir: str = flag("output/", "folder of the run", in_study="decided")
     overwrite_output_dir: bool = flag(False, "replace the run that output_dir holds", in_study="decided")
@@ -23,7 +23,7 @@ class RunFlags:
     logging_steps: int = flag(1, "steps between rows of metrics.jsonl", at_least=1, differs="every step")
     eval_steps: int | None = flag(
         None,
-        "steps between held-out evaluations; unset: a fifth of the run; 0: only at the start and the end",
+        "steps between held-out evaluations; unset: a fifth of the run; 0: only at its start and end",
         at_least=0,
     )
     per_device_eval_batch_size: int | None = flag(
@@ -31,13 +31,13 @@ class RunFlags:
     )
     keep_best: bool = flag(
         True,
-        "save the parameters of the evaluation with the lowest held-out loss; False: the last ones",
+        "save the parameters with the lowest held-out loss; False: the last ones",
         same_on_resume=True,
         in_study="decided",
     )
     num_sample_answers: int = flag(
         3,
-        "held-out questions that base and tuned model answer at the end (three are shown, exact match counts all)",
+        "held-out questions that the base and the tuned model answer (three are shown, exact match counts all)",
         at_least=0,
     )
     checkpointing_steps: str | None = flag(
@@ -45,11 +45,11 @@ class RunFlags:
         "steps between checkpoints, or `epoch`; unset: none",
         check=lambda flags: checks.bad_checkpointing_steps(flags.checkpointing_steps),
     )
-    keep_last_n_checkpoints: int = flag(3, "checkpoints kept, -1: all", at_least=-1)
+    keep_last_n_checkpoints: int = flag(3, "number of checkpoints kept; -1: all", at_least=-1)
     clean_checkpoints_at_end: bool = flag(
         False,
         "delete the checkpoints when the run has finished",
-        differs="checkpoints are kept unless asked otherwise",
+        differs="checkpoints are kept by default",
     )
     resume_from_checkpoint: str | None = flag(
         None,
@@ -62,7 +62,7 @@ class RunFlags:
     with_tracking: bool = flag(False, "report to experiment trackers")
     report_to: list[str] = flag(
         ["all"],
-        "trackers with --with_tracking: wandb, tensorboard, trackio, …; all: all that are installed; none: none",
+        "trackers used with --with_tracking: wandb, tensorboard, trackio, …; all: every installed one; none: none",
         check=lambda flags: checks.without_tracking(flags) if flags.report_to != ["none"] else None,
         differs="the same, as a list",
     )
@@ -73,12 +73,12 @@ class RunFlags:
         None, "entity (team) of Weights & Biases", check=lambda flags: checks.without_tracking(flags)
     )
     push_to_hub: bool = flag(
-        False, "upload the result to the Hugging Face Hub", differs="nothing is uploaded unless asked for"
+        False, "upload the result to the Hugging Face Hub", differs="nothing is uploaded by default"
     )
     save_to_hub: str | None = flag(None, "older form of push_to_hub: the repository's name")
     hf_entity: str | None = flag(
         None,
-        "user or organisation of the upload; unset: the logged-in one",
+        "user or organisation of the upload; unset: the logged-in user",
         check=lambda flags: checks.without_upload(flags),
     )
     hf_repo_id: str | None = flag(

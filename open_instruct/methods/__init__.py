@@ -12,12 +12,13 @@ from open_instruct.methods.prompt_tuning import PromptTuning
 from open_instruct.methods.vera import Vera
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (Full(), Lora(), QLora(), PrefixTuning(), PromptTuning(), PTuning(), Ia3(), Vera())
+    method.name: method
+    for method in (Full(), Lora(), QLora(), PrefixTuning(), PromptTuning(), PTuning(), Ia3(), Vera())
 }
 
 
 def method_of_type(peft_type: str) -> Method | None:
-    """Return the method that makes adapters of PEFT's type, or None; the one that leaves the base as it is, if two do."""
+    """Return the method that makes adapters of a PEFT type, or None. Of two, prefer that with an unquantised base."""
     makers = [method for method in METHODS.values() if peft_type in method.peft_types]
     return min(makers, key=lambda method: method.quantises_base is not None, default=None)
 

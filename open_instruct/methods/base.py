@@ -1,6 +1,7 @@
-"""What a fine-tuning method is: the interface that every module of this package fills.
+"""The interface of a fine-tuning method, which every module of this package implements.
 
-Facts about methods are asked before anything heavy is imported, so these modules import torch and PEFT where they work.
+Facts about methods are needed before anything heavy is imported, so torch and PEFT are imported inside the functions
+that use them.
 """
 
 from __future__ import annotations
@@ -43,28 +44,28 @@ class NoSettings:
 
 
 class Method(ABC):
-    """One way to fine-tune: everything that is known of it. `METHODS` in this package lists them all.
+    """One way to fine-tune, with everything that the trainer knows about it. `METHODS` in this package lists them all.
 
-    A method's flags stand in `flags/method.py`; the fields of its `settings_class` bear the names of the flags.
+    A method's flags are declared in `flags/method.py`; the fields of its `settings_class` have the flags' names.
     """
 
     name: str
     title: str
     settings_class: type = NoSettings
-    peft_types: tuple[str, ...] = ()  # PEFT's names of the adapters that it makes
-    continues_from: tuple[str, ...] = ()  # and of those whose training it can continue
+    peft_types: tuple[str, ...] = ()  # PEFT types of the adapters that it makes
+    continues_from: tuple[str, ...] = ()  # PEFT types of the adapters whose training it can continue
     trains_base = False  # the base's own weights are trained, so there is no adapter
     quantises_base: str | None = None  # "4bit": the method loads the base that way by itself
-    prompt_kind: str | None = None  # what a soft prompt is made of: "embeddings" or "keys_values"
+    prompt_kind: str | None = None  # a soft prompt consists of "embeddings" or "keys_values"; None: no soft prompt
     trains_prompt_directly = False  # the soft prompt's own numbers are the trained parameters
-    max_virtual_tokens = 0  # of the recipe
-    init_flag: str | None = None  # flag that says how the soft prompt starts
-    network_remedy = ""  # what to do where `keeps_network` wants a file that is missing
+    max_virtual_tokens = 0  # upper bound of the recipe's prompt length
+    init_flag: str | None = None  # flag that chooses how the soft prompt starts
+    network_remedy = ""  # flags to use instead if the file that `keeps_network` requires is missing
     wants_keys = False  # its recipe needs the spread of the base's keys
     wants_plain_layers = False  # PEFT finds its layers only where no other adapter has wrapped them
     memory_kind = "layers"  # key of `model.memory.KEPT`
-    merges_into: str | None = None  # a plain checkpoint holds it as "weights" or as "tokens"
-    merge_obstacle = "it can't be merged"  # where `merges_into` is None
+    merges_into: str | None = None  # in a plain checkpoint it becomes "weights" or "tokens"; None: it can't be merged
+    merge_obstacle = "it can't be merged"  # reason where `merges_into` is None
     obstacles: Mapping[Feature, str] = MappingProxyType({})
 
     @property
@@ -77,7 +78,7 @@ class Method(ABC):
         return self.settings_class(**{item.name: values[item.name] for item in fields(self.settings_class)})
 
     def recommended_virtual_tokens(self, context: int | None, max_seq_length: int | None) -> int:
-        """Return the length of a soft prompt: longer ones learn faster, so as long as is useful where there is room.
+        """Return the length of a soft prompt in tokens: longer ones learn faster, so as long as is useful and fits.
 
         Args:
             context: positions of the model; None: unlimited.
@@ -113,8 +114,8 @@ class Method(ABC):
 
         Args:
             model: the base.
-            tokenizer: of the base.
-            settings: as for `wrap`.
+            tokenizer: the base's tokenizer.
+            settings: an instance of `settings_class`, as for `wrap`.
             config: PEFT's configuration of the adapter.
             weights: the adapter's tensors; None on the meta device, which has no values.
             network: trained parameters that PEFT's format leaves out; None where `keeps_network` is false.
@@ -128,7 +129,7 @@ class Method(ABC):
 
         Args:
             adapter: content of its adapter_config.json.
-            has_network: whether what `keeps_network` speaks of lies beside it.
+            has_network: whether the file that `keeps_network` describes is beside it.
         """
         return {}
 
@@ -137,15 +138,15 @@ class Method(ABC):
         return False
 
     def drops_inputs(self, settings: Any) -> bool:
-        """Whether dropout on layers' inputs needs memory."""
+        """Whether dropout on the layers' inputs takes memory."""
         return False
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter groups; options that a group lacks are the run's."""
+        """Return the optimizer's parameter groups; options that a group lacks come from the run."""
         return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
 
     def soft_prompt(self, model: Any) -> SoftPrompt | None:
-        """Return what the wrapped model puts before every example, differentiable; None if there is no such thing."""
+        """Return the differentiable soft prompt that the wrapped model puts before every example, or None."""
         return None
 
     def prompt_vectors(self, model: Any) -> torch.Tensor | None:
@@ -155,7 +156,7 @@ class Method(ABC):
     def init_candidates(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: Any, num_candidates: int
     ) -> list[torch.Tensor]:
-        """Return values of the soft prompt's parameter to choose a start from; none where there is no choice.
+        """Return candidate values of the soft prompt's parameter to start from; none where there is no choice.
 
         The first is the value that `wrap` gave it, from a text; the others are those of random tokens.
         """
@@ -170,7 +171,7 @@ class Method(ABC):
 
 
 class LayerMethod(Method):
-    """A method whose adapter stands in the base's layers."""
+    """A method whose adapter is in the base's layers."""
 
     def wrap_trained(
         self,
@@ -181,7 +182,7 @@ class LayerMethod(Method):
         weights: Mapping[str, torch.Tensor] | None,
         network: Mapping[str, torch.Tensor] | None,
     ) -> nn.Module:
-        """See `Method`: PEFT knows how."""
+        """See `Method`: PEFT restores the weights."""
         from peft import get_peft_model, set_peft_model_state_dict
 
         config.inference_mode = False
@@ -193,12 +194,12 @@ class LayerMethod(Method):
         except RuntimeError as error:
             raise InputError(one_line(error)) from None
         if problems.unexpected_keys:
-            raise InputError(f"it has no place for {problems.unexpected_keys[0]}")
+            raise InputError(f"it has no parameter {problems.unexpected_keys[0]}")
         return wrapped
 
 
 class EmbeddingPrompt(Method):
-    """A method whose soft prompt is embeddings."""
+    """A method whose soft prompt consists of embeddings."""
 
     prompt_kind = "embeddings"
     memory_kind = "soft prompt"
@@ -220,14 +221,14 @@ class EmbeddingPrompt(Method):
 
 
 def load_network(wrapped: nn.Module, network: Mapping[str, torch.Tensor]) -> None:
-    """Put the trained parameters of a soft prompt's network back.
+    """Restore the trained parameters of a soft prompt's network.
 
     Raises:
-        InputError: the model has no place for one of them.
+        InputError: the model lacks one of them.
     """
     try:
         problems = wrapped.load_state_dict(dict(network), strict=False)
     except RuntimeError as error:
         raise InputError(one_line(error)) from None
     if problems.unexpected_keys:
-        raise InputError(f"it has no place for {problems.unexpected_keys[0]}")
+        raise InputError(f"it has no parameter {problems.unexpected_keys[0]}")

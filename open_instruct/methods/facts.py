@@ -1,4 +1,4 @@
-"""What is measured of a base model before training, so that a recipe fits its scales."""
+"""Measurements of a base model before training, so that a recipe fits its scales."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class ModelFacts:
 
 
 def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keys: bool = False) -> ModelFacts:
-    """Measure the base. The embedding's own scaling (Gemma) is included, because a soft prompt stands behind it.
+    """Measure the base. The embedding's own scaling (Gemma) is included, because a soft prompt enters after it.
 
     Args:
         model: the base; on the meta device, where it has no values, spread and length are nan.
-        tokenizer: of the base.
-        keys: also measure the spread of keys.
+        tokenizer: the base's tokenizer.
+        keys: also measure the standard deviation of the keys.
     """
     import torch
 
@@ -71,10 +71,10 @@ def cached(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, t
 
 
 def between(narrow: float, wide: float, hidden_size: int) -> float:
-    """Interpolate a rate between a hidden size of 128, measured here, and of 2048 and more, as published.
+    """Interpolate a rate between `narrow` at hidden size 128, measured here, and `wide` at 2048 and more, as published.
 
-    In between it is a power of the hidden size: Adam's best rate falls with the width (Yang et al. 2022). Below 64 it
-    rises no further.
+    In between it is a power of the hidden size: Adam's best rate falls with the width (Yang et al. 2022). Below 128 it
+    follows the same power, and below 64 it is constant.
     """
     share = (math.log(min(max(hidden_size, 64), 2048)) - math.log(128)) / math.log(2048 / 128)
     return narrow * (wide / narrow) ** share

@@ -1,4 +1,4 @@
-"""What a method may be combined with. A method's `obstacles` name the features that it can't be combined with, and why."""
+"""Features that a method may be combined with; its `obstacles` name those that it can't be combined with, and why."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from enum import Enum
 
 
 class Feature(str, Enum):
-    """Columns of docs/capabilities.md. Whether packing is exact also depends on the model: a probe decides in each run."""
+    """Columns of docs/capabilities.md.
+
+    Whether packing is exact also depends on the model: a probe decides in each run.
+    """
 
     PACKING = "packing"
     CHECKPOINTING = "gradient checkpointing"

@@ -20,7 +20,7 @@ QUANTISED = "quantised weights can't be trained in full: choose another method, 
 
 
 class Full(Method):
-    """All weights, no adapter."""
+    """Training of all weights, without an adapter."""
 
     name, title = "full", "full fine-tuning"
     trains_base = True
@@ -48,5 +48,5 @@ class Full(Method):
         weights: Mapping[str, torch.Tensor] | None,
         network: Mapping[str, torch.Tensor] | None,
     ) -> nn.Module:
-        """Full fine-tuning makes no adapter, so it can't continue one."""
+        """Raise an error: full fine-tuning makes no adapter, so it can't continue one."""
         raise NotImplementedError("full fine-tuning has no adapter")

@@ -19,7 +19,7 @@ USUAL_LAYERS = ["k_proj", "v_proj", "down_proj"]  # what PEFT names for Llama an
 
 
 class Ia3(LayerMethod):
-    """Three vectors a layer, which start at 1."""
+    """Three trained vectors in each layer, which start at 1."""
 
     name, title = "ia3", "IA3"
     peft_types = continues_from = ("IA3",)
@@ -40,7 +40,7 @@ class Ia3(LayerMethod):
         )
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Any) -> nn.Module:
-        """Put IA3 on the layers that PEFT knows for this architecture, else on those of Llama's names."""
+        """Put IA3 on the layers that PEFT knows for this architecture, else on those with Llama's names."""
         from peft import IA3Config, TaskType, get_peft_model
 
         try:

@@ -36,11 +36,12 @@ class Lora(LayerMethod):
     merges_into = "weights"
 
     def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
-        """Return the 1e-4 to 2e-4 on which PEFT's method comparison and QLoRA's table agree for billions of parameters."""
+        """Return, for wide models, a rate on which PEFT's method comparison and QLoRA's table agree: 1e-4 to 2e-4."""
         return Recipe(
             learning_rate=between(2e-3, 2e-4, facts.hidden_size),
             warmup_ratio=0.03,
-            sources="measured here (hidden size 64 to 128), Dettmers et al. 2023 and PEFT method comparison (2048 and more)",
+            sources="measured here (hidden size 64 to 128), Dettmers et al. 2023 and PEFT method comparison (2048 and "
+            "more)",
         )
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: LoraSettings) -> nn.Module:

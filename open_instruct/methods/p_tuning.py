@@ -34,7 +34,7 @@ class PTuning(EmbeddingPrompt):
     network_remedy = "--use_prompt_tuning"
 
     def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
-        """Return the network's rate, not the prompt's: it goes with the width, not with the embeddings' spread."""
+        """Return a rate for the network: it depends on the width, not on the spread of the embeddings."""
         return Recipe(
             learning_rate=between(1e-2, 3e-4, facts.hidden_size),
             warmup_ratio=0.06,
@@ -42,7 +42,7 @@ class PTuning(EmbeddingPrompt):
         )
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PTuningSettings) -> nn.Module:
-        """Put PEFT's P-tuning on, its output layer scaled so that the prompt starts with the embeddings' spread."""
+        """Put PEFT's P-tuning on, with an output layer scaled so that the prompt starts with the embeddings' spread."""
         import torch
         from peft import PromptEncoderConfig, TaskType, get_peft_model
 
@@ -70,7 +70,7 @@ class PTuning(EmbeddingPrompt):
         weights: Mapping[str, torch.Tensor] | None,
         network: Mapping[str, torch.Tensor] | None,
     ) -> nn.Module:
-        """See `Method`: the network is put back, of which PEFT's format holds only the output."""
+        """See `Method`: the network is restored, because PEFT's format holds only its output."""
         wrapped = self.wrap(model, tokenizer, settings)
         if network is not None:
             load_network(wrapped, network)

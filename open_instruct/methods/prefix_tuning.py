@@ -57,7 +57,7 @@ class PrefixTuning(Method):
     )
 
     def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
-        """Return a rate in proportion to the spread of the base's own keys; a network in between wants less."""
+        """Return a rate in proportion to the spread of the base's own keys, or a lower one for a network."""
         spread = facts.key_std if math.isfinite(facts.key_std) else 1.5
         projected = values["prefix_projection"]
         return Recipe(
@@ -103,7 +103,7 @@ class PrefixTuning(Method):
         weights: Mapping[str, torch.Tensor] | None,
         network: Mapping[str, torch.Tensor] | None,
     ) -> nn.Module:
-        """See `Method`: with a projection the network is put back, else keys and values are the trained parameter."""
+        """See `Method`: with a projection the network is restored, else keys and values are the trained parameter."""
         wrapped: Any = self.wrap(model, tokenizer, settings)
         if network is not None:
             load_network(wrapped, network)

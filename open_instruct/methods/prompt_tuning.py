@@ -41,7 +41,8 @@ class PromptTuning(EmbeddingPrompt):
         return Recipe(
             learning_rate=0.5 * facts.embedding_std,
             warmup_ratio=0.06,
-            sources="Lester et al. 2021, PEFT method comparison; rate = 0.5 × embedding standard deviation, measured here",
+            sources="Lester et al. 2021, PEFT method comparison; rate = 0.5 × embedding standard deviation, measured "
+            "here",
             init="screened",
         )
 

@@ -68,7 +68,7 @@ def blocked(inputs: AttentionInputs) -> torch.Tensor:
     """Compute attention by plain matrix products over blocks of queries, recomputed in the backward pass.
 
     Args:
-        inputs: of one layer.
+        inputs: attention inputs of one layer.
 
     Returns:
         [1, T, H, E]

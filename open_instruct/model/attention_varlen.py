@@ -20,7 +20,7 @@ from open_instruct.model.shared_prefix import AttentionInputs, Segments
 
 
 class VarlenIndex(NamedTuple):
-    """Where the kernel finds each segment's queries and keys; names as in flash-attn."""
+    """Offsets of each segment's queries and keys for the kernel; names as in flash-attn."""
 
     key_positions: torch.Tensor  # [Σ keys], into the keys: the shared ones from outside, if any, then the row's
     cu_seqlens_q: torch.Tensor  # [number of segments + 1], int32

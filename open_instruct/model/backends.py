@@ -79,7 +79,7 @@ def missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     )
 
 
-def choose(name: str | None, device: torch.device, dtype: torch.dtype, flash: bool = True) -> str:
+def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype, flash: bool = True) -> str:
     """Return the name of the back end to use: the requested one, or else the fastest that runs here.
 
     Args:

@@ -30,12 +30,12 @@ def load_config(name: str, **options: Any) -> PretrainedConfig:
 
     Args:
         name: a folder, or a name on the Hub.
-        options: of `from_pretrained` (revision, trust_remote_code, …).
+        options: passed on to `from_pretrained` (revision, trust_remote_code, …).
 
     Raises:
         InputError: the folder or name holds no model.
     """
-    check_folder(name)
+    check_model_folder(name)
     with readable(f"model {name}"):
         return AutoConfig.from_pretrained(name, **options)
 
@@ -48,7 +48,7 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
 
     Args:
         name: a folder, or a name on the Hub.
-        options: of `from_pretrained`.
+        options: passed on to `from_pretrained`.
 
     Raises:
         InputError: there is no tokenizer, or no fast one.
@@ -63,7 +63,7 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_folder(name: str) -> None:
+def check_model_folder(name: str) -> None:
     """Check that an existing path is a model folder, and that a name that looks like a path exists.
 
     Raises:
@@ -153,14 +153,14 @@ def load_model(
 
     Args:
         name: a folder, or a name on the Hub.
-        config: from `load_config`.
+        config: result of `load_config`.
         dtype: type of the weights, and of the products of quantised ones.
-        attention: from `choose_attention`.
+        attention: result of `choose_attention`.
         quantise: "4bit" (NormalFloat with double quantisation, as in QLoRA), "8bit" (LLM.int8()), or None; for linear
             layers.
         allow_pickle: weights may be pickled.
         use_liger_kernel: load it with Liger's GPU kernels.
-        options: of `from_pretrained`.
+        options: passed on to `from_pretrained`.
 
     Raises:
         InputError: weights missing, pickled, or of another shape; an extra that is not installed.

@@ -19,7 +19,7 @@ OPTIMIZER_BYTES = {False: 8, True: 2}  # AdamW's two moments in float32, or in 8
 
 @dataclass(frozen=True)
 class Sharing:
-    """How several processes shard the model and the optimizer, and the memory that this costs each of them."""
+    """Number of processes that shard model and optimizer, and the memory that sharding costs each of them."""
 
     weights: int = 1  # processes among which each weight is split
     states: int = 1  # processes among which gradients and the optimizer's moments are split

@@ -36,7 +36,7 @@ HARMLESS = {
 
 
 class CannotPack(Exception):
-    """The model computes something that packed attention would get wrong; the message says what."""
+    """The model computes something that packed attention would get wrong; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ Backend = Callable[[AttentionInputs], torch.Tensor]  # returns [1, T, H, E]
 
 @dataclass
 class PackedContext:
-    """What the attention of every layer has to know of the packed row that passes through the model.
+    """Facts about the packed row in the model, which the attention of every layer needs.
 
     Args:
         lengths: tokens of each example, in order.

@@ -30,10 +30,10 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         for number, token in enumerate(result["end"]):
             moved = f"{result['moved'][number]:.3g}" if "moved" in result else ""
-            before = listed(result["start"][number]["cosine"]) if "start" in result else "not kept"
+            before = token_list(result["start"][number]["cosine"]) if "start" in result else "not kept"
             lines.append(
-                f"| {number} | {token['norm']:.3g} | {moved} | {listed(token['cosine'])} "
-                f"| {listed(token['distance'])} | {before} |"
+                f"| {number} | {token['norm']:.3g} | {moved} | {token_list(token['cosine'])} "
+                f"| {token_list(token['distance'])} | {before} |"
             )
     if result.get("drift"):
         lines += ["", "Drift:", "", "| step | mean distance from the start | mean length |", "|---|---|---|"]
@@ -59,7 +59,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def listed(tokens: list[list[Any]]) -> str:
+def token_list(tokens: list[list[Any]]) -> str:
     """Return tokens with their figures, safe inside a table."""
     return ", ".join(f"`{str(text).replace('|', '¦').replace(chr(10), '⏎')}` {value:.2f}" for text, value in tokens)
 

@@ -17,7 +17,7 @@ def hyperparameter_lines(title: str, values: dict[str, Any], origins: Mapping[st
 
 
 def loss_text(value: float | None) -> str:
-    """Return a loss for people to read."""
+    """Return a loss as readable text."""
     return "not measured" if value is None else f"{value:.4f}"
 
 

@@ -51,7 +51,7 @@ class Study:
     specs: tuple[MethodSpec, ...]
     search_kind: str
     num_candidates: int  # of each method, in random search and halving
-    eta: int  # halving: the best 1 / eta of the candidates go on, with eta times the steps
+    eta: int  # halving: the best 1 / eta of the candidates continue, with eta times the steps
     search_seed: int
     seeds: tuple[int, ...]
     num_questions: int = 50  # answered by each trial
@@ -62,7 +62,7 @@ class Study:
     keep_full_weights: bool = False
 
 
-def read(path: Path) -> Study:
+def read_study(path: Path) -> Study:
     """Read and check a study's file.
 
     Raises:

@@ -18,9 +18,9 @@ from open_instruct.study.results import (
     StudyResults,
     TrialResult,
     exact_match,
-    held_out_loss,
     other_loss,
     params_name,
+    split_loss,
 )
 from open_instruct.study.search import finite_or_inf
 
@@ -140,7 +140,7 @@ class StudyFigures:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method costs."""
+    """Costs of a method."""
 
     name: str
     unit: str
@@ -182,7 +182,7 @@ def analyse(results: StudyResults) -> StudyFigures:
     losses: dict[str, np.ndarray] = {}  # summed over each row: [seeds, test rows]
     methods, failed_methods = [], []
     for name, trials in by_method.items():
-        chosen = choose(trials)
+        chosen = choose_params(trials)
         if not chosen:
             failed_methods.append(FailedMethod(name, len(trials), len(trials)))
             continue
@@ -194,7 +194,7 @@ def analyse(results: StudyResults) -> StudyFigures:
             "see trials/*/failed.json and log.txt, or run the rest first"
         )
     return StudyFigures(
-        base=BaseFigures(held_out_loss(first_base, "test"), exact_match(first_base), other_loss(first_base)),
+        base=BaseFigures(split_loss(first_base, "test"), exact_match(first_base), other_loss(first_base)),
         num_test_rows=len(test_rows),
         num_choosing_rows=len(first_base["study"]["choosing"]),
         num_test_tokens=int(num_tokens.sum()),
@@ -204,7 +204,7 @@ def analyse(results: StudyResults) -> StudyFigures:
         failed_methods=failed_methods,
         pairs=pair_differences(losses, resampling),
         quantised={
-            name: (base["quantised"], held_out_loss(base, "test")) for name, base in bases.items() if base["quantised"]
+            name: (base["quantised"], split_loss(base, "test")) for name, base in bases.items() if base["quantised"]
         },
         unequal_tokens=find_unequal_tokens(results.trials),
         on_cpu=any(result.summary["study"]["device"] == "cpu" for result in results.trials if not result.failed),
@@ -223,7 +223,7 @@ def find_unequal_tokens(trials: Sequence[TrialResult]) -> dict[int, list[int]]:
     return {seed: sorted(num_tokens) for seed, num_tokens in by_seed.items() if len(num_tokens) > 1}
 
 
-def choose(trials: Sequence[TrialResult]) -> list[TrialResult]:
+def choose_params(trials: Sequence[TrialResult]) -> list[TrialResult]:
     """Return a method's trials with the best parameters, one for each seed.
 
     The best have the lowest mean loss on the rows for choosing, over the seeds that all parameters were run with.

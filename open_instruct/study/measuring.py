@@ -1,4 +1,4 @@
-"""How a study measures a model: losses on held-out rows and on other text, and exact matches of answers."""
+"""Measurements of a trial: losses on held-out rows and on other text, and exact matches of answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCORING_BATCH_SIZE = 16  # rows
 MAX_OTHER_ROWS = 200  # of the text that measures forgetting
 
 
-def measure(study: Study, model: Any, tokenizer: Any, data: Data) -> dict[str, Any]:
+def measure_trial(study: Study, model: Any, tokenizer: Any, data: Data) -> dict[str, Any]:
     """Measure a model as it is: on the rows for choosing, on the test rows, and on other text.
 
     Returns:

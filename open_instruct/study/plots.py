@@ -139,7 +139,7 @@ def pareto_panels(
         results: height of each method.
         badness: what the front makes small, of each method.
         draw_method: draws a method's marker at a cost.
-        label: of the vertical axes.
+        label: label of the vertical axes.
         base: height of the base model.
         log: whether the vertical axes are logarithmic.
     """

@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from open_instruct.files import AtomicFile, write_json
+from open_instruct.files import write_json, write_text
 from open_instruct.study.config import Study
 from open_instruct.study.figures import Estimate, MethodFigures, PairDifference, StudyFigures, analyse
 from open_instruct.study.plots import draw_all
@@ -90,12 +90,12 @@ def write(study: Study, results: StudyResults, num_workers: int) -> str:
         folder / "report.json",
         {"name": study.name, "sentences": sentences, **figures.as_json(), "trials": trial_rows},
     )
-    write_text(folder / "report.md", render("report.md.j2", content))
-    write_text(folder / "report.html", render("report.html.j2", content))
-    return "\n".join(["", *sentences, f"the whole report: {folder / 'report.html'}"])
+    write_text(folder / "report.md", render_page("report.md.j2", content))
+    write_text(folder / "report.html", render_page("report.html.j2", content))
+    return "\n".join(["", *sentences, f"full report: {folder / 'report.html'}"])
 
 
-def render(template: str, content: dict[str, Any]) -> str:
+def render_page(template: str, content: dict[str, Any]) -> str:
     """Return a page. In HTML every value is escaped; in Markdown the templates escape the cells of tables."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -107,12 +107,6 @@ def render(template: str, content: dict[str, Any]) -> str:
     )
     environment.filters["cell"] = lambda text: text.replace("|", "\\|")
     return environment.get_template(template).render(content)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is either the old one or the new one, never half."""
-    with AtomicFile(path) as file:
-        file.write(text.encode())
 
 
 def methods_table(figures: StudyFigures) -> Table:

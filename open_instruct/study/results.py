@@ -36,24 +36,24 @@ class TrialResult:
     @property
     def choosing_loss(self) -> float:
         """Return the loss by which parameters are chosen, infinite if the trial failed or the loss is not finite."""
-        return math.inf if self.failed else finite_or_inf(held_out_loss(self.summary, "choosing"))
+        return math.inf if self.failed else finite_or_inf(split_loss(self.summary, "choosing"))
 
     @property
     def test_loss(self) -> float:
         """Return the loss on the test rows, in nats per labelled token."""
-        return held_out_loss(self.summary, "test")
+        return split_loss(self.summary, "test")
 
 
 @dataclass(frozen=True)
 class StudyResults:
-    """What a study has computed so far."""
+    """Results that a study has computed so far."""
 
     trials: list[TrialResult]
     num_missing: int  # trials that are known to be needed and have not finished
     bases: dict[str, dict[str, Any]]  # figures of the base model that each method started from, by the method's name
 
 
-def held_out_loss(summary: dict[str, Any], part: str) -> float:
+def split_loss(summary: dict[str, Any], part: str) -> float:
     """Return the loss on a part of the held-out rows, "choosing" or "test", in nats per labelled token."""
     rows = [summary["study"]["rows"][i] for i in summary["study"][part]]
     return sum(row[0] for row in rows) / sum(row[1] for row in rows)
@@ -71,7 +71,7 @@ def exact_match(summary: dict[str, Any]) -> float:
 
 
 def params_name(params: dict[str, Any]) -> str:
-    """Return parameters for people."""
+    """Return parameters as readable text."""
     return ", ".join(f"{name} {value}" for name, value in params.items()) or "the recipe"
 
 
@@ -88,7 +88,7 @@ def trial_command(study: Study, trial: Trial) -> str:
 def choosing_loss(study: Study, trial: Trial) -> float:
     """Return a trial's loss on the rows for choosing; infinite if it failed, or was left to another shard."""
     outcome = trials.read_outcome(trials.Task(study, trial))
-    return held_out_loss(outcome, "choosing") if outcome and "failed" not in outcome else math.inf
+    return split_loss(outcome, "choosing") if outcome and "failed" not in outcome else math.inf
 
 
 def collect(study: Study) -> StudyResults:
@@ -124,7 +124,8 @@ def collect(study: Study) -> StudyResults:
 
 def read_result(study: Study, trial: Trial) -> TrialResult | None:
     """Read a trial's run folder; None while it has not finished."""
-    from open_instruct.training.tracking import read_rows  # imports torch
+    from open_instruct.training.settings import base_model_settings  # these import torch
+    from open_instruct.training.tracking import read_metrics
 
     task = trials.Task(study, trial)
     summary = trials.read_outcome(task)
@@ -132,8 +133,9 @@ def read_result(study: Study, trial: Trial) -> TrialResult | None:
         return None
     run_file = task.folder / "run.json"
     flags = json.loads(run_file.read_text(encoding="utf-8"))["flags"] if run_file.exists() else {}
-    rows = read_rows(task.folder / "metrics.jsonl")
-    base_path = trials.base_path(task, trials.trial_flags(task, check=False)[0])
+    rows = read_metrics(task.folder / "metrics.jsonl")
+    base_key = base_model_settings(trials.trial_flags(task, check=False)[0]).key
+    base_path = trials.base_path(task, base_key)
     return TrialResult(
         spec_name=trial.spec_name,
         params=dict(trial.params),

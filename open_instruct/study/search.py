@@ -1,4 +1,4 @@
-"""Which trials a study consists of: grid, random search or successive halving, with the same budget for each method."""
+"""Trials of a study by grid, random search or successive halving, with the same budget for each method."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """Return parameters and seed for people."""
+        """Return parameters and seed as readable text."""
         return ", ".join([*(f"{name} {value}" for name, value in self.params), f"seed {self.seed}"])
 
 
@@ -53,7 +53,7 @@ def next_trials(study: Study, spec: MethodSpec, losses: Mapping[str, float]) -> 
 
     Args:
         study: the study.
-        spec: the method whose search goes on.
+        spec: the method whose search continues.
         losses: loss on the rows for choosing of each finished trial, by `Trial.key`. A loss that is not finite counts
             as infinite.
 
@@ -106,10 +106,10 @@ def candidates(study: Study, spec: MethodSpec) -> list[dict[str, Any]]:
     # The seed depends on the method's name, so that adding another method changes nothing for this one.
     name_seed = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:4], "big")
     generator = np.random.default_rng([study.search_seed, name_seed])
-    return [{axis.name: draw(axis, generator) for axis in spec.space} for _ in range(study.num_candidates)]
+    return [{axis.name: sample_axis(axis, generator) for axis in spec.space} for _ in range(study.num_candidates)]
 
 
-def draw(axis: Axis, generator: np.random.Generator) -> Any:
+def sample_axis(axis: Axis, generator: np.random.Generator) -> Any:
     """Return a listed value, or one of the range: uniform in its logarithm, rounded to three digits or an integer."""
     if axis.values:
         return axis.values[int(generator.integers(len(axis.values)))]

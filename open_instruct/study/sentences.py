@@ -168,7 +168,7 @@ def limits(figures: StudyFigures, num_workers: int) -> list[str]:
         sentences.append(f"{name} starts from a base quantised to {form}, whose test loss is {loss:.4f}.")
     if figures.on_cpu:
         sentences.append(
-            "Peak memory is the whole process's, most of it libraries and what earlier trials left: small differences "
+            "Peak memory is that of the process, most of it libraries and what earlier trials left: small differences "
             "mean nothing."
         )
     if figures.failed_methods:

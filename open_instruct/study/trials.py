@@ -78,7 +78,7 @@ def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
 
     from open_instruct.files import write_json
     from open_instruct.methods import METHODS
-    from open_instruct.study.measuring import measure
+    from open_instruct.study.measuring import measure_trial
     from open_instruct.training.checkpoint import complete_checkpoints
     from open_instruct.training.preemption import Preempted
     from open_instruct.training.run import run
@@ -101,11 +101,11 @@ def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
         base_figures(task, flags, bases)  # wrong data or a wrong model end the study
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
-            run(flags, origins, bases, functools.partial(measure, task.study))
+            run(flags, origins, bases, functools.partial(measure_trial, task.study))
         except InputError as error:  # diverged, or out of memory: a result of the study, not its end
             bases.loaded.clear()
             write_json(task.folder / FAILED, {"failed": str(error)})
-        except Preempted:  # its checkpoint is written, and the next start goes on from there
+        except Preempted:  # its checkpoint is written, and the next start continues from it
             raise KeyboardInterrupt from None
     if METHODS[flags.method].trains_base and not task.study.keep_full_weights:
         for path in task.folder.glob("model*.safetensors*"):
@@ -122,18 +122,19 @@ def base_figures(task: Task, flags: Flags, bases: Bases) -> dict[str, Any]:
 
     from open_instruct.files import write_json
     from open_instruct.quiet import silence_transformers
-    from open_instruct.study.measuring import measure
+    from open_instruct.study.measuring import measure_trial
     from open_instruct.training import base_model, engines
     from open_instruct.training.load_data import load_data
     from open_instruct.training.settings import base_model_settings, before_data
 
-    path = base_path(task, flags)
+    base_settings = base_model_settings(flags)
+    path = base_path(task, base_settings.key)
     if not path.exists():
         silence_transformers()
-        config = base_model.load_config(base_model_settings(flags))
+        config = base_model.load_base_config(base_settings)
         settings = before_data(flags, {}, config)
         accelerator = engines.make_accelerator(settings.processes)
-        tokenizer = base_model.load_tokenizer(settings.tokenizer)
+        tokenizer = base_model.load_base_tokenizer(settings.tokenizer)
         data = load_data(settings.data, accelerator, tokenizer)
         if data.held_out is None or len(data.held_out) < MIN_HELD_OUT_ROWS:
             raise InputError(
@@ -143,14 +144,11 @@ def base_figures(task: Task, flags: Flags, bases: Bases) -> dict[str, Any]:
         with torch.no_grad():
             base = bases.take(settings.model, config, tokenizer, accelerator)
             quantised = settings.model.quantise
-            write_json(path, {"quantised": quantised, **measure(task.study, base, tokenizer, data)})
+            write_json(path, {"quantised": quantised, **measure_trial(task.study, base, tokenizer, data)})
     figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return figures
 
 
-def base_path(task: Task, flags: Flags) -> Path:
-    """Return the file of the base model's figures, named by what decides them."""
-    from open_instruct.training.settings import base_model_settings
-
-    digest = hashlib.sha256(base_model_settings(flags).key.encode()).hexdigest()[:8]
-    return task.study.output_dir / f"base-{digest}.json"
+def base_path(task: Task, base_key: str) -> Path:
+    """Return the file of the figures of a base model, named by what decides them (`BaseModelSettings.key`)."""
+    return task.study.output_dir / f"base-{hashlib.sha256(base_key.encode()).hexdigest()[:8]}.json"

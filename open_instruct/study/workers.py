@@ -1,4 +1,4 @@
-"""Who runs the trials: this process, several processes with a GPU each, or Ray's actors. Each loads a base once."""
+"""Runners of trials: this process, several processes with a GPU each, or Ray's actors. Each loads a base once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Runner = Callable[[list[Task]], Iterator[tuple[Task, dict[str, Any]]]]
 _bases = Bases()
 
 
-def choose(num_workers: int, engine: str) -> AbstractContextManager[Runner]:
+def choose_runner(num_workers: int, engine: str) -> AbstractContextManager[Runner]:
     """Return the runner for a number of workers.
 
     Args:

@@ -1,4 +1,4 @@
-"""Configuration, tokenizer and base model of a run: loaded whole, or built without values."""
+"""Configuration, tokenizer and base model of a run: loaded in full, or built without values."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class BaseModelSettings:
     config_name: str | None
     revision: str | None
     arguments: str  # JSON object of further arguments
-    dtype: torch.dtype  # in which the base is held
+    dtype: torch.dtype  # precision of the stored weights
     quantise: str | None  # "4bit", "8bit" or None
-    trains_base: bool  # its weights will be others after the run
+    trains_base: bool  # the run changes the base's weights
     use_flash_attn: bool | None
     use_liger_kernel: bool
     allow_pickle: bool
@@ -39,7 +39,7 @@ class BaseModelSettings:
 
     @property
     def key(self) -> str:
-        """Identifies the weights and how they are held."""
+        """Key that identifies the weights and how they are held."""
         parts = [self.quantise, self.dtype, self.name, self.revision, self.config_name, self.arguments]
         return repr([*parts, self.use_liger_kernel])
 
@@ -55,8 +55,12 @@ class TokenizerSettings:
     add_bos: bool
 
 
-def load_config(settings: BaseModelSettings) -> PretrainedConfig:
-    """Load the base's configuration, and check that weights which may be loaded lie beside it."""
+def load_base_config(settings: BaseModelSettings) -> PretrainedConfig:
+    """Load the base's configuration, and check the weights of a local folder.
+
+    Raises:
+        InputError: there is no configuration, there are no weights, or only pickled ones that are not allowed.
+    """
     config = loading.load_config(
         settings.config_name or settings.name,
         revision=settings.revision,
@@ -67,8 +71,8 @@ def load_config(settings: BaseModelSettings) -> PretrainedConfig:
     return config
 
 
-def load_tokenizer(settings: TokenizerSettings, adapter: AdapterFolder | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer with the run's chat template. Warns if the adapter was trained with another one."""
+def load_base_tokenizer(settings: TokenizerSettings, adapter: AdapterFolder | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer with the run's chat template. Warn if the adapter was trained with another one."""
     tokenizer = loading.load_tokenizer(
         settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
     )
@@ -88,7 +92,7 @@ def load_base(
 ) -> Any:
     """Return the base model on this process's device.
 
-    Where weights are sharded, it is whole on the main process's CPU, and without values on the others.
+    Where weights are sharded, the main process holds the full model on its CPU, and the others a model without values.
     """
     sharded = engines.is_sharded(engines.engine_of(accelerator))
     if sharded and not accelerator.is_main_process:
@@ -107,7 +111,9 @@ def load_base(
         )
     loading.check_vocabulary(model, tokenizer)
     if Path(settings.name).is_dir():
-        model.name_or_path = str(Path(settings.name).resolve())  # an adapter records it: it is found from any folder
+        model.name_or_path = str(
+            Path(settings.name).resolve()
+        )  # an adapter records it; absolute, it works from any folder
     return model if settings.quantise or sharded else model.to(accelerator.device)
 
 
@@ -127,10 +133,10 @@ def skeleton(settings: BaseModelSettings, config: PretrainedConfig) -> Any:
 
 
 class Bases:
-    """Base models for runs that follow each other in one process: each is read once, and taken back unchanged."""
+    """Keeps base models for successive runs in one process: each is read once, and must come back unchanged."""
 
     def __init__(self) -> None:
-        """Start with none."""
+        """Start without any base."""
         self.loaded: dict[str, tuple[Any, list[float]]] = {}  # by key: the model, and the sum of each parameter
 
     def take(
@@ -149,7 +155,7 @@ class Bases:
         return self.loaded[settings.key][0]
 
     def give_back(self, settings: BaseModelSettings, model: Any) -> None:
-        """Take the adapter off.
+        """Take the adapter off a base that `take` returned.
 
         Raises:
             RuntimeError: a frozen weight has changed.

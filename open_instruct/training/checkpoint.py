@@ -54,16 +54,16 @@ def save(
     part of the optimizer to the same folder, which all nodes must share.
 
     Args:
-        folder: of the run's checkpoints.
-        model: with the trained parameters, sharded or not.
-        optimizer: as the engine prepared it.
-        schedule: of the learning rate.
-        state: of the run.
-        keep: checkpoints to keep, -1: all.
-        accelerator: of the run.
+        folder: folder of the run's checkpoints.
+        model: model with the trained parameters, sharded or not.
+        optimizer: optimizer as the engine prepared it.
+        schedule: schedule of the learning rate.
+        state: counters, losses and best parameters to save.
+        keep: number of checkpoints to keep, -1: all.
+        accelerator: joins the run's processes.
 
     Returns:
-        None, or why the checkpoint could not be written; older ones are untouched then.
+        None, or why the checkpoint could not be written. In that case older ones are untouched.
     """
     working = folder / f".step_{state.step}.writing"
     rank, part = accelerator.process_index, sharding.part_name(accelerator)
@@ -124,7 +124,7 @@ def _finish(working: Path, final: Path) -> None:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the finished checkpoints of a folder, oldest first. `damage` says whether their files are still whole."""
+    """Return the finished checkpoints of a folder, oldest first. `damage` says whether their files are still intact."""
     finished = [
         path
         for path in folder.glob("step_*")
@@ -134,7 +134,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files, by the checksums that it was marked with; None if it is whole."""
+    """Return what is wrong with a checkpoint's files, judged by their checksums; None if it is intact."""
     try:
         sums = json.loads((path / COMPLETED).read_text())
     except (OSError, ValueError):
@@ -145,12 +145,12 @@ def damage(path: Path) -> str | None:
         if not (path / name).is_file():
             return f"{name} is missing"
         if sha256(path / name) != expected:
-            return f"{name} is not what was written"
+            return f"{name} does not match its checksum"
     return None
 
 
 def find(requested: str, output_dir: Path) -> Checkpoint | None:
-    """Return the checkpoint to resume from: a path's, or the newest whole one (None where there is none yet).
+    """Return the checkpoint to resume from: that of a path, or the newest intact one (None where there is none yet).
 
     Args:
         requested: a path, or "newest".
@@ -164,18 +164,18 @@ def find(requested: str, output_dir: Path) -> Checkpoint | None:
         for path in reversed(complete_checkpoints(folder)):
             reason = damage(path)
             if reason is None:
-                return read(path)
-            warn(f"checkpoint {path} is damaged ({reason}): taking the one before")
+                return read_checkpoint(path)
+            warn(f"checkpoint {path} is damaged ({reason}): using the one before it")
         return None
     path = Path(requested)
     reason = damage(path) if path.is_dir() else "it does not exist"
     if reason:
         known = ", ".join(p.name for p in complete_checkpoints(folder) if damage(p) is None) or "none"
-        raise InputError(f"checkpoint {path} can't be used ({reason}): whole ones in {folder} are {known}")
-    return read(path)
+        raise InputError(f"checkpoint {path} can't be used ({reason}): intact ones in {folder}: {known}")
+    return read_checkpoint(path)
 
 
-def read(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
     """Read the state of a checkpoint.
 
     Raises:
@@ -192,7 +192,9 @@ def read(path: Path) -> Checkpoint:
 
 
 def check_identity(checkpoint: Checkpoint, current: Mapping[str, Any]) -> None:
-    """Refuse to resume another run. What the checkpoint does not know, because an older version wrote it, is not compared.
+    """Refuse to resume another run.
+
+    Values that the checkpoint lacks, because an older version wrote it, are not compared.
 
     Raises:
         InputError: naming what differs, with both values.
@@ -205,8 +207,8 @@ def check_identity(checkpoint: Checkpoint, current: Mapping[str, Any]) -> None:
     ]
     if different:
         raise InputError(
-            f"checkpoint {checkpoint.path} belongs to another run ({'; '.join(different)}): give the same values, or a new "
-            "--output_dir"
+            f"checkpoint {checkpoint.path} belongs to another run ({'; '.join(different)}): give the same values, or a "
+            "new --output_dir"
         )
 
 
@@ -218,15 +220,15 @@ def restore(
     identity: Mapping[str, Any],
     accelerator: Accelerator,
 ) -> TrainState:
-    """Put everything back as it was when the checkpoint was written: the one way to resume.
+    """Restore everything as it was when the checkpoint was written: the one way to resume.
 
     Args:
-        checkpoint: to resume from.
-        model: with the adapter, as the engine prepared it.
-        optimizer: as the engine prepared it.
-        schedule: of the learning rate.
+        checkpoint: the checkpoint to resume from.
+        model: model with the adapter, as the engine prepared it.
+        optimizer: optimizer as the engine prepared it.
+        schedule: schedule of the learning rate.
         identity: what the run must share with the one that wrote the checkpoint.
-        accelerator: of the run.
+        accelerator: joins the run's processes.
 
     Returns:
         The run's state, with the best parameters on the main process.
@@ -241,7 +243,8 @@ def restore(
         written = ", ".join(sorted(file.name for file in path.glob("optimizer*")))
         raise InputError(
             f"checkpoint {path} was written by another engine or, under ZeRO, another number of processes (it holds "
-            f"{written}): resume with those; only one process, DDP and FSDP can continue each other's checkpoints"
+            f"{written}): resume with the same engine and number; only a single process, DDP and FSDP can continue "
+            "each other's checkpoints"
         )
     parameters = sharding.trained_parameters(model)
     try:
@@ -253,7 +256,7 @@ def restore(
     shapes = {name: sharding.full_shape(parameter) for name, parameter in parameters.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in values.items()}:
         raise InputError(
-            f"checkpoint {path} holds other parameters than this run trains: give the same method and sizes"
+            f"checkpoint {path} holds other parameters than those that this run trains: give the same method and sizes"
         )
     sharding.load_full(parameters, values)
     if part is None:

@@ -56,13 +56,13 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
         values["model_revision"] = folder.trained_on("model_revision")
     if folder.peft_type not in method.continues_from:
         raise InputError(
-            f"--adapter_name_or_path {folder.path} is {folder.title}, and the method is {method.name}: drop the method's "
-            "flag"
+            f"--adapter_name_or_path {folder.path} is {folder.title}, and the method is {method.name}: drop the "
+            "method's flag"
         )
     values |= method.adopt(folder.settings, (folder.path / NETWORK).is_file())
     for name, value in values.items():
         if name in origins and getattr(flags, name) not in (None, value):
-            raise InputError(f"--{name} {getattr(flags, name)} is not the {value} of {folder.path}: drop the flag")
+            raise InputError(f"--{name} {getattr(flags, name)} contradicts the {value} of {folder.path}: drop the flag")
     values["model_name_or_path"] = folders.base_name(flags.model_name_or_path, [folder])
     adopted = replace(flags, **values)
     taken = {name: "adapter" for name in values if name != "model_name_or_path"}
@@ -78,14 +78,14 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
 def put_adapter_on(
     model: Any, tokenizer: PreTrainedTokenizerBase, method: Method, settings: Any, folder: AdapterFolder | None
 ) -> Any:
-    """Return the base with a new adapter, or with the trained one; without values where the base has none.
+    """Return the base with a new adapter, or with the trained one. On the meta device the adapter has no values.
 
     Args:
-        model: the base, whole or on the meta device.
-        tokenizer: of the base.
-        method: that makes the adapter.
-        settings: of the method.
-        folder: of the trained adapter, or None.
+        model: the base, with values or on the meta device.
+        tokenizer: the base's tokenizer.
+        method: the method that makes the adapter.
+        settings: an instance of the method's `settings_class`.
+        folder: folder of the trained adapter, or None.
 
     Raises:
         InputError: the trained adapter does not fit the base.
@@ -113,7 +113,10 @@ def copy_for_saving(
     folder: AdapterFolder | None,
     trained: dict[str, Tensor],
 ) -> Any:
-    """Build the model on the meta device with true values where it was trained: enough to be saved, without memory."""
+    """Build the model on the meta device, with values for the trained parameters only.
+
+    That is enough for saving, and a frozen base takes no memory.
+    """
     model = put_adapter_on(skeleton(base, config), tokenizer, method, settings, folder)
     problems = model.load_state_dict(trained, strict=False, assign=True)
     assert not problems.unexpected_keys, problems.unexpected_keys

@@ -1,6 +1,7 @@
-"""The loss doctor: cheap checks at the start, at steps and at evaluations, each of which says what was seen, why, and what to try.
+"""The loss doctor: cheap checks at the start, at steps and at evaluations.
 
-Thresholds are set so that runs with the recipes trigger none (`tests/test_doctor.py`): the doctor would rather say nothing than be wrong.
+Each finding names what was seen, the likely cause, and what to try. Thresholds are set so that runs with the recipes
+trigger none (`tests/test_doctor.py`): the doctor prefers a missed problem to a false alarm.
 """
 
 from __future__ import annotations
@@ -22,28 +23,28 @@ class Finding:
     remedy: str
 
     def __str__(self) -> str:
-        """One line."""
-        return f"doctor: {self.seen}; likely because {self.cause}. Try {self.remedy}"
+        """Return the finding as one line."""
+        return f"doctor: {self.seen}. Likely cause: {self.cause}. Try {self.remedy}"
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What is known of a run before its first step."""
+    """Facts of a run that are known before its first step."""
 
     learning_rate: float
     num_steps: int
     warmup_steps: int
-    clip_grad_norm: float  # not positive: none
-    labelled_share: float  # of the training tokens
+    clip_grad_norm: float  # bound of the L2 norm; none where not positive
+    labelled_share: float  # share of the training tokens that are labelled
     trains_prompt_directly: bool = False  # the virtual tokens' own numbers are trained (prompt tuning)
     has_network: bool = False  # a network computes the virtual tokens (P-tuning)
-    embedding_std: float = math.nan  # of the vocabulary's entries
+    embedding_std: float = math.nan  # standard deviation of the entries of the token embeddings
     vocabulary_norm: float = math.nan  # median length of a token's embedding
 
 
 @dataclass
 class Doctor:
-    """Watches one run. Every method returns what it found just now, and adds what it saw to the history."""
+    """Watches one run. Every public method returns the new findings, and adds its measurements to the history."""
 
     info: RunInfo
     history: History
@@ -53,8 +54,8 @@ class Doctor:
         """Steps over which training losses are averaged."""
         return max(5, self.info.num_steps // 20)
 
-    def _new(self, *found: Finding | None) -> list[Finding]:
-        fresh = [finding for finding in found if finding and finding.name not in self.history.reported]
+    def _new(self, *findings: Finding | None) -> list[Finding]:
+        fresh = [finding for finding in findings if finding and finding.name not in self.history.reported]
         self.history.reported += dict.fromkeys(finding.name for finding in fresh)
         return fresh
 
@@ -82,8 +83,8 @@ class Doctor:
     def evaluation(self, step: int, loss: float, prompt_norm: float = math.nan) -> list[Finding]:
         """Check a held-out loss after `step` steps, and the virtual tokens' median length then."""
         self.history.evaluations.append((step, loss))
-        found = self._new(self._drift(prompt_norm, loss), self._order(), self._gap(), self._worse(loss))
-        return found + self._new(self._too_low(step, loss), self._above_base(step, loss))
+        findings = self._new(self._drift(prompt_norm, loss), self._order(), self._gap(), self._worse(loss))
+        return findings + self._new(self._too_low(step, loss), self._above_base(step, loss))
 
     def _labels(self) -> Finding | None:
         share = self.info.labelled_share
@@ -91,23 +92,23 @@ class Doctor:
             return None
         return Finding(
             "labels",
-            f"{share:.2%} of the training tokens are labelled",
-            "the chat template marks little as the assistant's, or --max_seq_length cuts the answers away",
-            "--max_seq_length with room for the answers, or another --chat_template_name",
+            f"only {share:.2%} of the training tokens are labelled",
+            "the chat template assigns few tokens to the assistant, or --max_seq_length cuts the answers off",
+            "a larger --max_seq_length, or another --chat_template_name",
         )
 
     def _reach(self) -> Finding | None:
-        """Adam moves a number by at most its rate in a step; a schedule that falls to zero halves the sum."""
+        """Adam moves an entry by about the rate in each step at most; a schedule that falls to zero halves the sum."""
         p = self.info
         reach = p.learning_rate * p.num_steps / 2
         if not p.trains_prompt_directly or p.num_steps < 10 or not reach < 0.1 * p.embedding_std:
             return None
         return Finding(
             "rate too low",
-            f"at learning rate {p.learning_rate:.2g}, {p.num_steps} steps move a number of the soft prompt by at most {reach:.2g}, and "
-            f"embeddings spread by {p.embedding_std:.2g}",
-            "the rate is made for weights, not for embeddings",
-            f"--learning_rate {0.3 * p.embedding_std:.2g}, or no --learning_rate at all: the recipe's",
+            f"at learning rate {p.learning_rate:.2g}, {p.num_steps} steps move an entry of the soft prompt by at most "
+            f"{reach:.2g}, and the standard deviation of the embeddings is {p.embedding_std:.2g}",
+            "the learning rate suits weights, not embeddings",
+            f"--learning_rate {0.3 * p.embedding_std:.2g}, or drop --learning_rate to use the recipe's",
         )
 
     def _start(self) -> Finding | None:
@@ -117,9 +118,9 @@ class Doctor:
             return None
         return Finding(
             "start off the embeddings",
-            f"the first held-out loss is {self.history.initial:.3f} against the base's {self.history.base:.3f}, and virtual tokens are {ratio:.2g} times "
-            "as long as the vocabulary's",
-            "the random start is nowhere near real tokens' embeddings",
+            f"before training the held-out loss is {self.history.initial:.3f}, against {self.history.base:.3f} of the "
+            f"base model, and the virtual tokens are {ratio:.2g} times as long as the vocabulary's",
+            "the random start is far from the embeddings of real tokens",
             "--prompt_tuning_init sample_vocab, or text with --prompt_tuning_init_text",
         )
 
@@ -137,9 +138,9 @@ class Doctor:
         calm, wild = median(self.history.norms[:size]), median(self.history.norms[-size:])
         return Finding(
             "rate too high",
-            f"the training loss rose from {best:.3f} to {recent:.3f} (mean of {size} steps), above where it began; gradient norms went "
-            f"from {calm:.2g} to {wild:.2g}",
-            f"the learning rate {self.info.learning_rate:.2g} overshoots",
+            f"the training loss rose from {best:.3f} to {recent:.3f} (means of {size} steps), above its first values, "
+            f"and the gradient norm went from {calm:.2g} to {wild:.2g}",
+            f"the learning rate {self.info.learning_rate:.2g} is too high",
             f"--learning_rate {self.info.learning_rate / 10:.2g}",
         )
 
@@ -149,8 +150,8 @@ class Doctor:
         return Finding(
             "rate too high",
             f"the held-out loss rose from {self.history.initial:.3f} at the start to {loss:.3f}",
-            f"the learning rate {self.info.learning_rate:.2g} overshoots",
-            f"--learning_rate {self.info.learning_rate / 10:.2g}, or no --learning_rate at all: the recipe's",
+            f"the learning rate {self.info.learning_rate:.2g} is too high",
+            f"--learning_rate {self.info.learning_rate / 10:.2g}, or drop --learning_rate to use the recipe's",
         )
 
     def _clipped(self) -> Finding | None:
@@ -159,16 +160,16 @@ class Doctor:
             return None
         return Finding(
             "clipped",
-            f"the gradient was cut to {bound:g} at each of the last 50 steps, from {median(last):.3g} in the middle",
-            "the bound is far below what gradients of this method and model are, so their sizes are lost",
-            f"--clip_grad_norm {median(last):.2g}, or -1 for none",
+            f"the gradient was clipped to {bound:g} in each of the last 50 steps (median norm {median(last):.3g})",
+            "the bound is far below the usual gradient norm of this method and model, so differences in size are lost",
+            f"--clip_grad_norm {median(last):.2g}, or -1 for no clipping",
         )
 
     def _drift(self, prompt_norm: float, loss: float) -> Finding | None:
         """Report virtual tokens that have grown long.
 
-        Some length does no harm, and a network's output may have any: then it is reported only where the held-out loss
-        has suffered.
+        Some growth does no harm, and the output of a network may have any length. In these cases only a worse held-out
+        loss is reported.
         """
         ratio = prompt_norm / self.info.vocabulary_norm
         harmless = loss < self.history.base and loss < 1.02 * min(value for _, value in self.history.evaluations)
@@ -178,13 +179,14 @@ class Doctor:
             return None
         return Finding(
             "drift",
-            f"virtual tokens have become {ratio:.2g} times as long as the vocabulary's, and the held-out loss is {loss:.3f}",
-            "the rate is high for embeddings, and nothing holds them back",
-            "no --learning_rate at all: the recipe's, or --weight_decay 0.01",
+            f"the virtual tokens have become {ratio:.2g} times as long as the vocabulary's, and the held-out loss is "
+            f"{loss:.3f}",
+            "the learning rate is high for embeddings, and no weight decay limits them",
+            "--weight_decay 0.01, or drop --learning_rate to use the recipe's",
         )
 
     def _order(self) -> Finding | None:
-        """Both at once mean that what is trained on changes, not that training fails."""
+        """A rising training loss with a falling held-out loss means that the data changes, not that training fails."""
         size = self.window
         if len(self.history.evaluations) < 3 or len(self.history.losses) < 2 * size:
             return None
@@ -196,31 +198,29 @@ class Doctor:
             return None
         return Finding(
             "order",
-            f"the training loss rose from {earlier:.3f} to {recent:.3f} while the held-out loss fell from {old:.3f} to {new:.3f}",
-            "the examples come in the order of their sources, so later ones are harder",
-            "shuffled data: another --seed, or sample_subsets.py",
+            f"the training loss rose from {earlier:.3f} to {recent:.3f} while the held-out loss fell from {old:.3f} to "
+            f"{new:.3f}",
+            "the examples are ordered by source, and later sources are harder",
+            "shuffling the data, with another --seed or sample_subsets.py",
         )
 
     def _gap(self) -> Finding | None:
         best = min(loss for _, loss in self.history.evaluations)
-        now, trained = (
-            self.history.evaluations[-1][1],
-            fmean(self.history.losses[-self.window :]) if self.history.losses else math.nan,
-        )
+        now = self.history.evaluations[-1][1]
+        trained = fmean(self.history.losses[-self.window :]) if self.history.losses else math.nan
         if not (now > 1.1 * best + 0.02 and trained < 0.5 * now):
             return None
         return Finding(
             "gap",
             f"the held-out loss rose from {best:.3f} to {now:.3f}, and the training loss is {trained:.3f}",
-            "the adapter learns the training examples by heart",
-            "fewer --num_train_epochs or --max_train_steps, or more data",
+            "the model memorises the training examples",
+            "fewer --num_train_epochs, fewer --max_train_steps, or more data",
         )
 
     def _too_low(self, step: int, loss: float) -> Finding | None:
         done = step / self.info.num_steps
-        gain = self.history.initial - min(
-            value for _, value in self.history.evaluations
-        )  # what was lost again is no sign of a low rate
+        # From the best evaluation: a gain that was lost again is no sign of a low rate.
+        gain = self.history.initial - min(value for _, value in self.history.evaluations)
         if (
             done < 0.3
             or step < 20
@@ -232,9 +232,10 @@ class Doctor:
             return None
         return Finding(
             "rate too low",
-            f"after {done:.0%} of the steps the held-out loss has fallen by {gain:.4f}, and would fall by {gain / done:.4f} in all",
+            f"after {done:.0%} of the steps the held-out loss has fallen by {gain:.4f}, which makes "
+            f"{gain / done:.4f} for the full run",
             f"the learning rate {self.info.learning_rate:.2g} is too low for {self.info.num_steps} steps",
-            f"--learning_rate {10 * self.info.learning_rate:.2g}, or no --learning_rate at all: the recipe's",
+            f"--learning_rate {10 * self.info.learning_rate:.2g}, or drop --learning_rate to use the recipe's",
         )
 
     def _above_base(self, step: int, loss: float) -> Finding | None:
@@ -248,7 +249,8 @@ class Doctor:
             return None
         return Finding(
             "above the base",
-            f"the held-out loss {loss:.3f} is not below the base model's {self.history.base:.3f}, after the warm-up and half of the steps",
-            "too few steps for this method, or a rate that does not fit",
+            f"after the warm-up and half of the steps the held-out loss {loss:.3f} is not below the base model's "
+            f"{self.history.base:.3f}",
+            "there are too few steps for this method, or the learning rate does not fit",
             f"--max_train_steps {4 * self.info.num_steps}, or another --learning_rate",
         )

@@ -13,7 +13,7 @@ from open_instruct.model.chunked_loss import rows_at_once
 from open_instruct.training.load_data import Data
 from open_instruct.training.settings import Resolved
 
-STEPS_MEASURED = 20  # whose micro-batches are cut to find the largest
+STEPS_MEASURED = 20  # steps whose micro-batches are examined to find the largest
 
 
 def plan_text(
@@ -25,14 +25,14 @@ def plan_text(
     batching: Batching,
     sharing: memory.Sharing,
 ) -> str:
-    """Describe the run.
+    """Return the text of the plan: steps, tokens per step, parameters, and memory in MB.
 
     Args:
-        settings: of the run.
+        settings: the resolved settings.
         data: training and held-out examples.
-        plan: of the run.
+        plan: the examples of each step.
         model: base with adapter.
-        config: of the base.
+        config: the base's configuration.
         batching: makes micro-batches.
         sharing: what the engine splits among processes.
     """

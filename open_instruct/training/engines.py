@@ -1,4 +1,4 @@
-"""What joins several processes: DDP, DeepSpeed ZeRO-2 and ZeRO-3, FSDP2; how a run starts and prepares them.
+"""Engines that join several processes (DDP, DeepSpeed ZeRO-2 and ZeRO-3, FSDP2): how a run starts and prepares them.
 
 Where the engine keeps weights and optimizer is the subject of `sharding.py`.
 """
@@ -35,7 +35,7 @@ def make_accelerator(settings: ProcessSettings) -> Accelerator:
     """Start processes, devices and trackers, and seed the generators.
 
     Raises:
-        InputError: a tracker is not installed, or FSDP runs in its first version.
+        InputError: a tracker is not installed, or accelerate is configured for FSDP1.
     """
     try:
         accelerator = Accelerator(
@@ -48,7 +48,7 @@ def make_accelerator(settings: ProcessSettings) -> Accelerator:
         if not settings.trackers:
             raise
         raise InputError(
-            f"--report_to {' '.join(settings.trackers)} can't be used ({error}): install the tracker or name another"
+            f"--report_to {' '.join(settings.trackers)} can't be used ({error}): install the tracker, or name another"
         ) from None
     set_seed(settings.seed)
     if engine_of(accelerator) == Feature.ZERO_3:
@@ -58,7 +58,7 @@ def make_accelerator(settings: ProcessSettings) -> Accelerator:
         unset_hf_deepspeed_config()
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:  # flat parameters can't hold frozen and trained ones
-        raise InputError("FSDP runs in its second version only: set fsdp_version: 2 in the accelerate configuration")
+        raise InputError("only FSDP2 is supported: set fsdp_version: 2 in the accelerate configuration")
     return accelerator
 
 
@@ -71,7 +71,7 @@ def describe(accelerator: Accelerator, dtype: torch.dtype, quantise: str | None)
 
 
 def engine_of(accelerator: Accelerator) -> Feature | None:
-    """Return what joins the processes; None for one process alone."""
+    """Return the engine that joins the processes; None for one process alone."""
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         stage = accelerator.state.deepspeed_plugin.zero_stage
@@ -117,9 +117,9 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any, clip_gra
     base's precision, and untie tied weights on the way.
 
     Args:
-        accelerator: of the run.
+        accelerator: joins the run's processes.
         model: a `TrainingModel`.
-        optimizer: of its trained parameters.
+        optimizer: optimizer of its trained parameters.
         clip_grad_norm: bound of the gradient's norm; none where not positive.
     """
     engine = engine_of(accelerator)

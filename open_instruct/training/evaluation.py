@@ -1,4 +1,4 @@
-"""Held-out loss, on every process's share of the rows."""
+"""Held-out loss: each process computes its share of the rows."""
 
 from __future__ import annotations
 

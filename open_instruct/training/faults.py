@@ -1,4 +1,4 @@
-"""What a run says when memory runs out or other processes are lost."""
+"""Error messages for a run that is out of memory or has lost contact with other processes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory(accelerator: Any, step: int) -> InputError:
-    """Return the error of a run that has no way to need less memory."""
+    """Return the error of a run that can't lower its need of memory by itself."""
     return InputError(
         f"out of memory in step {step + 1} on process {accelerator.process_index}: set --gradient_checkpointing, lower "
-        "--max_tokens_per_microbatch (padded: --per_device_train_batch_size, with more --gradient_accumulation_steps), or lower "
-        "--max_seq_length; --dry_run estimates what a setting needs"
+        "--max_tokens_per_microbatch (padded: --per_device_train_batch_size, with more --gradient_accumulation_steps), "
+        "or lower --max_seq_length; --dry_run estimates the memory that a setting needs"
     )
 
 
 def is_lost_contact(error: BaseException) -> bool:
-    """Whether a collective failed because another process ended or did not come in time."""
+    """Whether a collective failed because another process ended or was late."""
     words = (
         "connection closed by peer",
         "connection reset by peer",
@@ -37,9 +37,10 @@ def is_lost_contact(error: BaseException) -> bool:
 
 
 def lost_contact(error: BaseException, accelerator: Any, step: int) -> InputError:
-    """Return the error of a process that the others have left."""
+    """Return the error of a process that has lost contact with the others."""
     cause = one_line(error, 10_000)[-200:]
     return InputError(
-        f"process {accelerator.process_index} of {accelerator.num_processes} lost contact with the others in step {step + 1} ({cause}): "
-        "another process ended, or needed longer than --timeout; continue with --resume_from_checkpoint"
+        f"process {accelerator.process_index} of {accelerator.num_processes} lost contact with the others in step "
+        f"{step + 1} ({cause}): another process ended, or needed longer than --timeout; continue with "
+        "--resume_from_checkpoint"
     )

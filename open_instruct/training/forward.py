@@ -28,8 +28,8 @@ ROW_TOKENS = 4096  # tokens that keep a GPU busy, and make 200 virtual tokens 5 
 
 CPU = torch.device("cpu")
 
-# Largest difference of the probe's losses from the model's own, relative to their size. A neighbour that is seen or a
-# position that is off makes tenths; rounding of 16 bits, of quantised products, and of float32 makes less than these.
+# Largest difference of the probe's loss from the model's own, relative to its size. Attention to a neighbour or a wrong
+# position changes the loss by tenths; rounding in float32, in 16 bits and in quantised products by less than this.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
@@ -38,7 +38,7 @@ class ForwardSettings:
     """Plain values that decide how micro-batches are computed."""
 
     packing: bool
-    packing_requested: bool  # --packing was given, so falling back is an error
+    packing_requested: bool  # --packing was given, so falling back to padding is an error
     max_tokens_per_microbatch: int | None
     attn_backend: str | None
     use_flash_attn: bool
@@ -51,10 +51,10 @@ class ForwardSettings:
 
     @property
     def max_row_tokens(self) -> int:
-        """Tokens of a packed row at most, virtual tokens included.
+        """Largest number of tokens of a packed row, virtual tokens included.
 
-        Unless set: what keeps the machine busy, at least the longest example, and not more than the padded micro-batch
-        that the user found memory for could hold.
+        Unless it is set: enough to keep the machine busy and to hold the longest example, but no more than the padded
+        micro-batch for which the user expects memory to suffice.
         """
         if self.max_tokens_per_microbatch:
             return self.max_tokens_per_microbatch
@@ -65,21 +65,22 @@ class ForwardSettings:
         """Refuse rows that can't hold every example.
 
         Raises:
-            InputError: the longest example, of so many tokens, does not fit.
+            InputError: the longest example, of `longest` tokens, does not fit.
         """
         bound = self.max_row_tokens
         needed = longest + self.num_virtual_tokens
         if self.packing and needed > bound:
             virtual = f" and {self.num_virtual_tokens} virtual ones" if self.num_virtual_tokens else ""
             raise InputError(
-                f"--max_tokens_per_microbatch {bound} can't hold the longest example, which has {longest} tokens{virtual}: "
-                f"raise it to {needed}, or cut examples with --max_seq_length {max(bound - self.num_virtual_tokens, 2)}"
+                f"--max_tokens_per_microbatch {bound} can't hold the longest example, which has {longest} tokens"
+                f"{virtual}: raise it to {needed}, or cut examples with --max_seq_length "
+                f"{max(bound - self.num_virtual_tokens, 2)}"
             )
 
 
 @dataclass(frozen=True)
 class Forward:
-    """How a run computes: the module, and how micro-batches for it are made in training and in evaluation."""
+    """Module that a run trains, and the batching of its micro-batches in training and in evaluation."""
 
     model: TrainingModel
     training: Batching
@@ -115,45 +116,47 @@ def choose_forward(
 
     Args:
         model: base with adapter; on the meta device where another process probes.
-        method: that wrapped it.
-        settings: plain values.
-        accelerator: of the run.
-        dtype: in which attention is computed.
-        pad_token_id: of padded rows.
+        method: the method that wrapped it.
+        settings: plain values of the forward pass.
+        accelerator: joins the run's processes.
+        dtype: precision in which attention is computed.
+        pad_token_id: token that fills padded rows.
 
     Raises:
-        InputError: packing, a back end, or something that needs packing was requested and is not possible.
+        InputError: packing, a back end, or a feature that needs packing was requested and is not possible.
     """
     device, engine, probe_device = accelerator.device, engines.engine_of(accelerator), causal_of(model).device.type
     reason = "--packing False"
     if settings.packing:
-        name = backends.choose(settings.attn_backend, device, dtype, settings.use_flash_attn)
+        name = backends.choose_backend(settings.attn_backend, device, dtype, settings.use_flash_attn)
         soft_prompt = partial(method.soft_prompt, model)
         reason, head = "", None
         if probe_device != "meta":
-            probed = name if probe_device == device.type else backends.choose(None, CPU, dtype, False)
+            probed = name if probe_device == device.type else backends.choose_backend(None, CPU, dtype, False)
             with torch.autocast(probe_device, dtype, enabled=dtype == torch.bfloat16):
                 head, reason = probe(model, soft_prompt, probed, dtype)
         if engines.is_sharded(engine):
             reason, head = engines.broadcast((reason, head))
         if not reason:
             if engine == Feature.ZERO_3:
-                head = None  # it gathers the head in each piece of the loss, and processes have different numbers of pieces
+                head = None  # each piece of the loss would gather it, and processes have different numbers of pieces
             packed = PackedModel(model, soft_prompt, backends.BACKENDS[name], head)
             bound = settings.max_row_tokens
             rows = Packing(bound - settings.num_virtual_tokens)
             return Forward(packed, rows, rows, f"packed, rows of at most {bound:,} tokens, attention by {name}")
         if settings.packing_requested:
-            raise InputError(f"--packing is not possible: {reason}: use --packing False")
+            raise InputError(f"--packing is not possible ({reason}): use --packing False")
     unpacked_checkpointing = method.obstacles.get(Feature.PADDED_CHECKPOINTING)
     if settings.gradient_checkpointing and unpacked_checkpointing:
         raise InputError(
-            f"--gradient_checkpointing with {method.title} needs the packed forward pass, but: {reason}: drop one of the "
-            "flags"
+            f"--gradient_checkpointing with {method.title} needs the packed forward pass, which is not possible "
+            f"({reason}): drop one of the flags"
         )
     if settings.compile_layers:
-        raise InputError(f"--compile needs the packed forward pass, but: {reason}: drop one of the flags")
-    why = f"because the packed one can't serve this model exactly: {reason}" if settings.packing else "PEFT's own"
+        raise InputError(
+            f"--compile needs the packed forward pass, which is not possible ({reason}): drop one of the flags"
+        )
+    why = f"the packed one would not be exact for this model: {reason}" if settings.packing else "PEFT's own"
     return Forward(
         PaddedModel(model),
         Padding(settings.train_batch_size, pad_token_id),
@@ -171,7 +174,7 @@ def probe(
     examples' loss must have a gradient of exactly zero at the first one's tokens.
 
     Returns:
-        The form of the model's head (see `PackedModel`), and what is in the way of packing; "" if nothing is.
+        The form of the model's head (see `PackedModel`), and the reason against packing; "" if there is none.
     """
     causal = causal_of(model)
     if not getattr(causal, "_supports_attention_backend", False):
@@ -196,7 +199,7 @@ def probe(
         except CannotPack as problem:
             return None, str(problem)
     if not abs(together - own) < tolerance * own:
-        return None, f"its packed loss on a probe is {together / own - 1:+.1%} off its own"
+        return None, f"its packed loss on a probe differs from its own by {together / own - 1:+.1%}"
     if leak or not within:
         return None, "an example's loss depends on the example before it"
     return packed.head_name, ""
@@ -204,7 +207,7 @@ def probe(
 
 @torch.no_grad()
 def own_loss(model: Any, rows: list[dict[str, Any]]) -> float:
-    """Return the summed loss of examples by PEFT's forward, each alone.
+    """Return the summed loss in nats of examples, each computed alone by PEFT's forward pass.
 
     Raises:
         InputError: PEFT can't run this method on this model at all.
@@ -222,16 +225,16 @@ def own_loss(model: Any, rows: list[dict[str, Any]]) -> float:
 
 def sensitivity(packed: PackedModel, batch: dict[str, Any]) -> tuple[float, float]:
     """Return the largest gradient of a row's loss at its first example's embeddings, and at those of the others."""
-    seen: list[torch.Tensor] = []
+    embeddings: list[torch.Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        seen.append(output if output.requires_grad else output.detach().requires_grad_())
-        return seen[-1]
+        embeddings.append(output if output.requires_grad else output.detach().requires_grad_())
+        return embeddings[-1]
 
     hook = packed.causal.get_input_embeddings().register_forward_hook(keep)
     try:
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(packed(**batch)[0], seen[-1:])
+            (gradient,) = torch.autograd.grad(packed(**batch)[0], embeddings[-1:])
     finally:
         hook.remove()
     first = batch["lengths"][0]
@@ -239,18 +242,19 @@ def sensitivity(packed: PackedModel, batch: dict[str, Any]) -> tuple[float, floa
 
 
 def switch_on(forward: Forward, gradient_checkpointing: bool, compile_layers: bool) -> None:
-    """Switch on what a run wants beside the forward pass itself. Leaving `Forward`'s context undoes it.
+    """Switch on checkpointing and compilation. Leaving `Forward`'s context undoes it.
 
     Raises:
         InputError: there is no compiler.
     """
     causal = causal_of(forward.model.model)
-    if gradient_checkpointing:  # after PEFT has wrapped the model: it refuses prefix tuning with it before
+    if gradient_checkpointing:  # before it wraps the model, PEFT would refuse prefix tuning with it
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     if compile_layers:
         if causal.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise InputError(
-                "--compile needs a C++ compiler on CPU, and g++ is not on the PATH: install one, set CXX, or drop the flag"
+                "--compile needs a C++ compiler on CPU, and g++ is not on the PATH: install one, set CXX, or drop the "
+                "flag"
             )
         for layer in decoder_layers(causal):
             layer.compile(dynamic=True)  # rows of any length use one graph

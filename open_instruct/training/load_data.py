@@ -22,7 +22,7 @@ DEFAULT_MAX_SEQ_LENGTH = 4096
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where examples come from, and which of them are used."""
+    """Sources of the examples, and which of them are used."""
 
     train_files: tuple[str, ...]
     dataset_name: str | None
@@ -63,16 +63,16 @@ class Data:
         return f"{self.train.describe('training')}\n{held_out}"
 
 
-def max_length(context: int | None, num_virtual_tokens: int, max_seq_length: int | None) -> int:
-    """Return the tokens of a conversation that are kept.
+def conversation_length(context: int | None, num_virtual_tokens: int, max_seq_length: int | None) -> int:
+    """Return the largest number of tokens kept of a conversation.
 
     Args:
         context: positions of the model; None: unlimited.
         num_virtual_tokens: positions that a soft prompt takes.
-        max_seq_length: what the user wants, or None.
+        max_seq_length: number that the user wants, or None.
 
     Raises:
-        InputError: they don't fit into the context beside the virtual tokens.
+        InputError: the conversation does not fit into the context beside the virtual tokens.
     """
     if context is None:
         return max_seq_length or DEFAULT_MAX_SEQ_LENGTH
@@ -90,7 +90,11 @@ def max_length(context: int | None, num_virtual_tokens: int, max_seq_length: int
 
 
 def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Read, check, tokenise and split. The main process goes first, and the others use its cache."""
+    """Read, check, tokenise and split the data. The main process goes first, and the others use its cache.
+
+    Raises:
+        InputError: the data is missing or unusable.
+    """
     if settings.num_workers:
         os.environ["RAYON_NUM_THREADS"] = str(settings.num_workers)  # the Rust tokenizer reads it
     with accelerator.main_process_first():
@@ -114,7 +118,7 @@ def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTr
 
 
 def log_form(rows: Iterator[Row], accelerator: Accelerator, key: str) -> Iterator[Row]:
-    """Yield the rows unchanged; print the form of the first when it is read."""
+    """Yield the rows unchanged, and print the form of the first when it is read."""
     for number, (source, row) in enumerate(rows):
         if number == 0:
             accelerator.print(f"reading {source}: form {forms.form_of(source, row, key)}")

@@ -49,7 +49,7 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What the loop works with."""
+    """Everything that the loop works with."""
 
     accelerator: Accelerator
     model: torch.nn.Module  # a `TrainingModel`, as the engine prepared it
@@ -70,7 +70,7 @@ def fit(job: TrainingJob, state: TrainState) -> None:
     Raises:
         InputError: loss or gradient stays infinite or NaN (the parameters are those of the last finite step), or memory
             runs out.
-        Preempted: a signal asked for it; a checkpoint is written.
+        Preempted: a signal requested it; a checkpoint is written.
     """
     accelerator, optimizer, plan, settings, metrics = (
         job.accelerator,
@@ -96,13 +96,13 @@ def fit(job: TrainingJob, state: TrainState) -> None:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                # Once, with rows of half the length, which are kept. Several processes would wait for each other.
+                # Tried once; the rows stay half as long. With several processes the others would wait forever.
                 halved = batching.halved(indices.tolist(), examples.lengths)
                 if halved is None or batching is not job.forward.training or accelerator.num_processes > 1:
                     raise out_of_memory(accelerator, step) from None
                 batching = free_memory(job, step, halved)
                 loss_sum = step_gradient(job, batching, step, indices)
-            # One exchange for two facts: a signal may have reached only some of the processes.
+            # One reduction for loss and stop request: a signal may have reached only some of the processes.
             stop_requested = loss_sum.new_tensor(float(stop.name is not None))
             totals = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="sum")
             learning_rate, loss = job.schedule.get_last_lr()[0], totals[0].item() / label_tokens
@@ -130,7 +130,7 @@ def fit(job: TrainingJob, state: TrainState) -> None:
                     metrics.step_row(state, epoch, loss, learning_rate, grad_norm, speed)
                     window_seconds, window_tokens = 0.0, 0
             if (settings.eval_steps and state.step % settings.eval_steps == 0) or is_last:
-                evaluate(job, state)
+                evaluate_held_out(job, state)
             state.wall_seconds = seconds_before + time.perf_counter() - started
             is_due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
             is_preempted = totals[1].item() > 0 and not is_last
@@ -174,11 +174,11 @@ def measure_start(job: TrainingJob, state: TrainState) -> None:
     if held_out and not job.method.trains_base:  # in full fine-tuning the start is the base
         batching = job.forward.evaluation
         state.base_eval_loss, _ = held_out_loss(job.accelerator, job.model, held_out, batching, adapter=False)
-    evaluate(job, state)
+    evaluate_held_out(job, state)
 
 
-def evaluate(job: TrainingJob, state: TrainState) -> None:
-    """Measure the held-out loss, keep the parameters if it is the lowest, and let the doctor look at it."""
+def evaluate_held_out(job: TrainingJob, state: TrainState) -> None:
+    """Measure the held-out loss, keep the parameters if it is the lowest, and report the doctor's findings."""
     if not job.data.held_out:
         return
     loss, num_tokens = held_out_loss(job.accelerator, job.model, job.data.held_out, job.forward.evaluation)
@@ -204,7 +204,7 @@ def prompt_norm(job: TrainingJob) -> float:
 
 
 def report(job: TrainingJob, state: TrainState, findings: list[Finding]) -> None:
-    """Print and keep what the doctor found."""
+    """Print the doctor's findings, and keep them in the state."""
     for finding in findings:
         state.findings.append({"step": state.step, **asdict(finding)})
         job.metrics.print(str(finding))
@@ -219,7 +219,7 @@ def report_skipped(
     learning_rate: float,
     num_skipped: int,
 ) -> None:
-    """Name a step that was not applied and its examples.
+    """Report a step that was not applied, and its examples.
 
     Raises:
         InputError: too many in a row.
@@ -232,12 +232,12 @@ def report_skipped(
     is_deepspeed = job.accelerator.distributed_type == DistributedType.DEEPSPEED
     if num_skipped >= job.settings.max_skipped_steps or is_deepspeed:
         raise InputError(
-            f"step {step + 1}: {reason}, {num_skipped} in a row: lower --learning_rate or set --clip_grad_norm"
+            f"step {step + 1}: {reason}, {num_skipped} in a row: lower --learning_rate, or set --clip_grad_norm"
         )
 
 
 def free_memory(job: TrainingJob, step: int, batching: Any) -> Batching:
-    """Drop a half-made gradient, and say that rows are shorter from now on."""
+    """Drop a half-computed gradient, report the shorter rows, and return their batching."""
     job.optimizer.zero_grad()
     gc.collect()
     if torch.cuda.is_available():
@@ -250,7 +250,7 @@ def free_memory(job: TrainingJob, step: int, batching: Any) -> Batching:
 
 
 def save_checkpoint(job: TrainingJob, state: TrainState) -> None:
-    """Write a checkpoint. Where that fails, training continues: the last good one is still there."""
+    """Write a checkpoint. If that fails, warn and continue: the last good one is still there."""
     folder, keep = job.settings.checkpoints, job.settings.keep_checkpoints
     model = job.forward.model.model
     problem = checkpoint.save(folder, model, job.optimizer, job.schedule, state, keep, job.accelerator)

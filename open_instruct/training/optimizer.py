@@ -1,4 +1,4 @@
-"""AdamW on what a method trains, and the schedule of its learning rate."""
+"""AdamW for the trained parameters, and the schedule of its learning rate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from open_instruct.methods import Method
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Hyperparameters, all of them known."""
+    """Hyperparameters of optimizer and schedule, all resolved."""
 
     learning_rate: float  # at the peak
     lr_scheduler_type: str
@@ -34,7 +34,9 @@ class OptimizerSettings:
 def make_optimizer(
     method: Method, model: torch.nn.Module, settings: OptimizerSettings, num_steps: int
 ) -> tuple[Any, Any]:
-    """Return optimizer and schedule. The schedule is not prepared for processes: it advances once a step, by hand.
+    """Return optimizer and schedule.
+
+    accelerate does not prepare the schedule, which advances once a step whatever the number of processes.
 
     Raises:
         InputError: bitsandbytes is not installed.
@@ -53,7 +55,7 @@ def make_optimizer(
 
 
 def make_schedule(optimizer: Any, settings: OptimizerSettings, num_steps: int) -> Any:
-    """Return transformers' schedule; with a final rate above 0, the form of it that ends there."""
+    """Return transformers' schedule. A final rate above 0 selects the variant that ends there."""
     name, ratio = settings.lr_scheduler_type, settings.final_lr_ratio
     specific: dict[str, Any] = {}
     if ratio == 1:

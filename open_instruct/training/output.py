@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: record, adapter, summary; and the upload, if it was asked for."""
+"""Files of a run's folder: record, adapter and summary; and their upload, if it was requested."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from open_instruct.training.continuing import NETWORK
 from open_instruct.training.sharding import trained_parameters
 from open_instruct.training.start import RangeTest
 from open_instruct.training.state import TrainState
-from open_instruct.training.tracking import METRICS, read_rows
+from open_instruct.training.tracking import METRICS, read_metrics
 
 RUN, SUMMARY, LOSS_PLOT, CHECKPOINTS = "run.json", "summary.json", "loss.png", "checkpoints"
 RATES, RATES_PLOT = "auto_lr.json", "auto_lr.png"
@@ -57,12 +57,12 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class OutputSettings:
-    """The run's folder, and what becomes of it."""
+    """The run's folder, and what happens to it."""
 
     folder: Path
     overwrite: bool
     resume_from: str | None  # a path, or "newest"
-    inputs: Mapping[str, str]  # folders that the run reads, by what they are
+    inputs: Mapping[str, str]  # description → folder that the run reads
     clean_checkpoints_at_end: bool
     upload_to: str | None  # repository on the Hub
     upload_revision: str | None
@@ -80,7 +80,7 @@ def check_folder(settings: OutputSettings) -> Checkpoint | None:
         The checkpoint to resume from, or None to start at step 0.
 
     Raises:
-        InputError: the folder can't be used, or holds a run that is neither to be overwritten nor resumed.
+        InputError: the folder can't be used, or holds a run that no flag overwrites or resumes.
     """
     folder = settings.folder
     if folder.exists() and not folder.is_dir():
@@ -88,7 +88,7 @@ def check_folder(settings: OutputSettings) -> Checkpoint | None:
     for what, name in settings.inputs.items():
         if folder.resolve() == Path(name).resolve():
             raise InputError(
-                f"--output_dir {folder} is {what}'s own folder, which a run would overwrite: name another folder"
+                f"--output_dir {folder} is also the folder of {what}, and would be overwritten: name another folder"
             )
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     try:
@@ -117,7 +117,7 @@ def check_folder(settings: OutputSettings) -> Checkpoint | None:
 
 
 def environment() -> dict[str, Any]:
-    """Return what run.json says of the code and the machine."""
+    """Return the entries of run.json about the code and the machine."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -154,7 +154,7 @@ def open_folder(
 ) -> None:
     """Create the folder with its record, a soft prompt's start [P, D] and what --auto_lr measured.
 
-    A resumed run keeps the files that are there.
+    A resumed run keeps the existing files.
     """
     folder = settings.folder
     accelerator.wait_for_everyone()  # every process has checked the folder by now
@@ -172,23 +172,23 @@ def open_folder(
 
 
 def clear(folder: Path) -> None:
-    """Remove what a former run left: a full model's files beside an adapter's would mislead any loader."""
+    """Remove a former run's files: those of a full model beside an adapter would mislead any loader."""
     for pattern in (*RUN_FILES, *MODEL_FILES):
         for path in folder.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, keep_network: bool = False) -> int:
-    """Write the adapter (or the whole model) and the tokenizer under temporary names, then rename them.
+    """Write the adapter (or the full model) and the tokenizer under temporary names, then rename them.
 
     Args:
-        model: a PeftModel, or the whole model in full fine-tuning.
-        tokenizer: of the run.
-        folder: of the run.
-        keep_network: also write what PEFT's format leaves out, the network that computes the soft prompt.
+        model: a PeftModel, or the full model in full fine-tuning.
+        tokenizer: the run's tokenizer.
+        folder: the run's folder.
+        keep_network: also write the network that computes the soft prompt, which PEFT's format leaves out.
 
     Returns:
-        Bytes of the weights.
+        Size of the weights in bytes.
     """
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as working:
         # PEFT would ask the Hub whether the vocabulary grew; it never does here.
@@ -210,7 +210,7 @@ def save_somewhere(save: Callable[[Path], Any], folder: Path) -> Any:
     """Save into `folder`; where that fails, into a fresh temporary folder, so that no result is lost.
 
     Raises:
-        InputError: saved elsewhere, naming the folder; or nowhere.
+        InputError: the result is in the temporary folder, which the message names, or could not be saved at all.
     """
     try:
         return save(folder)
@@ -221,8 +221,8 @@ def save_somewhere(save: Callable[[Path], Any], folder: Path) -> Any:
         save(elsewhere)
     except WRITE_ERRORS as error:
         raise InputError(
-            f"the result could be saved neither in {folder} ({reason}) nor in the temporary folder ({error}): make room, "
-            "and continue from the last checkpoint with --resume_from_checkpoint"
+            f"the result could be saved neither in {folder} ({reason}) nor in the temporary folder ({error}): free "
+            "disk space, and continue from the last checkpoint with --resume_from_checkpoint"
         ) from None
     raise InputError(f"the result could not be saved in {folder} ({reason}): it is in {elsewhere}, move it from there")
 
@@ -230,7 +230,7 @@ def save_somewhere(save: Callable[[Path], Any], folder: Path) -> Any:
 def finish(settings: OutputSettings, state: TrainState, summary: dict[str, Any], title: str) -> None:
     """Plot the losses; write summary.json, which marks the run as finished; drop checkpoints and upload."""
     folder = settings.folder
-    plot_losses(read_rows(folder / METRICS), state.base_eval_loss, title, folder / LOSS_PLOT)
+    plot_losses(read_metrics(folder / METRICS), state.base_eval_loss, title, folder / LOSS_PLOT)
     write_json(folder / SUMMARY, summary)
     if settings.clean_checkpoints_at_end:
         shutil.rmtree(settings.checkpoints, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it writes a checkpoint and ends with a code on which launchers requeue it."""
+"""Signals that ask a run to stop: it writes a checkpoint, and exits with a code on which launchers requeue it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 PREEMPTED = 75  # exit code: sysexits' EX_TEMPFAIL, "try again later"; launchers requeue on it
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of a terminal or launcher, and of SLURM before a time limit
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # from a terminal or launcher; from SLURM before a time limit
 
 
 class Preempted(Exception):
@@ -15,7 +15,7 @@ class Preempted(Exception):
 
 
 class StopRequest:
-    """Remembers a signal that asks the run to stop; the loop looks at it after each step."""
+    """Remembers a signal that asks the run to stop; the loop checks it after each step."""
 
     def __init__(self) -> None:
         """Start without a request."""

@@ -46,19 +46,23 @@ def run(
 
     Args:
         flags: checked by `flags.check_flags`.
-        origins: where each flag that was given comes from.
-        bases: base models of earlier runs of this process, of one process alone; None: the base is read anew.
+        origins: where each given flag comes from.
+        bases: base models that earlier runs of this process loaded (one process only); None: the base is read anew.
         measure: takes trained model, tokenizer and data at the end, and returns further entries of summary.json.
 
     Returns:
-        The summary on the main process, None elsewhere and where nothing was to be trained.
+        The summary on the main process; None on the others, and if nothing was to be trained.
+
+    Raises:
+        InputError: the flags, the files or the machine don't allow the run.
+        Preempted: a signal stopped it.
     """
     silence_transformers()
     tracking.reset_peak_memory()
 
     # Setup
     flags, origins, adapter = adopt_adapter(flags, origins)
-    config = base_model.load_config(settings.base_model_settings(flags))
+    config = base_model.load_base_config(settings.base_model_settings(flags))
     before = settings.before_data(flags, origins, config, adapter)
     saved = output.check_folder(before.output)
     tracking.check_trackers(before.tracking)
@@ -70,7 +74,7 @@ def run(
     accelerator.print(f"{method.title}: {described}")
 
     # Data
-    tokenizer = base_model.load_tokenizer(before.tokenizer, adapter)
+    tokenizer = base_model.load_base_tokenizer(before.tokenizer, adapter)
     data = load_data(before.data, accelerator, tokenizer)
     accelerator.print(data.describe())
     if flags.cache_dataset_only:
@@ -150,14 +154,14 @@ def run(
             metrics.close()
 
     # Save
-    summary = save(resolved, job, state, config, tokenizer, model, samples, measure)
+    summary = save_result(resolved, job, state, config, tokenizer, model, samples, measure)
     if bases:
         bases.give_back(before.model, model)
     accelerator.end_training()
     return summary
 
 
-def save(
+def save_result(
     resolved: Resolved,
     job: TrainingJob,
     state: TrainState,
@@ -167,7 +171,7 @@ def save(
     samples: sample_answers.SampleAnswers,
     measure: Callable[[Any, Any, Data], dict[str, Any]],
 ) -> dict[str, Any] | None:
-    """Keep the best parameters or the last ones, let the model answer, and write what the run leaves.
+    """Take the best parameters or the last ones, let the model answer, and write the run's results.
 
     Returns:
         The summary on the main process, None elsewhere.

@@ -47,8 +47,8 @@ class SampleAnswers:
     """Held-out questions with the base model's answers, to be compared with the tuned model's.
 
     Args:
-        questions: that are asked.
-        base: answers of the base model.
+        questions: the questions.
+        base: the base model's answers.
         max_length: positions of prompt and answer, the same for both models so that their answers compare; None:
             unlimited.
     """

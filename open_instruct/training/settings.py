@@ -1,15 +1,15 @@
 """Flags → settings, resolved once: what a run does, in values that nothing writes to afterwards.
 
-There are three moments. `before_data` knows the flags, the adapter and the base's configuration, and gives `Settings`. `with_recipe`
-knows the base's scales as well, and gives `Resolved`, in which no hyperparameter is missing. `with_learning_rate`
-replaces the rate by the one that --auto_lr chose. Origins say where each value comes from.
+There are three moments. `before_data` knows the flags, the adapter and the base's configuration, and gives `Settings`.
+`with_recipe` knows the base's scales as well, and gives `Resolved`, in which no hyperparameter is missing.
+`with_learning_rate` replaces the rate by the one that --auto_lr chose. Origins record where each value comes from.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from open_instruct.training.base_model import BaseModelSettings, TokenizerSettin
 from open_instruct.training.doctor import RunInfo
 from open_instruct.training.engines import ProcessSettings, is_sharded
 from open_instruct.training.forward import ForwardSettings
-from open_instruct.training.load_data import Data, DataSettings, max_length
+from open_instruct.training.load_data import Data, DataSettings, conversation_length
 from open_instruct.training.loop import LoopSettings
 from open_instruct.training.optimizer import OptimizerSettings
 from open_instruct.training.output import OutputSettings
@@ -42,7 +42,7 @@ class Settings:
     flags: Flags
     origins: Mapping[str, str]
     method: Method
-    adapter: AdapterFolder | None  # whose training continues
+    adapter: AdapterFolder | None  # trained adapter to continue
     num_virtual_tokens: int  # 0 for methods without a soft prompt
     answer_length: int | None  # positions for a prompt and its answer; None: unlimited
     compute_dtype: torch.dtype
@@ -55,7 +55,7 @@ class Settings:
     tracking: TrackingSettings
 
     def plan(self, num_examples: int, num_processes: int) -> Plan:
-        """Return which examples each step holds, and how many steps there are."""
+        """Return the plan: the examples of each step, and the number of steps."""
         flags = self.flags
         per_step = flags.per_device_train_batch_size * flags.gradient_accumulation_steps * num_processes
         num_steps = flags.max_train_steps or flags.num_train_epochs * -(-num_examples // per_step)
@@ -80,7 +80,7 @@ class Settings:
         )
 
     def check_engine(self, engine: Feature | None) -> None:
-        """Refuse what method, engine and base can't be combined with.
+        """Refuse combinations of method, engine and base that don't work.
 
         Raises:
             InputError: naming every obstacle.
@@ -103,17 +103,17 @@ class Settings:
                 problems.append(f"quantised weights can't be sharded by {engine}: use DDP or ZeRO-2, or drop {flag}")
             if method.init_flag and getattr(flags, method.init_flag) == "screened":
                 problems.append(
-                    f"a screened start needs a whole model, which no process holds under {engine}: use the "
+                    f"a screened start needs the full model, which no process holds under {engine}: use the "
                     "initialisation text"
                 )
             if flags.auto_lr:
                 problems.append(
-                    f"--auto_lr needs a whole model, which no process holds under {engine}: use DDP or ZeRO-2, or run "
-                    "it alone first"
+                    f"--auto_lr needs the full model, which no process holds under {engine}: use DDP or ZeRO-2, or "
+                    "choose the rate on one process first"
                 )
         if engine == Feature.FSDP and flags.use_8bit_optimizer:
             problems.append(
-                "--use_8bit_optimizer does not know the sharded parameters of FSDP: drop it, or use another engine"
+                "--use_8bit_optimizer does not support the sharded parameters of FSDP: drop it, or use another engine"
             )
         if problems:
             raise InputError("; ".join(problems))
@@ -121,9 +121,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Resolved(Settings):
-    """All that a run needs before its first step."""
+    """Settings with every hyperparameter resolved: all that a run needs before its first step."""
 
-    method_settings: Any  # of the method's `settings_class`
+    method_settings: Any  # an instance of the method's `settings_class`
     optimizer: OptimizerSettings
     recipe_sources: str
 
@@ -147,7 +147,7 @@ class Resolved(Settings):
         return {item: values[item] for item in shown if not (self.adapter and item == self.method.init_flag)}
 
     def record(self, data: Data, num_processes: int, engine: Feature | None) -> dict[str, Any]:
-        """Return what run.json says of the settings: everything that is needed to repeat the run."""
+        """Return the entries of run.json about the settings: everything that is needed to repeat the run."""
         return {
             "flags": {
                 name: {"value": value, "origin": self.origins.get(name, "default")}
@@ -198,9 +198,9 @@ class Resolved(Settings):
 
 
 def base_model_settings(flags: Flags) -> BaseModelSettings:
-    """Return what flags say of the base model."""
+    """Return the settings of the base model."""
     method = METHODS[flags.method]
-    assert flags.model_name_or_path is not None  # `check_flags` and `adopt_adapter` see to it
+    assert flags.model_name_or_path is not None  # `check_flags` and `adopt_adapter` ensure it
     quantise = method.quantises_base or ("4bit" if flags.load_in_4bit else "8bit" if flags.load_in_8bit else None)
     return BaseModelSettings(
         name=flags.model_name_or_path,
@@ -224,10 +224,10 @@ def before_data(
     """Resolve what is known before data is read: the first moment.
 
     Args:
-        flags: checked, with what the adapter decides.
-        origins: of the flags that were given.
-        config: of the base model.
-        adapter: whose training continues, or None.
+        flags: checked flags, with the values that the adapter decides.
+        origins: origins of the given flags.
+        config: the base model's configuration.
+        adapter: trained adapter to continue, or None.
 
     Raises:
         InputError: virtual tokens and conversations do not fit into the model's context.
@@ -237,7 +237,7 @@ def before_data(
     if method.is_soft_prompt and not num_virtual_tokens:
         num_virtual_tokens = method.recommended_virtual_tokens(context, flags.max_seq_length)
         origins = {**origins, "num_virtual_tokens": "recipe"}
-    length = max_length(context, num_virtual_tokens, flags.max_seq_length)
+    length = conversation_length(context, num_virtual_tokens, flags.max_seq_length)
     seed = flags.seed if flags.split_seed is None else flags.split_seed
     compute_dtype = loading.choose_dtype(flags.dtype)
     trackers = tuple(flags.report_to) if flags.with_tracking and flags.report_to != ["none"] else ()
@@ -247,6 +247,7 @@ def before_data(
         "the tokenizer": flags.tokenizer_name_or_path,
         "the configuration": flags.config_name,
     }
+    repository = flags.hf_repo_id or flags.run_name or f"{flags.exp_name}-{method.name}"
     return Settings(
         flags=flags,
         origins=origins,
@@ -267,7 +268,7 @@ def before_data(
             train_files=tuple(flags.train_file or ()),
             dataset_name=flags.dataset_name,
             dataset_config_name=flags.dataset_config_name,
-            mixture=mixture(flags),
+            mixture=mixture_members(flags.dataset_mixer, flags.dataset_mixer_list),
             mixture_splits=tuple(flags.dataset_mixer_list_splits),
             messages_key=flags.sft_messages_key,
             validation_file=flags.validation_file,
@@ -300,7 +301,9 @@ def before_data(
             resume_from=flags.resume_from_checkpoint,
             inputs={what: name for what, name in inputs.items() if name},
             clean_checkpoints_at_end=flags.clean_checkpoints_at_end,
-            upload_to=repository(flags, method) if flags.push_to_hub else None,
+            upload_to=(repository if "/" in repository or not flags.hf_entity else f"{flags.hf_entity}/{repository}")
+            if flags.push_to_hub
+            else None,
             upload_revision=flags.hf_repo_revision,
         ),
         tracking=TrackingSettings(
@@ -312,27 +315,20 @@ def before_data(
     )
 
 
-def mixture(flags: Flags) -> tuple[tuple[str, str], ...]:
-    """Return the (file or data set, amount) pairs of a mixture."""
-    if flags.dataset_mixer:
-        return tuple((name, str(amount)) for name, amount in json.loads(flags.dataset_mixer).items())
-    words = flags.dataset_mixer_list or []
-    return tuple(zip(words[::2], words[1::2], strict=True))
-
-
-def repository(flags: Flags, method: Method) -> str:
-    """Return the repository of the upload."""
-    name = flags.hf_repo_id or flags.run_name or f"{flags.exp_name}-{method.name}"
-    return f"{flags.hf_entity}/{name}" if flags.hf_entity and "/" not in name else name
+def mixture_members(mixer: str | None, words: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
+    """Return the (file or data set, amount) pairs of a mixture, from its JSON object or its list of words."""
+    if mixer:
+        return tuple((name, str(amount)) for name, amount in json.loads(mixer).items())
+    return tuple(zip((words or [])[::2], (words or [])[1::2], strict=True))
 
 
 def with_recipe(settings: Settings, facts: ModelFacts, sharded: bool) -> Resolved:
-    """Fill what the user left unset from the method's recipe: the second moment.
+    """Fill the hyperparameters that the user left unset from the method's recipe: the second moment.
 
     Args:
-        settings: from `before_data`.
+        settings: result of `before_data`.
         facts: scales of the base.
-        sharded: no process holds the whole model, so no starts can be tried, and a screened one begins at the text.
+        sharded: no process holds the full model, so starts can't be compared, and a screened start uses the text.
     """
     flags, method, origins = settings.flags, settings.method, dict(settings.origins)
     given = asdict(flags) | {"num_virtual_tokens": settings.num_virtual_tokens or None}

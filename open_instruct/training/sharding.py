@@ -1,17 +1,16 @@
-"""Where an engine keeps weights and optimizer, and how full values come and go.
+"""Shard weights and optimizer state as the engine does, and gather or load their full values.
 
 With R processes and a parameter θ of n numbers:
 
     DDP      every process holds θ and its optimizer's moments.
     ZeRO-2   every process holds θ; process r holds the moments, and a float32 copy, of the r-th part of n/R numbers.
-    ZeRO-3   process r holds only the r-th part of θ (`parameter.ds_tensor`; the parameter itself is empty between uses).
+    ZeRO-3   process r holds only the r-th part of θ (`parameter.ds_tensor`; between uses the parameter is empty).
     FSDP2    process r holds only the r-th rows of θ, as a DTensor.
 
-No process but the main one ever holds a whole base under ZeRO-3 and FSDP2: the main process reads it into its CPU's memory, and
-the others build its structure without memory, on the meta device. Whatever needs whole weights (facts of the base, the
-adapter's start, the probe of packing) is done by the main process, which broadcasts the result. Then `shard` sends one
-decoder layer after another to all processes, each of which keeps its part, so that no device ever holds more than one
-whole layer.
+Under ZeRO-3 and FSDP2 only the main process ever holds the full base: it reads the base into CPU memory, and the others
+build its structure without memory, on the meta device. Whatever needs full weights (facts of the base, the adapter's
+start, the probe of packing) is computed by the main process, which broadcasts the result. Then `shard` sends one
+decoder layer after another to all processes. Each keeps its part, so no device ever holds more than one full layer.
 """
 
 from __future__ import annotations
@@ -32,16 +31,18 @@ from open_instruct.training.engines import engine_of
 
 
 def shard(model: nn.Module, units: list[nn.Module], accelerator: Accelerator) -> None:
-    """Send a model from the main process to all; each keeps its part. Parameters are replaced: make the optimizer later.
+    """Send a model from the main process to all; each keeps its part.
+
+    Parameters are replaced, so the optimizer must be made afterwards.
 
     Args:
-        model: whole on the main process, on the meta device on the others.
-        units: parts that are gathered one at a time in each pass: the decoder layers.
-        accelerator: of ZeRO-3 or FSDP2.
+        model: full model on the main process, on the meta device on the others.
+        units: modules that are gathered one at a time in each pass: the decoder layers.
+        accelerator: joins the run's processes by ZeRO-3 or FSDP2.
     """
     zero = engine_of(accelerator) == Feature.ZERO_3
     mesh = None if zero else init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for unit in (*units, model):  # the model last: it owns what stands outside of the layers
+    for unit in (*units, model):  # the model last: it owns the parameters outside of the layers
         broadcast_params(unit, accelerator)
         if zero:
             import deepspeed
@@ -60,13 +61,13 @@ def shard(model: nn.Module, units: list[nn.Module], accelerator: Accelerator) ->
 
 
 def broadcast_params(unit: nn.Module, accelerator: Accelerator) -> None:
-    """Put the parameters of a part that are not sharded yet on this process's device, with the main process's values.
+    """Move the parameters that are not sharded yet to this process's device, with the main process's values.
 
     Args:
         unit: a part of a model.
-        accelerator: for the device.
+        accelerator: knows the process and its device.
     """
-    # Old → new parameter, so that tied ones stay tied. Kept longer than this call, it would keep whole weights alive.
+    # Old → new parameter, so that tied ones stay tied. It must not outlive this call: it keeps full weights alive.
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in unit.modules():
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
@@ -83,7 +84,7 @@ def broadcast_params(unit: nn.Module, accelerator: Accelerator) -> None:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, by name."""
+    """Return the trained parameters by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -133,14 +134,14 @@ def load_full(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch
 
 
 def zero_optimizer(optimizer: Any) -> Any | None:
-    """Return DeepSpeed's optimizer, of which each process holds a part, inside accelerate's wrapper; None without one."""
+    """Return DeepSpeed's optimizer, partitioned over the processes, from accelerate's wrapper; None without one."""
     inner = getattr(optimizer, "optimizer", None)
-    partitioned = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")  # of ZeRO-2, of ZeRO-3
+    partitioned = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")  # ZeRO-2, ZeRO-3
     return inner if any(hasattr(inner, name) for name in partitioned) else None
 
 
 def part_name(accelerator: Accelerator) -> str | None:
-    """Return the file name of this process's part of the optimizer in a checkpoint; None where one file holds it all."""
+    """Return the checkpoint file of this process's part of the optimizer; None where one file holds all of it."""
     if engine_of(accelerator) not in (Feature.ZERO_2, Feature.ZERO_3):
         return None
     return f"optimizer_{accelerator.process_index}_of_{accelerator.num_processes}.pt"

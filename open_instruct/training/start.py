@@ -1,11 +1,12 @@
-"""What is tried before the first step: starts of a soft prompt, and learning rates.
+"""Searches before the first step: for the start of a soft prompt, and for the learning rate.
 
-Starts: the losses of random tokens as a soft prompt differ by a factor of ten and more, and draws that begin low tend to
-end low (docs/experiments.md). So the base is tried with a text and with 15 draws, and the run begins at the best.
+Starts: the losses of random tokens as a soft prompt differ by a factor of ten and more, and draws with a low first loss
+tend to have a low final loss (docs/experiments.md). So a text and 15 draws are compared, and the run starts from the
+best.
 
 Rates: Smith 2017 raises the rate during one training and looks where the loss falls fastest. A soft prompt's loss falls
-steeply at the start whatever the rate, which hides the optimum; so every rate begins anew here, sees the same examples,
-and is judged on others.
+steeply at the start whatever the rate, which hides the optimum. So here every rate starts afresh, trains on the same
+examples, and is judged on others.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ JUDGED_ON = 16  # examples on which starts are judged
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the recipe's rate
 STEPS = 8  # of each short training
-PROBES = 2  # steps' examples on which each is judged
+PROBES = 2  # steps whose examples judge each training
 MAX_STEP_EXAMPLES = 16
 
 
@@ -46,19 +47,19 @@ def search_init(
     """Start from the candidate with the lowest loss on the run's first examples. Every process does the same.
 
     Args:
-        method: of the run.
+        method: the run's method.
         candidates: values of the soft prompt's parameter, a text's first; none: the start stays as it is.
-        accelerator: of the run.
-        forward: of the run, active.
+        accelerator: joins the run's processes.
+        forward: the run's forward pass, activated.
         examples: training examples.
-        plan: of the run.
+        plan: the examples of each step.
     """
     if not candidates:
         return
     model, best = forward.model.model, 0
     if accelerator.is_main_process:
         losses = []
-        batches = micro_batches(forward.training, examples, first_examples(plan, JUDGED_ON))
+        batches = collate_examples(forward.training, examples, first_examples(plan, JUDGED_ON))
         for values in candidates:
             method.set_init(model, values)
             losses.append(mean_loss(accelerator, forward.model, batches))
@@ -81,14 +82,14 @@ def search_rate(
     clip_grad_norm: float,
     seed: int,
 ) -> RangeTest:
-    """Run the range test on the main process, print its result, and return it on every process."""
+    """Run the range test on the main process, print its result, and return it on every process. See `range_test`."""
     test = None
     if accelerator.is_main_process:
         test = range_test(
             accelerator, forward.model, method, examples, plan, forward.training, recipe_rate, clip_grad_norm, seed
         )
     test = engines.broadcast(test)
-    accelerator.print(f"auto_lr: {test.chosen:.3g}, the recipe's is {recipe_rate:.3g}; {test.why}")
+    accelerator.print(f"auto_lr: learning rate {test.chosen:.3g} (recipe {recipe_rate:.3g}): {test.why}")
     return test
 
 
@@ -102,7 +103,7 @@ def first_examples(plan: Plan, num_examples: int) -> list[int]:
     return indices[:num_examples]
 
 
-def micro_batches(batching: Batching, examples: Examples, indices: Sequence[int]) -> list[dict[str, Any]]:
+def collate_examples(batching: Batching, examples: Examples, indices: Sequence[int]) -> list[dict[str, Any]]:
     """Collate examples into as many micro-batches as they need."""
     rows = batching.micro_batches(indices, examples.lengths, 0, 1)
     return [batching.collate([examples[i] for i in row]) for row in rows]
@@ -113,7 +114,7 @@ def mean_loss(accelerator: Accelerator, model: torch.nn.Module, batches: Sequenc
     """Return the loss of micro-batches in nats per labelled token.
 
     Args:
-        accelerator: for device and precision.
+        accelerator: gives device and precision.
         model: a `TrainingModel`, not prepared yet.
         batches: collated micro-batches.
     """
@@ -145,26 +146,26 @@ def range_test(
     clip_grad_norm: float,
     seed: int,
 ) -> RangeTest:
-    """Try rates around the recipe's. Afterwards the parameters are as before, bit for bit.
+    """Try learning rates around the recipe's. Afterwards the parameters are as before, bit for bit.
 
     Args:
-        accelerator: for device and precision.
+        accelerator: gives device and precision.
         model: a `TrainingModel`, not prepared yet.
         method: says which parameters the optimizer gets.
         examples: training examples.
-        plan: of the run, whose first steps are used.
+        plan: the examples of each step; the first are used.
         batching: makes micro-batches.
         recipe_rate: the middle of the rates that are tried.
         clip_grad_norm: bound of the gradient's norm; none where not positive.
-        seed: of dropout.
+        seed: seed of dropout.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     values = [parameter.detach().clone() for parameter in parameters]
     size = min(plan.examples_per_step, MAX_STEP_EXAMPLES)
     indices = first_examples(plan, (STEPS + PROBES) * size)
-    probes = micro_batches(batching, examples, indices[: PROBES * size])
+    probes = collate_examples(batching, examples, indices[: PROBES * size])
     steps = [indices[start : start + size] for start in range(PROBES * size, len(indices), size)] or [indices]
-    training = [(micro_batches(batching, examples, step), int(examples.label_counts[step].sum())) for step in steps]
+    training = [(collate_examples(batching, examples, step), int(examples.label_counts[step].sum())) for step in steps]
 
     def restore() -> None:
         with torch.no_grad():
@@ -181,7 +182,7 @@ def range_test(
             losses.append(mean_loss(accelerator, model, probes))
     finally:
         restore()
-    chosen, why = choose(rates, losses, before, recipe_rate)
+    chosen, why = choose_rate(rates, losses, before, recipe_rate)
     return RangeTest(rates, losses, before, chosen, why)
 
 
@@ -194,7 +195,7 @@ def train_shortly(
     clip_grad_norm: float,
     seed: int,
 ) -> None:
-    """Take a step on each (micro-batches, number of labelled tokens), the rate falling to zero as at the end of a run."""
+    """Take a step on each (micro-batches, number of labelled tokens), with a rate that falls linearly to zero."""
     model.train()
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(method.parameter_groups(model), lr=rate, weight_decay=0.0)
@@ -213,7 +214,9 @@ def train_shortly(
         optimizer.zero_grad()
 
 
-def choose(rates: Sequence[float], losses: Sequence[float], before: float, recipe_rate: float) -> tuple[float, str]:
+def choose_rate(
+    rates: Sequence[float], losses: Sequence[float], before: float, recipe_rate: float
+) -> tuple[float, str]:
     """Choose the rate with the lowest loss, refined by the parabola through it and its neighbours in log rate.
 
     Returns:

@@ -16,7 +16,7 @@ from open_instruct.training.sharding import gather_full, load_full, trained_para
 
 @dataclass
 class History:
-    """What the loss doctor has seen of a run. Losses are in nats per labelled token."""
+    """Measurements that the loss doctor has seen. Losses are in nats per labelled token."""
 
     base: float = math.nan  # held-out loss of the base model
     initial: float = math.nan  # held-out loss at step 0
@@ -29,7 +29,7 @@ class History:
 
 @dataclass
 class TrainState:
-    """How far a run has come. All of it but `best` stands in a checkpoint's state.json."""
+    """Progress of a run. All of it but `best` is in a checkpoint's state.json."""
 
     step: int = 0
     examples: int = 0
@@ -43,10 +43,10 @@ class TrainState:
     best_eval_loss: float | None = None  # after a step; not kept with --keep_best False
     best_step: int | None = None
     findings: list[dict[str, Any]] = field(default_factory=list)  # of the loss doctor
-    identity: Mapping[str, Any] = field(default_factory=dict)  # what a resumed run must share
+    identity: Mapping[str, Any] = field(default_factory=dict)  # values that a resumed run must share
     history: History = field(default_factory=History)
-    # Parameters of the lowest held-out loss, on the main process's CPU; empty on the others. A run that goes on to
-    # learn its examples by heart saves these.
+    # Parameters of the lowest held-out loss, on the main process's CPU; empty on the others. They are saved if the run
+    # memorises its examples afterwards.
     best: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def advance(self, num_examples: int, tokens: int, label_tokens: int, seconds: float) -> None:
@@ -58,7 +58,7 @@ class TrainState:
         self.train_seconds += seconds
 
     def record_eval(self, loss: float) -> None:
-        """Record a held-out loss. The first is the start's; where no base was measured, the start is the base."""
+        """Record a held-out loss. The first is that of the start, and of the base too where no base was measured."""
         if self.step == 0:
             self.initial_eval_loss = loss
             self.base_eval_loss = loss if self.base_eval_loss is None else self.base_eval_loss
@@ -85,14 +85,14 @@ class TrainState:
         return self.best_step is not None and self.best_step < self.step
 
     def best_text(self) -> str:
-        """Say why the saved parameters are not the last ones."""
+        """Return a line that explains why the saved parameters are not the last ones."""
         return (
             f"the held-out loss was lowest after step {self.best_step} ({self.best_eval_loss:.4f}; at the end it is "
             f"{self.final_eval_loss:.4f}): the parameters of that step are saved (--keep_best False saves the last)"
         )
 
     def summary(self) -> dict[str, Any]:
-        """Return the part of summary.json that a resumed run adds up. The final loss is the saved parameters'."""
+        """Return the entries of summary.json that survive a resumption. The final loss is the saved parameters'."""
         return {
             "base_eval_loss": self.base_eval_loss,
             "initial_eval_loss": self.initial_eval_loss,

@@ -1,4 +1,4 @@
-"""What a run reports while it runs: rows of metrics.jsonl, lines on the terminal, a progress bar, experiment trackers."""
+"""Reports of a running training: rows of metrics.jsonl, terminal lines, a progress bar, experiment trackers."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class TrackingSettings:
 
 
 def check_trackers(settings: TrackingSettings) -> None:
-    """Refuse Weights & Biases without a key: it would ask on the terminal, or fail in the middle of the start.
+    """Refuse Weights & Biases without a key: it would prompt on the terminal, or fail during start-up.
 
     Raises:
-        InputError: wandb is wanted and has no key.
+        InputError: wandb is requested and has no key.
     """
     if not {"all", "wandb"} & set(settings.trackers):
         return
@@ -58,10 +58,10 @@ def start_trackers(settings: TrackingSettings, accelerator: Accelerator, flags: 
 
 
 def peak_memory_mb() -> float:
-    """Return the most memory that this process has held, in MB: of its GPU if it has one, else resident."""
+    """Return the peak memory of this process in MB: of its GPU if it has one, else resident."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 1e6, 1)
-    with suppress(OSError, StopIteration):  # Linux; getrusage would count what this process was before it became Python
+    with suppress(OSError, StopIteration):  # Linux; getrusage would count the process before exec, too
         lines = Path("/proc/self/status").read_text().splitlines()
         return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1.024e-3, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -69,7 +69,7 @@ def peak_memory_mb() -> float:
 
 
 def reset_peak_memory() -> None:
-    """Let `peak_memory_mb` count from now, where the system can: several runs of one process are measured apart."""
+    """Reset the peak where the system can, so that several runs of one process are measured separately."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
@@ -87,7 +87,7 @@ class Metrics:
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if self.is_main else True)
         if not self.is_main:
             return
-        kept = [line for line in read_rows(path) if line["step"] <= first_step] if first_step else []
+        kept = [line for line in read_metrics(path) if line["step"] <= first_step] if first_step else []
         working = path.with_suffix(".writing")
         working.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(working, path)
@@ -123,7 +123,8 @@ class Metrics:
         """Print a training step: on the progress bar, or about twenty times a run where there is none."""
         text = (
             f"step {row['step']}/{self.total_steps} | epoch {row['epoch']:.2f} | loss {row['loss']:.4f} | "
-            f"lr {row['learning_rate']:.2e} | grad norm {row['grad_norm']:.3g} | {row['tokens_per_second']:,.0f} tokens/s"
+            f"lr {row['learning_rate']:.2e} | grad norm {row['grad_norm']:.3g} | "
+            f"{row['tokens_per_second']:,.0f} tokens/s"
         )
         if not self.bar.disable:
             self.bar.set_postfix_str(text.split(" | ", 2)[2], refresh=False)
@@ -143,8 +144,8 @@ class Metrics:
             self.file.close()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the complete rows of a metrics file; a last line that a kill cut short is left out."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the complete rows of a metrics file, without a last line that a killed run left incomplete."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
