@@ -25,7 +25,8 @@ def start(path: Path, tokenizer: object, cache: Path) -> float:
     started = time.perf_counter()
     key = dataset.file_key([path])
     named = reading.conversations(reading.read_rows(path))
-    train, _ = dataset.hold_out(dataset.build(named, tokenizer, 2048, key, cache), 0.02, 500, 42)  # type: ignore[arg-type]
+    examples = dataset.build(named, tokenizer, 2048, key, cache)  # type: ignore[arg-type]
+    train, _ = dataset.hold_out(examples, 0.02, 500, 42)
     plan = Plan(len(train), 16, 1, 42)
     collate.pad([train[int(i)] for i in plan.examples(0)], 0)
     return time.perf_counter() - started

@@ -194,10 +194,11 @@ def speed(name: str, dtype: str, arguments: argparse.Namespace) -> str:
     for repetition in range(arguments.steps + 1):
         examples = draw(rng, lengths_of(rng, 16), vocab_size)
         switch_compiled(model, False)
-        expected, padded_seconds = timed(lambda: padded_step(model, examples, size, device), model, device)  # noqa: B023
+        padded = partial(padded_step, model, examples, size, device)
+        expected, padded_seconds = timed(padded, model, device)
         with make_packed() as packed:
             switch_compiled(model, arguments.compile)
-            loss, packed_seconds = timed(lambda: packed_step(packed, batching, examples, device), model, device)  # noqa: B023
+            loss, packed_seconds = timed(partial(packed_step, packed, batching, examples, device), model, device)
         differences.append(abs(loss - expected) / expected)
         if repetition:  # the first is a warm-up
             times["padded"].append(padded_seconds)

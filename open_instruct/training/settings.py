@@ -248,6 +248,8 @@ def before_data(
         "the configuration": flags.config_name,
     }
     repository = flags.hf_repo_id or flags.run_name or f"{flags.exp_name}-{method.name}"
+    if flags.hf_entity and "/" not in repository:
+        repository = f"{flags.hf_entity}/{repository}"
     return Settings(
         flags=flags,
         origins=origins,
@@ -301,9 +303,7 @@ def before_data(
             resume_from=flags.resume_from_checkpoint,
             inputs={what: name for what, name in inputs.items() if name},
             clean_checkpoints_at_end=flags.clean_checkpoints_at_end,
-            upload_to=(repository if "/" in repository or not flags.hf_entity else f"{flags.hf_entity}/{repository}")
-            if flags.push_to_hub
-            else None,
+            upload_to=repository if flags.push_to_hub else None,
             upload_revision=flags.hf_repo_revision,
         ),
         tracking=TrackingSettings(
