@@ -40,8 +40,8 @@ from open_instruct.flags import default_values
 from open_instruct.methods import METHODS
 from open_instruct.model import backends
 from open_instruct.model.backends import blocked
-from open_instruct.model.training_model import PackedModel
-from open_instruct.training import packing
+from open_instruct.model.training_model import PackedModel, causal_of
+from open_instruct.training.forward import ROW_TOKENS
 
 SHAPES = {  # hidden size, feed-forward size, layers, query heads, key/value heads, vocabulary
     "llama-40m": (512, 1408, 8, 8, 8, 32_000),
@@ -154,7 +154,7 @@ def synchronise(device: str) -> None:
 
 def switch_compiled(model: Any, on: bool) -> None:
     """Compile the decoder layers (torch keeps the graphs), or run them as they are."""
-    for layer in packing.base_of(model).get_decoder().layers:
+    for layer in causal_of(model).get_decoder().layers:
         layer._compiled_call_impl = None
         if on:
             layer.compile(dynamic=True)
@@ -181,10 +181,7 @@ def speed(name: str, dtype: str, arguments: argparse.Namespace) -> str:
     shape, device = SHAPES[arguments.shape], arguments.device
     vocab_size = shape[-1]
     model = make_model(method, virtual, shape, dtype, device)
-    settings = SimpleNamespace(
-        max_tokens_per_microbatch=None, train_batch_size=16, max_seq_length=2048, num_virtual_tokens=virtual
-    )
-    batching = Packing(packing.row_bound(settings) - virtual)  # type: ignore[arg-type]
+    batching = Packing(ROW_TOKENS)
     backend = backends.choose_backend(None, torch.device(device), getattr(torch, dtype))
     make_packed = partial(PackedModel, model, partial(METHODS[method].soft_prompt, model), backends.BACKENDS[backend])
     torch._dynamo.utils.counters.clear()
