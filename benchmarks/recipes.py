@@ -30,6 +30,7 @@ RUNS = {
     "full": [],
     "LoRA": ["--use_lora"],
     "IA3": ["--use_ia3"],
+    "VeRA": ["--use_vera"],
     "prompt tuning": ["--use_prompt_tuning"],
     "P-tuning": ["--use_p_tuning"],
     "prefix tuning": ["--use_prefix_tuning"],

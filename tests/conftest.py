@@ -20,11 +20,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from assets.word_skills import unnamed_conversation
 from open_instruct.finetune_peft import main
+from open_instruct.methods import METHODS as REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = ROOT / "assets" / "tiny-model"
-ADAPTERS = ["lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning"]
-METHODS = ["full", "lora", "prefix_tuning", "prompt_tuning", "p_tuning", "ia3"]
+METHODS = [method.name for method in REGISTRY.values() if not method.quantises_base]
+ADAPTERS = [name for name in METHODS if not REGISTRY[name].trains_base]
 
 
 def method_flags(method: str) -> list[str]:
@@ -41,6 +42,7 @@ def no_dropout(method: str) -> list[str]:
 MODEST = {
     "lora": ["--learning_rate", "3.2e-3"],
     "ia3": ["--learning_rate", "1e-2"],
+    "vera": ["--learning_rate", "1e-2"],
     "prompt_tuning": ["--learning_rate", "0.06", "--num_virtual_tokens", "20", "--prompt_tuning_init", "sample_vocab"],
     "p_tuning": ["--learning_rate", "3.2e-3", "--num_virtual_tokens", "20"],
     "prefix_tuning": ["--learning_rate", "0.03", "--num_virtual_tokens", "20", "--prefix_init", "zero"],

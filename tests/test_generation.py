@@ -14,7 +14,7 @@ from open_instruct.adapters.generation import generate, greedy_answers
 from open_instruct.data import collate
 from open_instruct.flags import default_values
 from open_instruct.methods import METHODS
-from tests.conftest import TINY_MODEL
+from tests.conftest import ADAPTERS, TINY_MODEL
 from tests.test_shared_prefix import examples, packed_model, packed_token_losses, random_model, wrap
 
 VALUES = default_values(num_virtual_tokens=6, prompt_tuning_init="sample_vocab", prefix_init="text", lora_rank=4)
@@ -41,7 +41,7 @@ def adapted(method: str):
     return model.eval(), tokenizer, [tokenizer(text)["input_ids"] for text in QUESTIONS]
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_an_answer_does_not_depend_on_its_batch(method):
     model, tokenizer, prompts = adapted(method)
     together = greedy_answers(model, tokenizer, prompts, 12)

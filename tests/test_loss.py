@@ -17,13 +17,12 @@ from open_instruct.methods import METHODS
 from open_instruct.model.backends import blocked
 from open_instruct.model.training_model import PackedModel, PaddedModel, TrainingModel
 from open_instruct.training.loop import step_gradient
-from tests.conftest import tiny_llama
+from tests.conftest import ADAPTERS, tiny_llama
 from tests.tiny_models import gradient_error
 
 VALUES = default_values(
     num_virtual_tokens=3, prompt_tuning_init="random", prefix_init="random", lora_rank=4, lora_dropout=0.0
 )
-ADAPTERS = ["lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning"]
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_only_the_adapter_is_trainable_and_it_is_float32(name, base, tokenizer):
     model = METHODS[name].wrap(base.bfloat16(), tokenizer, METHODS[name].settings(values))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert trained and all(p.dtype == torch.float32 for p in trained.values())
-    assert all(any(word in n for word in ("lora_", "ia3_", "prompt_encoder")) for n in trained)
+    assert all(any(word in n for word in ("lora_", "ia3_", "vera_", "prompt_encoder")) for n in trained)
 
 
 def test_sample_vocab_starts_on_ordinary_tokens(base, tokenizer):

@@ -27,7 +27,18 @@ def test_adapters_of_all_methods_share_a_base_and_answer_as_alone(trained, quest
             ids
         ).logits
     with torch.no_grad():
-        for name in ["ia3", "lora", "base", "prefix_tuning", "lora", "prompt_tuning", "base", "p_tuning", "ia3"]:
+        for name in [
+            "ia3",
+            "lora",
+            "base",
+            "prefix_tuning",
+            "vera",
+            "prompt_tuning",
+            "lora",
+            "base",
+            "p_tuning",
+            "ia3",
+        ]:
             torch.testing.assert_close(mixed.adapters.use(name)(ids).logits, alone[name], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(alone["lora"], alone["base"], atol=1e-2) and not torch.allclose(
         alone["ia3"], alone["base"], atol=1e-2

@@ -197,7 +197,10 @@ def test_going_on_is_refused_where_it_would_not_be_the_same(trained, tmp_path, c
             ["--adapter_name_or_path", str(trained / "ia3"), "--use_prefix_tuning"],
             "is IA3, and the method is prefix_tuning",
         ),
-        (["--adapter_name_or_path", str(trained / "prompt_tuning"), "--num_virtual_tokens", "7"], "contradicts the 20 of"),
+        (
+            ["--adapter_name_or_path", str(trained / "prompt_tuning"), "--num_virtual_tokens", "7"],
+            "contradicts the 20 of",
+        ),
         (["--adapter_name_or_path", str(foreign)], "does not hold its network"),
         (["--adapter_name_or_path", str(TINY_MODEL)], "it holds a full model"),
     ]:

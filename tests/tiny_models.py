@@ -39,7 +39,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 VALUES = default_values(
     num_virtual_tokens=P, prompt_tuning_init="random", prefix_init="random", lora_rank=4, lora_dropout=0.0
 )
-VARIANTS = ["full", "lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "projected prefix"]
+VARIANTS = [*(method.name for method in METHODS.values() if not method.quantises_base), "projected prefix"]
 
 
 def random_model(architecture: str) -> Any:

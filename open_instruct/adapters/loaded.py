@@ -42,7 +42,8 @@ class Adapters:
         self.models: dict[str, Any] = {BASE: base}
         # The names inside PEFT, which allows no dots, and mistakes some names for parts of its own.
         self.keys: dict[str, str] = {}
-        for folder in folders:
+        plain_first = sorted(folders, key=lambda folder: not (folder.method and folder.method.wants_plain_layers))
+        for folder in plain_first:
             if folder.method is None:
                 known = ", ".join(sorted({kind for method in METHODS.values() for kind in method.peft_types}))
                 raise InputError(

@@ -44,6 +44,12 @@ class MethodFlags:
     use_ia3: bool = flag(
         False, "IA3: trained scaling of keys, values and feed-forward activations", chooses="ia3", in_study="decided"
     )
+    use_vera: bool = flag(
+        False,
+        "VeRA: trained vectors that scale frozen random matrices beside the linear layers",
+        chooses="vera",
+        in_study="decided",
+    )
     adapter_name_or_path: str | None = flag(
         None,
         "trained adapter in PEFT's format whose training continues; unset: a new adapter. Its method, size and base "
@@ -122,6 +128,18 @@ class MethodFlags:
         at_least=0,
         below=1,
         methods=LORA,
+        same_on_resume=True,
+        shown=True,
+    )
+    vera_rank: int = flag(
+        256, "rank of VeRA's shared random matrices", at_least=1, methods=("vera",), same_on_resume=True, shown=True
+    )
+    vera_dropout: float = flag(
+        0.0,
+        "dropout on the input of VeRA, a probability",
+        at_least=0,
+        below=1,
+        methods=("vera",),
         same_on_resume=True,
         shown=True,
     )

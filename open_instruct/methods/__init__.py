@@ -9,9 +9,11 @@ from open_instruct.methods.lora import Lora, QLora
 from open_instruct.methods.p_tuning import PTuning
 from open_instruct.methods.prefix_tuning import PrefixTuning
 from open_instruct.methods.prompt_tuning import PromptTuning
+from open_instruct.methods.vera import Vera
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (Full(), Lora(), QLora(), PrefixTuning(), PromptTuning(), PTuning(), Ia3())
+    method.name: method
+    for method in (Full(), Lora(), QLora(), PrefixTuning(), PromptTuning(), PTuning(), Ia3(), Vera())
 }
 
 

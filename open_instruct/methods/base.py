@@ -62,6 +62,7 @@ class Method(ABC):
     init_flag: str | None = None  # flag that chooses how the soft prompt starts
     network_remedy = ""  # flags to use instead if the file that `keeps_network` requires is missing
     wants_keys = False  # its recipe needs the spread of the base's keys
+    wants_plain_layers = False  # PEFT finds its layers only where no other adapter has wrapped them
     memory_kind = "layers"  # key of `model.memory.KEPT`
     merges_into: str | None = None  # in a plain checkpoint it becomes "weights" or "tokens"; None: it can't be merged
     merge_obstacle = "it can't be merged"  # reason where `merges_into` is None
