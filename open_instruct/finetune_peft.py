@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model on conversations: prompt, prefix and P-tuning, LoRA, QLoRA, IA3, or in full.
+"""Fine-tune a causal language model on conversations: prompt, prefix and P-tuning, LoRA, QLoRA, VeRA, IA3, in full.
 
     python open_instruct/finetune_peft.py --model_name_or_path MODEL --train_file FILE --use_prompt_tuning
 
