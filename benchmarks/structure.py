@@ -2,12 +2,7 @@
 
     python -m benchmarks.structure
 
-<<<<<<< HEAD
 The bounds are those of CONTRIBUTING.md; exit code 1 if one is exceeded. Frames are counted in a real run of one step.
-=======
-The bounds are those of CONTRIBUTING.md; exit code 1 if one is exceeded. The frames are counted in a real run of one
-step.
->>>>>>> style
 """
 
 from __future__ import annotations

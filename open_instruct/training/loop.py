@@ -91,17 +91,18 @@ def fit(job: TrainingJob, state: TrainState) -> None:
             step_started = time.perf_counter()
             indices = plan.examples(step)
             label_tokens = int(examples.label_counts[indices].sum())
-            try:
-                loss_sum = step_gradient(job, batching, step, indices)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                # Tried once; the rows stay half as long. With several processes the others would wait forever.
-                halved = batching.halved(indices.tolist(), examples.lengths)
-                if halved is None or batching is not job.forward.training or accelerator.num_processes > 1:
-                    raise out_of_memory(accelerator, step) from None
-                batching = free_memory(job, step, halved)
-                loss_sum = step_gradient(job, batching, step, indices)
+            loss_sum = None
+            while loss_sum is None:
+                try:
+                    loss_sum = step_gradient(job, batching, step, indices)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    # Tried once; the rows stay half as long. With several processes the others would wait forever.
+                    halved = batching.halved(indices.tolist(), examples.lengths)
+                    if halved is None or batching is not job.forward.training or accelerator.num_processes > 1:
+                        raise out_of_memory(accelerator, step) from None
+                    batching = free_memory(job, step, halved)
             # One reduction for loss and stop request: a signal may have reached only some of the processes.
             stop_requested = loss_sum.new_tensor(float(stop.name is not None))
             totals = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="sum")
