@@ -297,3 +297,24 @@ def test_memory_that_is_missing_for_good_is_one_line_with_remedies(flags, at, tr
     assert run.code == 2 and run.err.count("\n") == 1
     for remedy in ("--gradient_checkpointing", "--max_tokens_per_microbatch", "--max_seq_length"):
         assert remedy in run.err
+
+
+def test_resuming_where_nothing_was_saved_keeps_a_models_folder(train, tmp_path):
+    """Jobs that may be preempted pass --resume_from_checkpoint from their first start on."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY_MODEL, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    run = train("model", "--use_prompt_tuning", *SHORT, "--resume_from_checkpoint")
+    assert run.code == 2 and "holds a model" in run.err and run.err.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_damaged_checkpoints_are_no_reason_to_start_anew(train):
+    flags = ["--use_prompt_tuning", *SHORT, "--checkpointing_steps", "2"]
+    full = train("run", *flags)
+    (full.folder / "summary.json").unlink()
+    for path in complete_checkpoints(full.folder / "checkpoints"):
+        (path / "trained.safetensors").write_bytes(b"torn")
+    run = train("run", *flags, "--resume_from_checkpoint")
+    assert run.code == 2 and "are damaged: start anew with --overwrite_output_dir" in run.err
+    assert len(complete_checkpoints(full.folder / "checkpoints")) == 3

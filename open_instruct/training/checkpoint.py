@@ -166,6 +166,8 @@ def find(requested: str, output_dir: Path) -> Checkpoint | None:
             if reason is None:
                 return read_checkpoint(path)
             warn(f"checkpoint {path} is damaged ({reason}): using the one before it")
+        if complete_checkpoints(folder):
+            raise InputError(f"all checkpoints in {folder} are damaged: start anew with --overwrite_output_dir")
         return None
     path = Path(requested)
     reason = damage(path) if path.is_dir() else "it does not exist"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate import Accelerator
 from transformers import PretrainedConfig
 
 from open_instruct.data.collate import Batching, Packing
 from open_instruct.data.plan import Plan
 from open_instruct.model import memory
 from open_instruct.model.chunked_loss import rows_at_once
+from open_instruct.training import engines
 from open_instruct.training.load_data import Data
 from open_instruct.training.settings import Resolved
 
@@ -23,7 +25,7 @@ def plan_text(
     model: Any,
     config: PretrainedConfig,
     batching: Batching,
-    sharing: memory.Sharing,
+    accelerator: Accelerator,
 ) -> str:
     """Return the text of the plan: steps, tokens per step, parameters, and memory in MB.
 
@@ -34,7 +36,7 @@ def plan_text(
         model: base with adapter.
         config: the base's configuration.
         batching: makes micro-batches.
-        sharing: what the engine splits among processes.
+        accelerator: joins the processes that share weights and optimizer.
     """
     sizes, lengths, flags = memory.counts(model), data.train.lengths, settings.flags
     vocab_size, device = config.get_text_config().vocab_size, next(model.parameters()).device
@@ -54,7 +56,7 @@ def plan_text(
         settings.compute_dtype.itemsize,
         settings.method.memory_kind,
         dropout=settings.method.drops_inputs(settings.method_settings),
-        sharing=sharing,
+        sharing=engines.sharing(engines.engine_of(accelerator), accelerator.num_processes),
     )
     parts = ", ".join(f"{name} {value:,.1f}" for name, value in estimate.items() if name != "total")
     share = sizes["trainable_parameters"] / sizes["total_parameters"]

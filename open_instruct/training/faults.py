@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from open_instruct.errors import InputError, one_line
+from open_instruct.training.checkpoint import complete_checkpoints
+from open_instruct.training.state import TrainState
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -44,3 +50,22 @@ def lost_contact(error: BaseException, accelerator: Any, step: int) -> InputErro
         f"{step + 1} ({cause}): another process ended, or needed longer than --timeout; continue with "
         "--resume_from_checkpoint"
     )
+
+
+@contextmanager
+def explained_faults(accelerator: Accelerator, state: TrainState, checkpoints: Path) -> Iterator[None]:
+    """Add the last good checkpoint to an error of the block, and turn lost contact to other processes into one line.
+
+    Raises:
+        InputError: the block raised one, or lost contact.
+    """
+    try:
+        yield
+    except InputError as error:
+        finished = complete_checkpoints(checkpoints)
+        newest = finished[-1] if finished else "none (set --checkpointing_steps)"
+        raise InputError(f"{error}; last good checkpoint: {newest}") from None
+    except RuntimeError as error:
+        if accelerator.num_processes > 1 and is_lost_contact(error):
+            raise lost_contact(error, accelerator, state.step) from error
+        raise

@@ -100,16 +100,18 @@ def check_folder(settings: OutputSettings) -> Checkpoint | None:
         raise InputError(
             f"--output_dir {folder} holds a finished run: name another folder, or pass --overwrite_output_dir"
         )
-    if settings.resume_from:
-        return find(settings.resume_from, folder)
-    if not settings.overwrite:
+    saved = find(settings.resume_from, folder) if settings.resume_from else None
+    if saved:
+        return saved
+    if not settings.overwrite:  # a job that may be resumed passes --resume_from_checkpoint from its first start on
         steps = [path.name for path in complete_checkpoints(settings.checkpoints)]
         if steps:
             raise InputError(
                 f"--output_dir {folder} holds an unfinished run with checkpoint {steps[-1]}: continue it with "
                 "--resume_from_checkpoint, name another folder, or pass --overwrite_output_dir"
             )
-        if any((folder / name).exists() for name in ("adapter_model.safetensors", "config.json", "model.safetensors")):
+        is_own = settings.resume_from and (folder / RUN).exists()  # a run that was stopped before its first checkpoint
+        if not is_own and any(list(folder.glob(pattern)) for pattern in MODEL_FILES):
             raise InputError(
                 f"--output_dir {folder} holds a model: name another folder, or pass --overwrite_output_dir"
             )

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from open_instruct.errors import InputError
 from open_instruct.flags import Flags
 from open_instruct.methods import model_facts
 from open_instruct.model import memory
@@ -28,7 +27,7 @@ from open_instruct.training import (
 )
 from open_instruct.training.continuing import adopt_adapter, copy_for_saving, put_adapter_on
 from open_instruct.training.doctor import Doctor
-from open_instruct.training.faults import is_lost_contact, lost_contact
+from open_instruct.training.faults import explained_faults
 from open_instruct.training.load_data import Data, load_data
 from open_instruct.training.loop import TrainingJob, fit
 from open_instruct.training.optimizer import make_optimizer
@@ -69,9 +68,8 @@ def run(
     accelerator = engines.make_accelerator(before.processes)
     engine = engines.engine_of(accelerator)
     before.check_engine(engine)
-    is_sharded, is_main, method = engines.is_sharded(engine), accelerator.is_main_process, before.method
-    described = engines.describe(accelerator, before.model.dtype, before.model.quantise)
-    accelerator.print(f"{method.title}: {described}")
+    is_sharded, method = engines.is_sharded(engine), before.method
+    accelerator.print(f"{method.title}: {engines.describe(accelerator, before.model.dtype, before.model.quantise)}")
 
     # Data
     tokenizer = base_model.load_base_tokenizer(before.tokenizer, adapter)
@@ -94,64 +92,45 @@ def run(
     torch.manual_seed(flags.seed)  # the same start on every process
     model = put_adapter_on(base, tokenizer, method, resolved.method_settings, adapter)
     is_new = adapter is None and saved is None and not flags.dry_run
-    candidates = []
-    if is_new and method.init_flag and getattr(resolved.method_settings, method.init_flag) == "screened":
-        candidates = method.init_candidates(model, tokenizer, resolved.method_settings, start.CANDIDATES)
+    candidates = start.init_candidates(method, resolved.method_settings, model, tokenizer) if is_new else []
     pad = tokenizer.pad_token_id
     chosen = forward.choose_forward(model, method, before.forward, accelerator, before.compute_dtype, pad)
     accelerator.print(f"forward pass: {chosen.description}")
     plan = before.plan(len(data.train), accelerator.num_processes)
     with chosen:
         start.search_init(method, candidates, accelerator, chosen, data.train, plan)
-        rates = None
-        if flags.auto_lr and saved:
-            resolved = resolved.with_learning_rate(saved.state.identity["learning_rate"])
-        elif flags.auto_lr and not flags.dry_run:
-            forward.switch_on(chosen, flags.gradient_checkpointing, compile_layers=False)
-            recipe_rate, bound = resolved.optimizer.learning_rate, resolved.optimizer.clip_grad_norm
-            rates = start.search_rate(method, accelerator, chosen, data.train, plan, recipe_rate, bound, flags.seed)
-            resolved = resolved.with_learning_rate(rates.chosen)
-        hyperparameters, sources = resolved.shown(), resolved.recipe_sources
-        accelerator.print(hyperparameter_lines(method.title, hyperparameters, resolved.origins, sources))
+        resolved, rates = start.search_rate(resolved, saved, accelerator, chosen, data.train, plan)
+        accelerator.print(
+            hyperparameter_lines(method.title, resolved.shown(), resolved.origins, resolved.recipe_sources)
+        )
         if flags.dry_run:
-            sharing = engines.sharing(engine, accelerator.num_processes)
-            accelerator.print(dry_run.plan_text(resolved, data, plan, model, config, chosen.training, sharing))
+            accelerator.print(dry_run.plan_text(resolved, data, plan, model, config, chosen.training, accelerator))
             return None
 
         # Fit
-        vectors = method.prompt_vectors(model) if is_main or not is_sharded else None
+        vectors = method.prompt_vectors(model) if accelerator.is_main_process or not is_sharded else None
         forward.switch_on(chosen, flags.gradient_checkpointing, flags.compile)
         if is_sharded:
             sharding.shard(chosen.model, forward.decoder_layers(forward.causal_of(model)), accelerator)
-        clip_grad_norm = resolved.optimizer.clip_grad_norm
+        clip = resolved.optimizer.clip_grad_norm
         optimizer, schedule = make_optimizer(method, chosen.model, resolved.optimizer, plan.num_steps)
-        prepared, optimizer = engines.prepare(accelerator, chosen.model, optimizer, clip_grad_norm)
+        prepared, optimizer = engines.prepare(accelerator, chosen.model, optimizer, clip)
         identity = engines.broadcast(resolved.identity(data, config, plan))
         state = TrainState(identity=identity)
         if saved:
             state = checkpoint.restore(saved, model, optimizer, schedule, identity, accelerator)
         elif flags.resume_from_checkpoint:
             accelerator.print(f"no complete checkpoint in {before.output.checkpoints} yet: starting at step 0")
-        record = resolved.record(data, accelerator.num_processes, engine) | output.environment()
-        record["resumed_from"] = saved and str(saved.path)
+        record = resolved.record(data, accelerator.num_processes, engine, saved) | output.environment()
         output.open_folder(before.output, accelerator, record, vectors, rates, resumed=saved is not None)
         tracking.start_trackers(before.tracking, accelerator, resolved.values())
         metrics = tracking.Metrics(before.output.folder / tracking.METRICS, accelerator, plan.num_steps, state.step)
         doctor = Doctor(resolved.run_info(data, plan, facts), state.history)
-        loop = resolved.loop(plan, clip_grad_norm)
-        job = TrainingJob(accelerator, prepared, optimizer, schedule, method, chosen, data, plan, loop, metrics, doctor)
-        try:
+        job = TrainingJob(
+            accelerator, prepared, optimizer, schedule, method, chosen, data, plan, resolved.loop(plan), metrics, doctor
+        )
+        with metrics, explained_faults(accelerator, state, before.output.checkpoints):
             fit(job, state)
-        except InputError as error:
-            finished = checkpoint.complete_checkpoints(before.output.checkpoints)
-            newest = finished[-1] if finished else "none (set --checkpointing_steps)"
-            raise InputError(f"{error}; last good checkpoint: {newest}") from None
-        except RuntimeError as error:
-            if accelerator.num_processes > 1 and is_lost_contact(error):
-                raise lost_contact(error, accelerator, state.step) from error
-            raise
-        finally:
-            metrics.close()
 
     # Save
     summary = save_result(resolved, job, state, config, tokenizer, model, samples, measure)

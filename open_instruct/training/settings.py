@@ -25,6 +25,7 @@ from open_instruct.flags import FIELDS, Flags, names_with
 from open_instruct.methods import METHODS, Feature, Method, ModelFacts, Recipe
 from open_instruct.model import loading
 from open_instruct.training.base_model import BaseModelSettings, TokenizerSettings
+from open_instruct.training.checkpoint import Checkpoint
 from open_instruct.training.doctor import RunInfo
 from open_instruct.training.engines import ProcessSettings, is_sharded
 from open_instruct.training.forward import ForwardSettings
@@ -60,24 +61,6 @@ class Settings:
         per_step = flags.per_device_train_batch_size * flags.gradient_accumulation_steps * num_processes
         num_steps = flags.max_train_steps or flags.num_train_epochs * -(-num_examples // per_step)
         return Plan(num_examples, per_step, num_steps, flags.seed)
-
-    def loop(self, plan: Plan, clip_grad_norm: float) -> LoopSettings:
-        """Return the plain values of the loop."""
-        flags = self.flags
-        checkpoint_every = int(flags.checkpointing_steps or 0) if flags.checkpointing_steps != "epoch" else None
-        return LoopSettings(
-            accumulation_steps=flags.gradient_accumulation_steps,
-            clip_grad_norm=clip_grad_norm,
-            seed=flags.seed,
-            logging_steps=flags.logging_steps,
-            eval_steps=max(1, plan.num_steps // 5) if flags.eval_steps is None else flags.eval_steps,
-            checkpoint_every=plan.steps_per_epoch if checkpoint_every is None else checkpoint_every,
-            checkpoints=self.output.checkpoints,
-            keep_checkpoints=flags.keep_last_n_checkpoints,
-            keep_best=flags.keep_best,
-            sum_loss=flags.reduce_loss == "sum",
-            sync_each_batch=flags.sync_each_batch,
-        )
 
     def check_engine(self, engine: Feature | None) -> None:
         """Refuse combinations of method, engine and base that don't work.
@@ -146,7 +129,9 @@ class Resolved(Settings):
         shown = [item for item in names_with("shown") if name in (FIELDS[item].metadata["methods"] or (name,))]
         return {item: values[item] for item in shown if not (self.adapter and item == self.method.init_flag)}
 
-    def record(self, data: Data, num_processes: int, engine: Feature | None) -> dict[str, Any]:
+    def record(
+        self, data: Data, num_processes: int, engine: Feature | None, saved: Checkpoint | None
+    ) -> dict[str, Any]:
         """Return the entries of run.json about the settings: everything that is needed to repeat the run."""
         return {
             "flags": {
@@ -159,6 +144,7 @@ class Resolved(Settings):
             "engine": engine and str(engine),
             "seed": self.flags.seed,
             "data": data.fingerprints(),
+            "resumed_from": saved and str(saved.path),
         }
 
     def identity(self, data: Data, config: PretrainedConfig, plan: Plan) -> dict[str, Any]:
@@ -189,6 +175,24 @@ class Resolved(Settings):
             has_network=self.method.keeps_network(self.method_settings),
             embedding_std=facts.embedding_std,
             vocabulary_norm=facts.embedding_norm,
+        )
+
+    def loop(self, plan: Plan) -> LoopSettings:
+        """Return the plain values of the loop."""
+        flags = self.flags
+        checkpoint_every = int(flags.checkpointing_steps or 0) if flags.checkpointing_steps != "epoch" else None
+        return LoopSettings(
+            accumulation_steps=flags.gradient_accumulation_steps,
+            clip_grad_norm=self.optimizer.clip_grad_norm,
+            seed=flags.seed,
+            logging_steps=flags.logging_steps,
+            eval_steps=max(1, plan.num_steps // 5) if flags.eval_steps is None else flags.eval_steps,
+            checkpoint_every=plan.steps_per_epoch if checkpoint_every is None else checkpoint_every,
+            checkpoints=self.output.checkpoints,
+            keep_checkpoints=flags.keep_last_n_checkpoints,
+            keep_best=flags.keep_best,
+            sum_loss=flags.reduce_loss == "sum",
+            sync_each_batch=flags.sync_each_batch,
         )
 
     def with_learning_rate(self, rate: float) -> Resolved:

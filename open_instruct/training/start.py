@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data.collate import Batching, to_device
 from open_instruct.data.dataset import Examples
@@ -25,7 +26,11 @@ from open_instruct.data.plan import Plan
 from open_instruct.methods import Method
 from open_instruct.model.evaluation_mode import evaluating
 from open_instruct.training import engines
-from open_instruct.training.forward import Forward
+from open_instruct.training.forward import Forward, switch_on
+
+if TYPE_CHECKING:
+    from open_instruct.training.checkpoint import Checkpoint
+    from open_instruct.training.settings import Resolved
 
 CANDIDATES = 16  # starts: the text and 15 draws
 JUDGED_ON = 16  # examples on which starts are judged
@@ -72,25 +77,49 @@ def search_init(
     method.set_init(model, candidates[engines.broadcast(best)])
 
 
+def init_candidates(
+    method: Method, settings: Any, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> list[torch.Tensor]:
+    """Return the starts to choose from; none where the initialisation is not screened."""
+    if method.init_flag is None or getattr(settings, method.init_flag) != "screened":
+        return []
+    return method.init_candidates(model, tokenizer, settings, CANDIDATES)
+
+
 def search_rate(
-    method: Method,
+    resolved: Resolved,
+    saved: Checkpoint | None,
     accelerator: Accelerator,
     forward: Forward,
     examples: Examples,
     plan: Plan,
-    recipe_rate: float,
-    clip_grad_norm: float,
-    seed: int,
-) -> RangeTest:
-    """Run the range test on the main process, print its result, and return it on every process. See `range_test`."""
+) -> tuple[Resolved, RangeTest | None]:
+    """Choose the learning rate as --auto_lr asks. A resumed run keeps the rate that was chosen.
+
+    The main process runs the range test and prints its result, which every process gets.
+    """
+    flags, recipe_rate = resolved.flags, resolved.optimizer.learning_rate
+    if not flags.auto_lr or flags.dry_run:
+        return resolved, None
+    if saved:
+        return resolved.with_learning_rate(saved.state.identity["learning_rate"]), None
+    switch_on(forward, flags.gradient_checkpointing, compile_layers=False)
     test = None
     if accelerator.is_main_process:
         test = range_test(
-            accelerator, forward.model, method, examples, plan, forward.training, recipe_rate, clip_grad_norm, seed
+            accelerator,
+            forward.model,
+            resolved.method,
+            examples,
+            plan,
+            forward.training,
+            recipe_rate,
+            resolved.optimizer.clip_grad_norm,
+            flags.seed,
         )
     test = engines.broadcast(test)
     accelerator.print(f"auto_lr: learning rate {test.chosen:.3g} (recipe {recipe_rate:.3g}): {test.why}")
-    return test
+    return resolved.with_learning_rate(test.chosen), test
 
 
 def first_examples(plan: Plan, num_examples: int) -> list[int]:

@@ -137,6 +137,14 @@ class Metrics:
             self.bar.write(text)
             sys.stdout.flush()
 
+    def __enter__(self) -> Metrics:
+        """Return the object itself, which is open already."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close."""
+        self.close()
+
     def close(self) -> None:
         """End the progress bar and the file."""
         self.bar.close()
