@@ -90,7 +90,7 @@ def conversation_length(context: int | None, num_virtual_tokens: int, max_seq_le
 
 
 def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Read, check, tokenise and split the data. The main process goes first, and the others use its cache.
+    """Read, check, tokenise, split and describe the data. The main process goes first; the others use its cache.
 
     Raises:
         InputError: the data is missing or unusable.
@@ -114,7 +114,9 @@ def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTr
             train, held_out = dataset.hold_out(
                 train, settings.validation_fraction, settings.max_eval_samples, settings.seed
             )
-    return Data(dataset.draw(train, settings.max_train_samples, settings.seed), held_out)
+    data = Data(dataset.draw(train, settings.max_train_samples, settings.seed), held_out)
+    accelerator.print(data.describe())
+    return data
 
 
 def log_form(rows: Iterator[Row], accelerator: Accelerator, key: str) -> Iterator[Row]:

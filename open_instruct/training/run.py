@@ -37,7 +37,7 @@ from open_instruct.training.state import TrainState
 
 def run(
     flags: Flags,
-    origins: dict[str, str],
+    given: dict[str, str],
     bases: base_model.Bases | None = None,
     measure: Callable[[Any, Any, Data], dict[str, Any]] = lambda model, tokenizer, data: {},
 ) -> dict[str, Any] | None:
@@ -45,12 +45,12 @@ def run(
 
     Args:
         flags: checked by `flags.check_flags`.
-        origins: where each given flag comes from.
+        given: where each flag that was given comes from.
         bases: base models that earlier runs of this process loaded (one process only); None: the base is read anew.
         measure: takes trained model, tokenizer and data at the end, and returns further entries of summary.json.
 
     Returns:
-        The summary on the main process; None on the others, and if nothing was to be trained.
+        The summary on the main process; None elsewhere and if nothing was to be trained.
 
     Raises:
         InputError: the flags, the files or the machine don't allow the run.
@@ -60,9 +60,9 @@ def run(
     tracking.reset_peak_memory()
 
     # Setup
-    flags, origins, adapter = adopt_adapter(flags, origins)
+    flags, given, adapter = adopt_adapter(flags, given)
     config = base_model.load_base_config(settings.base_model_settings(flags))
-    before = settings.before_data(flags, origins, config, adapter)
+    before = settings.before_data(flags, given, config, adapter)
     saved = output.check_folder(before.output)
     tracking.check_trackers(before.tracking)
     accelerator = engines.make_accelerator(before.processes)
@@ -74,7 +74,6 @@ def run(
     # Data
     tokenizer = base_model.load_base_tokenizer(before.tokenizer, adapter)
     data = load_data(before.data, accelerator, tokenizer)
-    accelerator.print(data.describe())
     if flags.cache_dataset_only:
         accelerator.print(f"tokenised data is in {before.data.cache_dir}/{data.train.fingerprint}")
         return None
@@ -100,9 +99,8 @@ def run(
     with chosen:
         start.search_init(method, candidates, accelerator, chosen, data.train, plan)
         resolved, rates = start.search_rate(resolved, saved, accelerator, chosen, data.train, plan)
-        accelerator.print(
-            hyperparameter_lines(method.title, resolved.shown(), resolved.origins, resolved.recipe_sources)
-        )
+        shown, origins = resolved.shown(), resolved.origins
+        accelerator.print(hyperparameter_lines(method.title, shown, origins, resolved.recipe_sources))
         if flags.dry_run:
             accelerator.print(dry_run.plan_text(resolved, data, plan, model, config, chosen.training, accelerator))
             return None
@@ -126,9 +124,8 @@ def run(
         tracking.start_trackers(before.tracking, accelerator, resolved.values())
         metrics = tracking.Metrics(before.output.folder / tracking.METRICS, accelerator, plan.num_steps, state.step)
         doctor = Doctor(resolved.run_info(data, plan, facts), state.history)
-        job = TrainingJob(
-            accelerator, prepared, optimizer, schedule, method, chosen, data, plan, resolved.loop(plan), metrics, doctor
-        )
+        loop = resolved.loop(plan)
+        job = TrainingJob(accelerator, prepared, optimizer, schedule, method, chosen, data, plan, loop, metrics, doctor)
         with metrics, explained_faults(accelerator, state, before.output.checkpoints):
             fit(job, state)
 
