@@ -141,6 +141,8 @@ def parse(argv: Sequence[str]) -> tuple[Flags, dict[str, str]]:
         parser.error(describe_unknown(unknown))
     flags = Flags(**{name: getattr(namespace, name) for name in FIELDS})
     origins = dict.fromkeys(flags_in(from_config), "config") | dict.fromkeys(flags_in(argv), "flag")
+    if flags.save_to_hub and "push_to_hub" in origins and not flags.push_to_hub:
+        parser.error("--save_to_hub asks for an upload, and --push_to_hub False forbids it: drop one")
     return without_aliases(flags), origins
 
 
@@ -165,7 +167,9 @@ def read_config(path: Path) -> list[str]:
         raise InputError(f"configuration {path} holds a {type(values).__name__}: it must map flag names to values")
     words: list[str] = []
     for name, value in values.items():
-        if value is not None:
+        if str(name).startswith("no_") and value is True:  # a negated flag takes no value
+            words.append(f"--{name}")
+        elif value is not None:
             words += [f"--{name}", *config_words(value)]
     return words
 
@@ -195,9 +199,13 @@ def describe_unknown(unknown: Sequence[str]) -> str:
     return "; ".join(parts)
 
 
-def warn_without_effect(origins: dict[str, str]) -> None:
-    """Print one warning that names the given flags without effect, each with its reason."""
+def warn_without_effect(flags: Flags, origins: dict[str, str]) -> None:
+    """Name on one line the flags that were given but do nothing here, each with its reason."""
     reasons = {item.name: item.metadata["description"] for item in fields(AcceptedFlags)}
+    for name, item in FIELDS.items():
+        needed = item.metadata["warns_without"]
+        if needed and not getattr(flags, needed) and getattr(flags, name) != ["none"]:
+            reasons[name] = f"--{needed} is not set"
     given = [name for name in origins if name in reasons]
     if given:
-        warn("these flags have no effect here: " + "; ".join(f"--{name} ({reasons[name]})" for name in given))
+        warn("without effect here: " + "; ".join(f"--{name} ({reasons[name]})" for name in given))

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from docs.make_flags import render
-from open_instruct.command_line import parse
+from open_instruct.command_line import parse, warn_without_effect
 from open_instruct.errors import InputError
 from open_instruct.flags import FIELDS, AcceptedFlags, Flags, check_flags
 from open_instruct.flags.declare import out_of_bounds
@@ -134,8 +134,6 @@ def test_bad_configurations_are_named(tmp_path, text, says):
         (["--dataset_mixer_list_splits", "test"], "--dataset_mixer_list_splits ['test']: it needs a mixture"),
         (["--validation_file", "v", "--validation_fraction", "0.1"], "no effect beside --validation_file"),
         (["--hf_entity", "me"], "--hf_entity me: it has no effect without --push_to_hub"),
-        (["--wandb_project_name", "p"], "no effect without --with_tracking"),
-        (["--report_to", "wandb"], "no effect without --with_tracking"),
         (
             ["--final_lr_ratio", "0.1", "--lr_scheduler_type", "constant"],
             "--final_lr_ratio 0.1: it works with the linear",
@@ -147,6 +145,18 @@ def test_bad_configurations_are_named(tmp_path, text, says):
         (["--weight_decay", "inf"], "--weight_decay inf is out of range"),
         (["--clip_grad_norm", "nan"], "--clip_grad_norm nan is out of range"),
         (["--use_lora", "--lora_alpha", "nan"], "--lora_alpha nan is out of range"),
+        (["--max_train_steps", "9" * 400], "is out of range"),
+        (["--use_lora", "--load_in_8bit", "--load_in_4bit"], "--load_in_4bit: it excludes --load_in_8bit"),
+        (["--cache_dataset_only", "--dataset_skip_cache"], "--cache_dataset_only fills the cache"),
+        (["--tokenizer_name", "a", "--tokenizer_name_or_path", "b"], "--tokenizer_name a: it is an older name"),
+        (
+            ["--adapter_name_or_path", "a", "--use_prompt_tuning", "--prompt_tuning_init", "text"],
+            "is the start: remove",
+        ),
+        (
+            ["--adapter_name_or_path", "a", "--prompt_tuning_init_text", "x"],
+            "the trained adapter is the start: remove it",
+        ),
         (["--use_lora", "--lora_alpha", "0"], "--lora_alpha 0.0 is out of range: it must be above 0"),
         (["--checkpointing_steps", "²"], "neither a positive number of steps nor `epoch`"),
     ],
@@ -162,6 +172,11 @@ def test_contradictions_are_found_before_anything_is_read(words, says):
     [
         ["--use_qlora", "--use_lora"],  # open-instruct's script gives both
         ["--report_to", "none"],
+        ["--report_to", "wandb", "--wandb_entity", "ai2"],  # open-instruct's commands give them without --with_tracking
+        ["--validation_file", "v", "--validation_fraction", "0"],
+        ["--final_lr_ratio", "0", "--lr_scheduler_type", "constant"],
+        ["--tokenizer_name", "a"],
+        ["--save_to_hub", "me/run"],
         ["--use_lora", "--prefix_projection", "False"],
         ["--lr_scheduler_type", "cosine", "--final_lr_ratio", "0.1"],
         ["--with_tracking", "--report_to", "tensorboard"],
@@ -169,6 +184,28 @@ def test_contradictions_are_found_before_anything_is_read(words, says):
 )
 def test_combinations_that_mean_something_are_accepted(words):
     check_flags(*parse([*GOOD, *words]))
+
+
+def test_trackers_without_tracking_are_named(capsys):
+    warn_without_effect(*parse([*GOOD, "--report_to", "wandb", "--wandb_entity", "ai2", "--low_cpu_mem_usage"]))
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--low_cpu_mem_usage (transformers 5 always loads this way)" in error
+    assert "--report_to (--with_tracking is not set); --wandb_entity (--with_tracking is not set)" in error
+    warn_without_effect(*parse([*GOOD, "--report_to", "none"]))
+    warn_without_effect(*parse([*GOOD, "--report_to", "wandb", "--with_tracking"]))
+    assert capsys.readouterr().err == ""
+
+
+def test_an_upload_is_not_both_asked_for_and_forbidden(capsys):
+    with pytest.raises(SystemExit):
+        parse([*GOOD, "--save_to_hub", "me/run", "--push_to_hub", "False"])
+    assert "--save_to_hub asks for an upload" in capsys.readouterr().err
+
+
+def test_a_negated_flag_in_a_yaml_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("no_packing: true\nno_fused_optimizer: true\n")
+    flags, given = parse([str(tmp_path / "c.yaml"), *GOOD])
+    assert not flags.packing and not flags.fused_optimizer and given["packing"] == "config"
 
 
 def test_qlora_is_lora_on_a_quantised_base():

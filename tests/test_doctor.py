@@ -136,8 +136,8 @@ def test_a_resumed_run_finds_what_the_uninterrupted_one_finds():
     losses = [(step, 1.2 - step / 100 if step < 60 else 2.5 + step / 20) for step in range(100)]
 
     def findings(cut: int, keep: bool = True) -> list[tuple[int, str]]:
-        doctor, names = Doctor(HEALTHY, History()), []
-        names += [(0, f.name) for f in doctor.first(2.0, 2.0, 1.0)]
+        doctor, names = Doctor(HEALTHY, History(prompt_norm=1.0)), []
+        names += [(0, f.name) for f in doctor.first(2.0, 2.0)]
         for step, loss in losses:
             if step == cut:
                 state = TrainState(history=doctor.history)
@@ -153,7 +153,7 @@ def test_a_resumed_run_finds_what_the_uninterrupted_one_finds():
 
 
 def test_a_calm_run_is_left_alone():
-    doctor = Doctor(HEALTHY, History())
-    assert doctor.before() == [] == doctor.first(2.0, 2.1, 1.0)
+    doctor = Doctor(HEALTHY, History(prompt_norm=1.0))
+    assert doctor.before() == [] == doctor.first(2.0, 2.1)
     assert falling(doctor, 200) == []
     assert [f for step in (40, 80, 120, 160, 200) for f in doctor.evaluation(step, 2.1 - step / 200, 1.5)] == []

@@ -316,5 +316,5 @@ def test_damaged_checkpoints_are_no_reason_to_start_anew(train):
     for path in complete_checkpoints(full.folder / "checkpoints"):
         (path / "trained.safetensors").write_bytes(b"torn")
     run = train("run", *flags, "--resume_from_checkpoint")
-    assert run.code == 2 and "are damaged: start anew with --overwrite_output_dir" in run.err
+    assert run.code == 2 and "are damaged: drop --resume_from_checkpoint and start anew" in run.err
     assert len(complete_checkpoints(full.folder / "checkpoints")) == 3

@@ -142,7 +142,7 @@ def expected(adapters: Adapters, tokenizer: PreTrainedTokenizerBase) -> Expected
 def merged_model(
     adapters: Adapters, tokenizer: PreTrainedTokenizerBase, templates: dict[str, str | None]
 ) -> tuple[Any, list[NewTokens]]:
-    """Return the plain model, and the tokens that stand for soft prompts (none for LoRA and IA3).
+    """Return the plain model, and the tokens that stand for soft prompts (none where weights change).
 
     The base inside `adapters` becomes that model.
 

@@ -24,6 +24,8 @@ def odd_pairs(words: list[str]) -> str | None:
 
 def unused_init_text(flags: Any) -> str | None:
     """Refuse a text that a soft prompt would not start from."""
+    if flags.adapter_name_or_path:
+        return starts_from_adapter(flags)
     if flags.prefix_projection:
         return "a projected prefix can't start from a text: drop one of the two flags"
     init = flags.prefix_init if flags.use_prefix_tuning else flags.prompt_tuning_init
@@ -53,11 +55,26 @@ def bad_checkpointing_steps(text: str) -> str | None:
     return "it is neither a positive number of steps nor `epoch`"
 
 
-def without_tracking(flags: Any) -> str | None:
-    """Refuse a tracker's setting where nothing is tracked."""
-    return None if flags.with_tracking else "it has no effect without --with_tracking: remove it, or set that flag"
-
-
 def without_upload(flags: Any) -> str | None:
     """Refuse an upload's setting where nothing is uploaded."""
     return None if flags.push_to_hub else "it has no effect without --push_to_hub: remove it, or set that flag"
+
+
+def contradicts_cache(flags: Any) -> str | None:
+    """Refuse to skip a cache that another flag fills."""
+    for name in ("cache_dataset_only", "overwrite_cache"):
+        if getattr(flags, name):
+            return f"--{name} fills the cache: drop one of the two flags"
+    return None
+
+
+def starts_from_adapter(flags: Any) -> str | None:
+    """Refuse a start where a trained adapter is the start."""
+    return "the trained adapter is the start: remove it" if flags.adapter_name_or_path else None
+
+
+def another_name(flags: Any, older: str, newer: str) -> str | None:
+    """Refuse two different values under an older and a newer name of one flag."""
+    if getattr(flags, older) == getattr(flags, newer):
+        return None
+    return f"it is an older name of --{newer}, which is {getattr(flags, newer)}: give one of them"

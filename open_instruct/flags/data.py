@@ -55,7 +55,11 @@ class DataFlags:
         at_least=0,
         below=1,
         in_study="same",
-        check=lambda flags: "it has no effect beside --validation_file: remove one" if flags.validation_file else None,
+        check=lambda flags: (
+            "it has no effect beside --validation_file: remove one"
+            if flags.validation_file and flags.validation_fraction
+            else None
+        ),
     )
     max_eval_samples: int = flag(500, "largest number of held-out rows used", at_least=1, in_study="same")
     max_train_samples: int | None = flag(
@@ -70,5 +74,9 @@ class DataFlags:
     preprocessing_num_workers: int | None = flag(None, "threads that tokenise; unset: all cores", at_least=1)
     cache_dataset_only: bool = flag(False, "tokenise, fill the cache, and stop", in_study="decided")
     overwrite_cache: bool = flag(False, "tokenise again even if the cache holds the result")
-    dataset_skip_cache: bool = flag(False, "neither read nor write the cache of tokenised data")
+    dataset_skip_cache: bool = flag(
+        False,
+        "neither read nor write the cache of tokenised data",
+        check=checks.contradicts_cache,
+    )
     dataset_local_cache_dir: str = flag("local_dataset_cache", "folder of the cache of tokenised data")

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, field
 from typing import Any, Literal
 
+MAX_INT = 2**62  # whole numbers beyond it fit no counter
+
 
 def flag(
     default: Any,
@@ -20,6 +22,7 @@ def flag(
     includes: str | None = None,
     methods: tuple[str, ...] = (),
     needs: str | None = None,
+    warns_without: str | None = None,
     check: Callable[[Any], str | None] | None = None,
     same_on_resume: bool = False,
     in_study: Literal["free", "same", "decided"] = "free",
@@ -40,6 +43,7 @@ def flag(
         includes: another flag that chooses a method and may be given beside this one.
         methods: methods that the flag belongs to; empty: all. With another method it is refused.
         needs: flag without which this one has no effect, and is refused.
+        warns_without: flag without which this one has no effect, as a warning says: commands of open-instruct give it.
         check: called with all flags if this one was given; returns what is wrong with the combination, or None.
         same_on_resume: a resumed run must have the same value.
         in_study: "same": all trials of a fair study share it; "decided": the study sets it; "free": it may differ.
@@ -66,7 +70,7 @@ def out_of_bounds(item: Field[Any], value: Any) -> str | None:
         "below": facts["below"],
     }
     inside = (
-        math.isfinite(value)
+        (abs(value) <= MAX_INT if isinstance(value, int) else math.isfinite(value))
         and (facts["at_least"] is None or value >= facts["at_least"])
         and (facts["above"] is None or value > facts["above"])
         and (facts["at_most"] is None or value <= facts["at_most"])

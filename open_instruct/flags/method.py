@@ -70,14 +70,13 @@ class MethodFlags:
         "random: from noise; screened: from the text or one of 15 draws of random tokens, whichever has the lowest "
         "loss; unset: the recipe's choice",
         methods=("prompt_tuning",),
-        same_on_resume=True,
+        check=checks.starts_from_adapter,
         shown=True,
     )
     prompt_tuning_init_text: str | None = flag(
         None,
         "text that a soft prompt or a prefix starts from",
         methods=("prompt_tuning", "prefix_tuning"),
-        same_on_resume=True,
         check=checks.unused_init_text,
     )
     prefix_init: PREFIX_INITS | None = flag(
@@ -86,12 +85,14 @@ class MethodFlags:
         "screened: from those of the text or one of 15 draws of random tokens, whichever has the lowest loss; unset: "
         "the recipe's choice",
         methods=("prefix_tuning",),
-        same_on_resume=True,
         shown=True,
         check=lambda flags: (
-            f"{flags.prefix_init} can't start a projected prefix: use zero, or drop --prefix_projection"
-            if flags.prefix_projection and flags.prefix_init in ("text", "screened")
-            else None
+            checks.starts_from_adapter(flags)
+            or (
+                f"{flags.prefix_init} can't start a projected prefix: use zero, or drop --prefix_projection"
+                if flags.prefix_projection and flags.prefix_init in ("text", "screened")
+                else None
+            )
         ),
     )
     prefix_projection: bool = flag(

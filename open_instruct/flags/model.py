@@ -54,7 +54,12 @@ class ModelFlags:
         False, "load weights that exist only as pickle files; loading one can run code that it contains"
     )
     tokenizer_name_or_path: str | None = flag(None, "tokenizer, if not the one beside the model", in_study="same")
-    tokenizer_name: str | None = flag(None, "older name of tokenizer_name_or_path", in_study="same")
+    tokenizer_name: str | None = flag(
+        None,
+        "older name of tokenizer_name_or_path",
+        in_study="same",
+        check=lambda flags: checks.another_name(flags, "tokenizer_name", "tokenizer_name_or_path"),
+    )
     tokenizer_revision: str | None = flag(None, "branch, tag or commit of the tokenizer on the Hub", in_study="same")
     trust_remote_code: bool = flag(False, "run Python code that comes with the model")
     add_bos: bool = flag(

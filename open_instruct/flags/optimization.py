@@ -84,7 +84,7 @@ class OptimizationFlags:
         same_on_resume=True,
         check=lambda flags: (
             f"it works with the linear and the cosine schedule, not with {flags.lr_scheduler_type}: drop one of them"
-            if flags.lr_scheduler_type not in (None, "linear", "cosine")
+            if flags.final_lr_ratio and flags.lr_scheduler_type not in (None, "linear", "cosine")
             else None
         ),
     )

@@ -63,19 +63,19 @@ class RunFlags:
     report_to: list[str] = flag(
         ["all"],
         "trackers used with --with_tracking: wandb, tensorboard, trackio, …; all: every installed one; none: none",
-        check=lambda flags: checks.without_tracking(flags) if flags.report_to != ["none"] else None,
+        warns_without="with_tracking",
         differs="the same, as a list",
     )
-    wandb_project_name: str = flag(
-        "open_instruct_internal", "project of the tracker", check=lambda flags: checks.without_tracking(flags)
-    )
-    wandb_entity: str | None = flag(
-        None, "entity (team) of Weights & Biases", check=lambda flags: checks.without_tracking(flags)
-    )
+    wandb_project_name: str = flag("open_instruct_internal", "project of the tracker", warns_without="with_tracking")
+    wandb_entity: str | None = flag(None, "entity (team) of Weights & Biases", warns_without="with_tracking")
     push_to_hub: bool = flag(
         False, "upload the result to the Hugging Face Hub", differs="nothing is uploaded by default"
     )
-    save_to_hub: str | None = flag(None, "older form of push_to_hub: the repository's name")
+    save_to_hub: str | None = flag(
+        None,
+        "older form of push_to_hub: the repository's name",
+        check=lambda flags: checks.another_name(flags, "save_to_hub", "hf_repo_id"),
+    )
     hf_entity: str | None = flag(
         None,
         "user or organisation of the upload; unset: the logged-in user",

@@ -54,7 +54,7 @@ def estimate_mb(
         gradient_checkpointing: only layer inputs are kept.
         use_8bit_optimizer: AdamW's moments in 8 bits.
         activation_bytes: bytes of an activation (4 or 2).
-        trains: "soft prompt", "layers" (LoRA, IA3) or "full", a key of `KEPT`.
+        trains: "soft prompt", "layers" (LoRA, VeRA, IA3) or "full", a key of `KEPT`.
         dropout: the adapter drops inputs, and has to keep the rest of them.
         sharing: how several processes shard the model.
 

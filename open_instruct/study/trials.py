@@ -79,7 +79,7 @@ def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
     from open_instruct.files import write_json
     from open_instruct.methods import METHODS
     from open_instruct.study.measuring import measure_trial
-    from open_instruct.training.checkpoint import complete_checkpoints
+    from open_instruct.training.checkpoint import complete_checkpoints, damage
     from open_instruct.training.preemption import Preempted
     from open_instruct.training.run import run
 
@@ -88,7 +88,7 @@ def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
         return outcome
     flags, origins = trial_flags(task)
     task.folder.mkdir(parents=True, exist_ok=True)
-    if complete_checkpoints(task.folder / "checkpoints"):
+    if any(damage(path) is None for path in complete_checkpoints(task.folder / "checkpoints")):
         flags = replace(flags, resume_from_checkpoint="newest")
     else:
         flags = replace(flags, overwrite_output_dir=True)

@@ -40,7 +40,8 @@ class BaseModelSettings:
     @property
     def key(self) -> str:
         """Key that identifies the weights and how they are held."""
-        parts = [self.quantise, self.dtype, self.name, self.revision, self.config_name, self.arguments]
+        arguments = None if self.arguments == "{}" else self.arguments
+        parts = [self.quantise, self.dtype, self.name, self.revision, self.config_name, arguments]
         return repr([*parts, self.use_liger_kernel])
 
 

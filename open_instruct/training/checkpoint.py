@@ -167,7 +167,10 @@ def find(requested: str, output_dir: Path) -> Checkpoint | None:
                 return read_checkpoint(path)
             warn(f"checkpoint {path} is damaged ({reason}): using the one before it")
         if complete_checkpoints(folder):
-            raise InputError(f"all checkpoints in {folder} are damaged: start anew with --overwrite_output_dir")
+            raise InputError(
+                f"all checkpoints in {folder} are damaged: drop --resume_from_checkpoint and start anew with "
+                "--overwrite_output_dir"
+            )
         return None
     path = Path(requested)
     reason = damage(path) if path.is_dir() else "it does not exist"
@@ -186,11 +189,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         content = json.loads((path / STATE).read_text())
         values = dict(content["progress"])
-        history = History(**values.pop("history", {}))
+        history = History(**values.pop("history", history_of_old(values)))
         history.evaluations = [(step, loss) for step, loss in history.evaluations]
         return Checkpoint(path, TrainState(**values, history=history), content["schedule"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"checkpoint {path} can't be read ({error}): resume from an earlier one") from None
+
+
+def history_of_old(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the counters of a checkpoint without a history say of it: versions before 0.1 wrote none."""
+    losses = {"base": values.get("base_eval_loss"), "initial": values.get("initial_eval_loss")}
+    known = {name: loss for name, loss in losses.items() if loss is not None}
+    return {**known, "reported": [finding["name"] for finding in values.get("findings", [])]}
 
 
 def check_identity(checkpoint: Checkpoint, current: Mapping[str, Any]) -> None:

@@ -66,7 +66,7 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
     values["model_name_or_path"] = folders.base_name(flags.model_name_or_path, [folder])
     adopted = replace(flags, **values)
     taken = {name: "adapter" for name in values if name != "model_name_or_path"}
-    check_flags(adopted, origins)
+    check_flags(adopted, origins | taken)
     if method.keeps_network(adopted) and not (folder.path / NETWORK).is_file():
         raise InputError(
             f"{folder.path} does not hold its network ({NETWORK}), which only runs of this project keep: continue with "

@@ -63,15 +63,14 @@ class Doctor:
         """Check the data and the hyperparameters alone."""
         return self._new(self._labels(), self._reach())
 
-    def first(self, base: float, initial: float, prompt_norm: float = math.nan) -> list[Finding]:
+    def first(self, base: float, initial: float) -> list[Finding]:
         """Check the start.
 
         Args:
             base: held-out loss of the base model, in nats per labelled token.
             initial: held-out loss at step 0.
-            prompt_norm: median length of a virtual token then; nan where there are no embeddings.
         """
-        self.history.base, self.history.initial, self.history.prompt_norm = base, initial, prompt_norm
+        self.history.base, self.history.initial = base, initial
         return self._new(self._start())
 
     def step(self, loss: float, grad_norm: float) -> list[Finding]:

@@ -25,7 +25,7 @@ from open_instruct.training.faults import is_out_of_memory, out_of_memory
 from open_instruct.training.forward import Forward
 from open_instruct.training.load_data import Data
 from open_instruct.training.preemption import Preempted, StopRequest
-from open_instruct.training.state import TrainState
+from open_instruct.training.state import TrainState, median_norm
 from open_instruct.training.tracking import Metrics
 
 
@@ -102,6 +102,7 @@ def fit(job: TrainingJob, state: TrainState) -> None:
                     halved = batching.halved(indices.tolist(), examples.lengths)
                     if halved is None or batching is not job.forward.training or accelerator.num_processes > 1:
                         raise out_of_memory(accelerator, step) from None
+                if loss_sum is None:  # outside of the handler, whose traceback keeps the failed step's tensors alive
                     batching = free_memory(job, step, halved)
             # One reduction for loss and stop request: a signal may have reached only some of the processes.
             stop_requested = loss_sum.new_tensor(float(stop.name is not None))
@@ -193,15 +194,14 @@ def evaluate_held_out(job: TrainingJob, state: TrainState) -> None:
     if state.step:
         report(job, state, job.doctor.evaluation(state.step, loss, prompt_norm(job)))
     else:
-        report(job, state, job.doctor.first(state.base_eval_loss or loss, loss, prompt_norm(job)))
+        report(job, state, job.doctor.first(state.base_eval_loss or loss, loss))
 
 
 def prompt_norm(job: TrainingJob) -> float:
     """Return the median length of a virtual token; nan where there are no embeddings, or only a part of the model."""
     if engines.is_sharded(engines.engine_of(job.accelerator)):
         return math.nan
-    vectors = job.method.prompt_vectors(job.forward.model.model)
-    return math.nan if vectors is None else vectors.norm(dim=1).median().item()
+    return median_norm(job.method.prompt_vectors(job.forward.model.model))
 
 
 def report(job: TrainingJob, state: TrainState, findings: list[Finding]) -> None:

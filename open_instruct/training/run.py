@@ -32,7 +32,7 @@ from open_instruct.training.load_data import Data, load_data
 from open_instruct.training.loop import TrainingJob, fit
 from open_instruct.training.optimizer import make_optimizer
 from open_instruct.training.settings import Resolved
-from open_instruct.training.state import TrainState
+from open_instruct.training.state import History, TrainState, median_norm
 
 
 def run(
@@ -114,7 +114,7 @@ def run(
         optimizer, schedule = make_optimizer(method, chosen.model, resolved.optimizer, plan.num_steps)
         prepared, optimizer = engines.prepare(accelerator, chosen.model, optimizer, clip)
         identity = engines.broadcast(resolved.identity(data, config, plan))
-        state = TrainState(identity=identity)
+        state = TrainState(identity=identity, history=History(prompt_norm=median_norm(vectors)))
         if saved:
             state = checkpoint.restore(saved, model, optimizer, schedule, identity, accelerator)
         elif flags.resume_from_checkpoint:

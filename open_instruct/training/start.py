@@ -205,10 +205,11 @@ def range_test(
     before = mean_loss(accelerator, model, probes)
     rates, losses = [factor * recipe_rate for factor in FACTORS], []
     try:
-        for rate in rates:
-            restore()
-            train_shortly(accelerator, model, method, training, rate, clip_grad_norm, seed)
-            losses.append(mean_loss(accelerator, model, probes))
+        with evaluating(model):  # which gives back the mode that the short trainings change
+            for rate in rates:
+                restore()
+                train_shortly(accelerator, model, method, training, rate, clip_grad_norm, seed)
+                losses.append(mean_loss(accelerator, model, probes))
     finally:
         restore()
     chosen, why = choose_rate(rates, losses, before, recipe_rate)

@@ -27,6 +27,11 @@ class History:
     reported: list[str] = field(default_factory=list)  # names of findings
 
 
+def median_norm(vectors: torch.Tensor | None) -> float:
+    """Return the median length of vectors [P, D]; nan where there are none."""
+    return math.nan if vectors is None else vectors.norm(dim=1).median().item()
+
+
 @dataclass
 class TrainState:
     """Progress of a run. All of it but `best` is in a checkpoint's state.json."""
