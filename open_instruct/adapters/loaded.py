@@ -27,8 +27,8 @@ class Adapters:
     """A base model with adapters by name, of which one at a time is active.
 
     `models` maps names to what runs: the base itself under "base", a PeftModel for each adapter. Call `use` before
-    running one: the layers of LoRA and its kind are part of the shared base and act on every model until they are switched
-    off.
+    running one: the layers of LoRA and its kind are part of the shared base and act on every model until they are
+    switched off.
     """
 
     def __init__(self, base: nn.Module, folders: Sequence[AdapterFolder]) -> None:
