@@ -4,8 +4,8 @@
     python open_instruct/merge_peft.py --adapter a=output/run-a --adapter b=output/run-b --output output/both
 
 LoRA, VeRA and IA3 are merged into the weights. Soft prompts of embeddings (prompt tuning, P-tuning) become tokens,
-which the tokenizer writes before the input; one checkpoint can hold several of them. The result is reloaded and compared with
-base + adapter before it is kept.
+which the tokenizer writes before the input; one checkpoint can hold several of them. The result is reloaded and
+compared with base + adapter before it is kept.
 """
 
 from __future__ import annotations
