@@ -17,7 +17,7 @@ from open_instruct.bootstrap import Resampling
 from open_instruct.errors import InputError
 from open_instruct.study import config, report
 from open_instruct.study.config import Study
-from open_instruct.study.figures import analyse, choose, pair_differences, pareto_front
+from open_instruct.study.figures import analyse, choose_params, pair_differences, pareto_front
 from open_instruct.study.results import StudyResults, TrialResult
 from open_instruct.study.sentences import summarise
 
@@ -134,8 +134,8 @@ def study_in(folder: Path, methods: list[str]) -> Study:
 def test_the_report_never_chooses_a_loss_that_is_not_finite(bad):
     for order in ([bad, 3.0, 2.0], [2.0, bad, 3.0], [3.0, 2.0, bad]):
         trials = [trial_result("ia3", {"learning_rate": loss}, 1, [loss] * 4) for loss in order]
-        assert [trial.params for trial in choose(trials)] == [{"learning_rate": 2.0}]
-    assert choose([trial_result("ia3", {}, 1, [bad] * 4)]) == []
+        assert [trial.params for trial in choose_params(trials)] == [{"learning_rate": 2.0}]
+    assert choose_params([trial_result("ia3", {}, 1, [bad] * 4)]) == []
 
 
 def test_a_point_is_chosen_over_the_seeds_that_all_have():
@@ -147,7 +147,7 @@ def test_a_point_is_chosen_over_the_seeds_that_all_have():
         trial_result("ia3", {"learning_rate": 3}, 2, [1.0] * 4, failed="diverged"),
         trial_result("ia3", {"learning_rate": 4}, 1, [0.1] * 4, full_length=False),
     ]
-    assert [(trial.params["learning_rate"], trial.seed) for trial in choose(trials)] == [(2, 1), (2, 2)]
+    assert [(trial.params["learning_rate"], trial.seed) for trial in choose_params(trials)] == [(2, 1), (2, 2)]
 
 
 def test_a_method_of_nan_is_a_failed_one_and_no_method_at_all_is_an_error():
