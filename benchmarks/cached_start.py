@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 import arrow2json
 from benchmarks.make_tulu_like import make
-from open_instruct.data import chat, collate, dataset, reading
+from open_instruct.data import chat, dataset, packing, reading
 from open_instruct.data.plan import Plan
 
 
@@ -28,7 +28,7 @@ def start(path: Path, tokenizer: object, cache: Path) -> float:
     examples = dataset.build(named, tokenizer, 2048, key, cache)  # type: ignore[arg-type]
     train, _ = dataset.hold_out(examples, 0.02, 500, 42)
     plan = Plan(len(train), 16, 1, 42)
-    collate.pad([train[int(i)] for i in plan.examples(0)], 0)
+    packing.pad([train[int(i)] for i in plan.examples(0)], 0)
     return time.perf_counter() - started
 
 

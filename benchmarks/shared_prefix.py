@@ -34,8 +34,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import open_instruct.quiet  # noqa: F401
-from open_instruct.data import collate
-from open_instruct.data.collate import Packing, to_device
+from open_instruct.data import packing
+from open_instruct.data.packing import Packing, to_device
 from open_instruct.flags import default_values
 from open_instruct.methods import METHODS
 from open_instruct.model import backends
@@ -116,7 +116,7 @@ def padded_step(model: Any, examples: list[dict[str, Any]], size: int, device: s
     loss = 0.0
     for start in range(0, len(examples), size):
         rows = examples[start : start + size]
-        batch = to_device(collate.pad(rows, 0), torch.device(device))
+        batch = to_device(packing.pad(rows, 0), torch.device(device))
         part = model(**batch, use_cache=False).loss * (sum(e["spans"][1] - e["spans"][0] for e in rows) / total)
         part.backward()
         loss += part.item()

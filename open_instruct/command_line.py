@@ -175,7 +175,13 @@ def read_config(path: Path) -> list[str]:
 
 
 def config_words(value: Any) -> list[str]:
-    """Return one YAML value as command-line words."""
+    """Return one YAML value as command-line words.
+
+    Raises:
+        InputError: a text would be read as another flag.
+    """
+    if isinstance(value, str) and value.startswith("--"):
+        raise InputError(f"the value {value!r} of a configuration looks like a flag: give the flag a line of its own")
     if isinstance(value, dict):
         return [json.dumps(value)]
     if isinstance(value, list):

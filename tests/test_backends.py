@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from open_instruct.data import collate
+from open_instruct.data import packing
 from open_instruct.model import attention_blocked, attention_masks
 from open_instruct.model.attention_blocked import blocked
 from open_instruct.model.attention_varlen import varlen, varlen_index
@@ -214,7 +214,7 @@ def test_the_kernels_of_a_gpu_compute_what_sdpa_computes(variant, backend):
         model, method = wrap(variant, random_model("mistral").to(device, torch.bfloat16))
         model.to(device)
         packed: PackedModel = packed_model(model, method, name)
-        loss, _ = packed(**collate.to_device(collate.pack(examples()), device))
+        loss, _ = packed(**packing.to_device(packing.pack(examples()), device))
         loss.backward()
         results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])))
     (expected_loss, expected), (loss, gradient) = results

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Llama4ForCausalLM, Llama4TextConfig, ModernBertDecoderConfig, ModernBertDecoderForCausalLM
 
-from open_instruct.data import collate
+from open_instruct.data import packing
 from open_instruct.model.backends import blocked
 from open_instruct.model.chunked_loss import chunked_cross_entropy, find_head, head_forms
 from open_instruct.model.training_model import PackedModel, PaddedModel
@@ -50,11 +50,11 @@ def test_a_head_of_unknown_form_is_left_to_the_model(monkeypatch):
     """Its logits are computed by the model itself, at the labelled positions."""
     model, method = wrap("prompt_tuning", random_model("llama"))
     with packed_model(model, method) as packed:
-        expected = packed(**collate.pack(examples()))[0].item()
+        expected = packed(**packing.pack(examples()))[0].item()
     monkeypatch.setattr("open_instruct.model.training_model.find_head", lambda causal: None)
     with packed_model(model, method) as packed:
         assert packed.head is None
-        assert packed(**collate.pack(examples()))[0].item() == pytest.approx(expected, rel=1e-6)
+        assert packed(**packing.pack(examples()))[0].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_head_that_no_known_form_describes_is_not_guessed(monkeypatch):
@@ -87,7 +87,7 @@ def test_a_model_that_does_not_name_its_decoder_makes_its_own_logits(kind):
     assert model.training
     with PackedModel(model, lambda: None, blocked) as packed:
         assert packed.head_name is None
-        loss = packed(**collate.pack(examples()))[0]
+        loss = packed(**packing.pack(examples()))[0]
     model.eval()
-    expected = PaddedModel(model)(**collate.pad(examples(), 0))[0]
+    expected = PaddedModel(model)(**packing.pad(examples(), 0))[0]
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from open_instruct.data import chat, collate
+from open_instruct.data import chat, packing
 from open_instruct.data.dataset import new_counts, tokenize_all
 from open_instruct.data.reading import conversations, read_rows
 from open_instruct.model.training_model import PaddedModel
@@ -46,7 +46,7 @@ def plain_loss(model, path) -> float:
     total = count = 0
     for row in table.to_pylist():
         ids = torch.tensor([row["input_ids"]])
-        labels = torch.tensor(collate.labels_of(row["input_ids"], row["spans"]))
+        labels = torch.tensor(packing.labels_of(row["input_ids"], row["spans"]))
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
         losses = -torch.log_softmax(logits[:-1].double(), -1)[torch.arange(len(labels) - 1), labels[1:].clamp(min=0)]
         total += losses[labels[1:] != -100].sum().item()

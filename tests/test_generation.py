@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import open_instruct
 from open_instruct import Sampling
 from open_instruct.adapters.generation import generate, greedy_answers
-from open_instruct.data import collate
+from open_instruct.data import packing
 from open_instruct.flags import default_values
 from open_instruct.methods import METHODS
 from tests.conftest import ADAPTERS, TINY_MODEL
@@ -78,7 +78,7 @@ def test_a_packed_loss_does_not_depend_on_its_row(variant):
 
 def count_labels(row: dict) -> int:
     """Labelled tokens of an example whose first token is not labelled."""
-    return sum(label != collate.IGNORE for label in collate.labels_of(row["input_ids"], row["spans"]))
+    return sum(label != packing.IGNORE for label in packing.labels_of(row["input_ids"], row["spans"]))
 
 
 def test_drawing_by_noise_draws_from_the_softmax():

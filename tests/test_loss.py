@@ -9,9 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from open_instruct.data import collate
-from open_instruct.data.collate import Packing, Padding
+from open_instruct.data import packing
 from open_instruct.data.dataset import SCHEMA, Examples
+from open_instruct.data.packing import Packing, Padding
 from open_instruct.flags import default_values
 from open_instruct.methods import METHODS
 from open_instruct.model.backends import blocked
@@ -65,7 +65,7 @@ def gradient_of(model, examples, batching) -> tuple[float, torch.Tensor]:
 
 
 def test_label_counts_are_those_of_the_collated_labels(examples):
-    counted = [int((collate.pad([examples[i]], 0)["labels"][:, 1:] != collate.IGNORE).sum()) for i in range(8)]
+    counted = [int((packing.pad([examples[i]], 0)["labels"][:, 1:] != packing.IGNORE).sum()) for i in range(8)]
     assert examples.label_counts.tolist() == counted
     assert len(set(counted)) > 4  # ragged, or the tests below show nothing
 
@@ -96,7 +96,7 @@ def test_a_mean_of_micro_batch_means_would_fail(examples):
     model.zero_grad()
     means = []
     for index in range(8):
-        total, count = model(**collate.pad([examples[index]], 0))
+        total, count = model(**packing.pad([examples[index]], 0))
         (total / count / 8).backward()
         means.append(total.item() / count.item())
     wrong = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
@@ -109,7 +109,7 @@ def test_the_loss_is_pefts_own(method, examples):
     """PEFT computes labels, virtual tokens and shift itself, on one unpadded example whose first token has no label."""
     model = wrapped(method)
     for index in (1, 3, 5):
-        batch = collate.pad([examples[index]], 0)
+        batch = packing.pad([examples[index]], 0)
         total, count = model(**batch)
         assert total.item() / count.item() == pytest.approx(model.model(**batch).loss.item(), rel=1e-5)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-from open_instruct.data import collate
+from open_instruct.data import packing
 from open_instruct.errors import InputError
 from open_instruct.model import backends, shared_prefix
 from open_instruct.model.backends import BACKENDS
@@ -85,15 +85,15 @@ def test_a_mask_that_lets_an_example_see_another_is_noticed(variant, monkeypatch
 
 @pytest.mark.parametrize("variant", ["prompt_tuning", "p_tuning", "prefix_tuning", "projected prefix"])
 def test_positions_that_are_off_by_one_are_noticed(variant, monkeypatch):
-    pack = collate.pack
-    monkeypatch.setattr(collate, "pack", lambda rows: (b := pack(rows)) | {"position_ids": b["position_ids"] + 1})
+    pack = packing.pack
+    monkeypatch.setattr(packing, "pack", lambda rows: (b := pack(rows)) | {"position_ids": b["position_ids"] + 1})
     assert max(differences("llama", variant)) > 1e-3
 
 
 def test_positions_that_do_not_restart_are_noticed(monkeypatch):
-    pack = collate.pack
+    pack = packing.pack
     monkeypatch.setattr(
-        collate, "pack", lambda rows: (b := pack(rows)) | {"position_ids": torch.arange(b["input_ids"].numel())[None]}
+        packing, "pack", lambda rows: (b := pack(rows)) | {"position_ids": torch.arange(b["input_ids"].numel())[None]}
     )
     assert max(differences("llama", "prompt_tuning")) > 1e-3
 
@@ -122,7 +122,7 @@ def test_without_the_adapter_it_is_the_base_model(variant):
 def test_a_process_without_examples_adds_nothing_but_takes_part(variant):
     model, method = wrap(variant, random_model("llama"))
     packed = packed_model(model, method)
-    total, count = packed(**collate.Packing(64).collate([]))
+    total, count = packed(**packing.Packing(64).collate([]))
     total.backward()
     assert total.item() == 0 and count.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
@@ -138,7 +138,7 @@ def test_release_gives_the_models_own_attention_back():
 
 def test_only_an_active_model_has_the_packed_attention():
     model, _ = wrap("full", random_model("llama"))
-    config, batch = model.config, collate.pack(examples())
+    config, batch = model.config, packing.pack(examples())
     own_attention = config._attn_implementation
     packed = PackedModel(model, lambda: None, backends.blocked)
     assert config._attn_implementation == own_attention
@@ -187,11 +187,11 @@ def test_rows_that_llama_4_would_cut_into_chunks_are_refused(options, bound):
     model = Llama4ForCausalLM(Llama4TextConfig(**COMMON, **options, **LLAMA_4)).eval()
     assert longest_exact_row(model.config) == bound
     rows = [{"input_ids": list(range(3, 3 + 8)), "spans": [1, 8]}] * (bound // 8)
-    expected = PaddedModel(model)(**collate.pad(rows, 0))[0].item()
+    expected = PaddedModel(model)(**packing.pad(rows, 0))[0].item()
     with PackedModel(model, lambda: None, backends.blocked) as packed:
-        assert packed(**collate.pack(rows))[0].item() == pytest.approx(expected, rel=1e-5)
+        assert packed(**packing.pack(rows))[0].item() == pytest.approx(expected, rel=1e-5)
         with pytest.raises(InputError, match=f"exact up to {bound} positions, and this one has {bound // 8 * 8 + 8}"):
-            packed(**collate.pack([*rows, rows[0]]))
+            packed(**packing.pack([*rows, rows[0]]))
 
 
 def test_rows_of_other_models_have_no_such_bound():

@@ -260,6 +260,9 @@ BAD = {
         "methods": {"prompt_tuning": {"space": {"num_virtual_tokens": [1, 2]}}, "ia3": None}
     },
     "methods.ia3.max_train_steps must be the same for all methods": {"methods": {"ia3": {"max_train_steps": 9}}},
+    "methods.ia3.max-train-steps must be the same for all methods": {"methods": {"ia3": {"max-train-steps": 9}}},
+    "methods.ia3.no_add_bos must be the same for all methods": {"methods": {"ia3": {"no_add_bos": True}}},
+    "looks like a flag": {"methods": {"ia3": {"report_to": ["all", "--max_train_steps", "9"]}}},
     "methods.promt_tuning 'promt_tuning' is not known": {"methods": {"promt_tuning": None}},
     "unknown serach, did you mean search?": {"serach": {}},
     "seeds [1, 1]": {"seeds": [1, 1]},

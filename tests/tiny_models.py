@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from open_instruct.data import collate
+from open_instruct.data import packing
 from open_instruct.flags import default_values
 from open_instruct.methods import METHODS
 from open_instruct.model.backends import BACKENDS
@@ -106,18 +106,18 @@ def step(model: TrainingModel, batch: dict[str, Any]) -> tuple[float, torch.Tens
 @torch.no_grad()
 def padded_token_losses(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
     """Return the loss of each labelled token by PEFT's forward, in the order of the rows."""
-    batch = collate.pad(rows, 0)
+    batch = packing.pad(rows, 0)
     logits = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     logits, targets = logits[:, -batch["labels"].shape[1] :][:, :-1], batch["labels"][:, 1:]
-    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=collate.IGNORE)[
-        targets != collate.IGNORE
+    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=packing.IGNORE)[
+        targets != packing.IGNORE
     ]
 
 
 @torch.no_grad()
 def packed_token_losses(model: PackedModel, rows: list[dict[str, Any]]) -> torch.Tensor:
     """Return the same, from one packed row."""
-    batch, seen, head = collate.pack(rows), [], model.head
+    batch, seen, head = packing.pack(rows), [], model.head
     model.eval().head = lambda hidden: seen.append(head(hidden)) or seen[-1]
     model(**batch)
     model.head = head
@@ -131,12 +131,12 @@ def differences(
     base = random_model(architecture)
     model, method = wrap(variant, base)
     rows = examples()
-    expected_loss, expected = step(PaddedModel(model), collate.pad(rows, 0))
+    expected_loss, expected = step(PaddedModel(model), packing.pad(rows, 0))
     expected_tokens = padded_token_losses(model, rows)
     packed = packed_model(model, method, backend)
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    loss, gradient = step(packed, collate.pack(rows))
+    loss, gradient = step(packed, packing.pack(rows))
     tokens = packed_token_losses(packed, rows)
     assert expected.norm() > 1e-3 and len(tokens) == len(expected_tokens)
     return (

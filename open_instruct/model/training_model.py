@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from open_instruct.data.collate import IGNORE
+from open_instruct.data.packing import IGNORE
 from open_instruct.errors import InputError
 from open_instruct.model import shared_prefix
 from open_instruct.model.chunked_loss import chunked_cross_entropy, find_head, head_forms
@@ -43,7 +43,7 @@ class PaddedModel(TrainingModel):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the summed loss of a batch of `collate.Padding`, and the number of its labelled tokens.
+        """Return the summed loss of a batch of `packing.Padding`, and the number of its labelled tokens.
 
         Args:
             input_ids: [B, T]
@@ -137,7 +137,7 @@ class PackedModel(TrainingModel):
         target_positions: torch.Tensor,
         targets: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the summed loss of a batch of `collate.Packing`, and the number of its labelled tokens.
+        """Return the summed loss of a batch of `packing.Packing`, and the number of its labelled tokens.
 
         Args:
             input_ids: [1, T], the examples one after another, without virtual tokens.

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from open_instruct.adapters.answer_metrics import NORMALISERS
+from open_instruct.command_line import flags_in
 from open_instruct.errors import InputError, one_line
 from open_instruct.flags import METHOD_NAMES, names_with
 
@@ -82,9 +83,9 @@ def read_study(path: Path) -> Study:
     report = mapping(content, "report", problems)
     check_keys(search, {"kind", "points", "eta", "seed", "space"}, "search.", problems)
     check_keys(report, {"questions", "max_new_tokens", "answer_regex", "normalise", "other_text"}, "report.", problems)
-    for name in SET_BY_STUDY:
-        if name in flags:
-            problems.append(f"flags.{name} is decided by the study: remove it")
+    for key in flags:
+        if flag_name(key) in SET_BY_STUDY:
+            problems.append(f"flags.{key} is decided by the study: remove it")
     search_kind = one_of(search.get("kind", "grid"), SEARCH_KINDS, "search.kind", problems)
     shared_space = read_space(mapping(search, "space", problems, "search."), "search.space", search_kind, problems)
     specs = tuple(
@@ -157,12 +158,17 @@ def method_spec(
     method = one_of(content.get("method", name), METHOD_NAMES, source, problems)
     own_space = mapping(content, "space", problems, f"methods.{name}.")
     flags = {key: value for key, value in content.items() if key not in ("method", "space")}
-    for key in (*SAME_FOR_ALL, *SET_BY_STUDY):
-        if key in flags or key in own_space:
+    for key in dict.fromkeys([*flags, *own_space]):
+        if flag_name(key) in (*SAME_FOR_ALL, *SET_BY_STUDY):
             problems.append(f"methods.{name}.{key} must be the same for all methods: set it under flags")
     space = {axis.name: axis for axis in shared_space if axis.name not in flags}
     space |= {axis.name: axis for axis in read_space(own_space, f"methods.{name}.space", search_kind, problems)}
     return MethodSpec(str(name), method, flags, tuple(space.values()))
+
+
+def flag_name(key: Any) -> str:
+    """Return the flag that a key sets: dashes count as underscores, and `no_x` sets x."""
+    return flags_in([f"--{key}"])[0]
 
 
 def read_space(content: dict[str, Any], source: str, search_kind: str, problems: list[str]) -> tuple[Axis, ...]:
@@ -176,7 +182,7 @@ def read_space(content: dict[str, Any], source: str, search_kind: str, problems:
     """
     axes = []
     for name, value in content.items():
-        if name in SAME_FOR_ALL or name in SET_BY_STUDY:
+        if flag_name(name) in (*SAME_FOR_ALL, *SET_BY_STUDY):
             problems.append(f"{source}.{name} must be the same for all trials: set it under flags, or seeds")
         elif isinstance(value, list) and value:
             axes.append(Axis(name, tuple(value)))

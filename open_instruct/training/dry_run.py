@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 
-from open_instruct.data.collate import Batching, Packing
+from open_instruct.data.packing import Batching, Packing
 from open_instruct.data.plan import Plan
 from open_instruct.model import memory
 from open_instruct.model.chunked_loss import rows_at_once

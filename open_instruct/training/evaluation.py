@@ -7,8 +7,8 @@ from contextlib import nullcontext
 import torch
 from accelerate import Accelerator
 
-from open_instruct.data.collate import Batching, to_device
 from open_instruct.data.dataset import Examples
+from open_instruct.data.packing import Batching, to_device
 from open_instruct.model.evaluation_mode import evaluating
 
 

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from open_instruct.data import collate
-from open_instruct.data.collate import Batching, Packing, Padding
+from open_instruct.data import packing
+from open_instruct.data.packing import Batching, Packing, Padding
 from open_instruct.errors import InputError, one_line
 from open_instruct.methods import Feature, Method
 from open_instruct.model import backends
@@ -190,12 +190,12 @@ def probe(
         packed = PackedModel(model, soft_prompt, backends.BACKENDS[backend])
         try:
             with packed:
-                batch = collate.to_device(collate.pack(rows), causal.device)
+                batch = packing.to_device(packing.pack(rows), causal.device)
                 with torch.no_grad():
                     together = packed(**batch)[0].item()
                 model.train()  # so that attention dropout shows
                 unlabelled = [{**rows[0], "spans": []}, *rows[1:]]
-                leak, within = sensitivity(packed, collate.to_device(collate.pack(unlabelled), causal.device))
+                leak, within = sensitivity(packed, packing.to_device(packing.pack(unlabelled), causal.device))
         except CannotPack as problem:
             return None, str(problem)
     if not abs(together - own) < tolerance * own:
@@ -214,7 +214,7 @@ def own_loss(model: Any, rows: list[dict[str, Any]]) -> float:
     """
     padded = PaddedModel(model)
     try:
-        batches = [collate.to_device(collate.pad([row], 0), next(model.parameters()).device) for row in rows]
+        batches = [packing.to_device(packing.pad([row], 0), next(model.parameters()).device) for row in rows]
         return sum(padded(**batch)[0].item() for batch in batches)
     except (ValueError, RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
         kind = causal_of(model).config.model_type

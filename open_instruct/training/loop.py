@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 
-from open_instruct.data.collate import Batching, to_device
+from open_instruct.data.packing import Batching, to_device
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError, warn
 from open_instruct.methods import Method

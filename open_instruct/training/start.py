@@ -20,8 +20,8 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.data.collate import Batching, to_device
 from open_instruct.data.dataset import Examples
+from open_instruct.data.packing import Batching, to_device
 from open_instruct.data.plan import Plan
 from open_instruct.methods import Method
 from open_instruct.model.evaluation_mode import evaluating
