@@ -103,7 +103,10 @@ def frames() -> list[str]:
         words = ["--model_name_or_path", str(ROOT / "assets" / "tiny-model"), "--use_lora", "--dataset_skip_cache"]
         words += ["--train_file", str(ROOT / "data" / "sample" / "train.jsonl"), "--output_dir", folder]
         words += ["--max_train_steps", "1", "--num_sample_answers", "0", "--overwrite_output_dir"]
-        code = finetune_peft.main(words)
+        try:
+            code = finetune_peft.main(words)
+        finally:
+            PackedModel.forward = forward  # type: ignore[method-assign]
     assert code == 0
     return next(stack for stack in stacks if "step_gradient" in stack)
 

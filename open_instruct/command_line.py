@@ -7,7 +7,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, fields, replace
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -139,22 +139,21 @@ def parse(argv: Sequence[str]) -> tuple[Flags, dict[str, str]]:
     namespace, unknown = parser.parse_known_args([*from_config, *argv])
     if unknown:
         parser.error(describe_unknown(unknown))
-    flags = Flags(**{name: getattr(namespace, name) for name in FIELDS})
+    values = {name: getattr(namespace, name) for name in FIELDS}
     origins = dict.fromkeys(flags_in(from_config), "config") | dict.fromkeys(flags_in(argv), "flag")
-    if flags.save_to_hub and "push_to_hub" in origins and not flags.push_to_hub:
+    if values["save_to_hub"] and "push_to_hub" in origins and not values["push_to_hub"]:
         parser.error("--save_to_hub asks for an upload, and --push_to_hub False forbids it: drop one")
-    return without_aliases(flags), origins
+    return Flags(**without_aliases(values)), origins
 
 
-def without_aliases(flags: Flags) -> Flags:
-    """Replace older names, and zeros that mean "unset", by their present form."""
-    return replace(
-        flags,
-        tokenizer_name_or_path=flags.tokenizer_name_or_path or flags.tokenizer_name,
-        num_virtual_tokens=flags.num_virtual_tokens or None,
-        push_to_hub=flags.push_to_hub or bool(flags.save_to_hub),
-        hf_repo_id=flags.hf_repo_id or flags.save_to_hub,
-    )
+def without_aliases(values: dict[str, Any]) -> dict[str, Any]:
+    """Give older names, and zero values that mean "unset", their present form."""
+    return values | {
+        "tokenizer_name_or_path": values["tokenizer_name_or_path"] or values["tokenizer_name"],
+        "num_virtual_tokens": values["num_virtual_tokens"] or None,
+        "push_to_hub": values["push_to_hub"] or bool(values["save_to_hub"]),
+        "hf_repo_id": values["hf_repo_id"] or values["save_to_hub"],
+    }
 
 
 def read_config(path: Path) -> list[str]:
