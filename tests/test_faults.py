@@ -318,3 +318,10 @@ def test_damaged_checkpoints_are_no_reason_to_start_anew(train):
     run = train("run", *flags, "--resume_from_checkpoint")
     assert run.code == 2 and "are damaged: drop --resume_from_checkpoint and start anew" in run.err
     assert len(complete_checkpoints(full.folder / "checkpoints")) == 3
+
+
+@pytest.mark.parametrize("flags", [["--use_vera", "--vera_rank"], ["--use_lora", "--lora_rank"]])
+def test_an_adapter_that_no_memory_holds_is_one_line(flags, train):
+    run = train("run", *flags, "1000000000000", *SHORT)
+    assert run.code == 2 and "there is no memory for an adapter with" in run.err and "1000000000000" in run.err
+    assert run.err.count("\n") == 1

@@ -21,6 +21,7 @@ from open_instruct.flags import Flags, check_flags
 from open_instruct.methods import METHODS, Method
 from open_instruct.model.training_model import causal_of
 from open_instruct.training.base_model import BaseModelSettings, skeleton
+from open_instruct.training.faults import is_out_of_memory
 
 NETWORK = "trained.safetensors"  # beside an adapter whose network (P-tuning, projected prefix) PEFT's format leaves out
 
@@ -91,7 +92,12 @@ def put_adapter_on(
         InputError: the trained adapter does not fit the base.
     """
     if folder is None:
-        return method.wrap(model, tokenizer, settings)
+        try:
+            return method.wrap(model, tokenizer, settings)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(f"there is no memory for an adapter with {settings}: give a smaller one") from None
     weights: dict[str, Tensor] | None = None
     network: dict[str, Tensor] | None = None
     if model.device.type != "meta":
