@@ -43,6 +43,15 @@ class NoSettings:
     """The settings of a method that has none of its own."""
 
 
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter whose training continues, as read from its folder."""
+
+    config: PeftConfig
+    weights: Mapping[str, torch.Tensor] | None  # None on the meta device, which has no values
+    network: Mapping[str, torch.Tensor] | None  # what PEFT's format leaves out; None where `keeps_network` is false
+
+
 class Method(ABC):
     """One way to fine-tune, with everything that the trainer knows about it. `METHODS` in this package lists them all.
 
@@ -100,15 +109,12 @@ class Method(ABC):
         A base on the meta device gets an adapter without values.
         """
 
-    @abstractmethod
     def wrap_trained(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: Any,
-        config: PeftConfig,
-        weights: Mapping[str, torch.Tensor] | None,
-        network: Mapping[str, torch.Tensor] | None,
+        adapter: TrainedAdapter,
     ) -> nn.Module:
         """Return the base with a trained adapter whose training continues.
 
@@ -116,13 +122,12 @@ class Method(ABC):
             model: the base.
             tokenizer: the base's tokenizer.
             settings: an instance of `settings_class`, as for `wrap`.
-            config: PEFT's configuration of the adapter.
-            weights: the adapter's tensors; None on the meta device, which has no values.
-            network: trained parameters that PEFT's format leaves out; None where `keeps_network` is false.
+            adapter: the trained adapter.
 
         Raises:
             InputError: the weights do not fit.
         """
+        raise NotImplementedError(f"{self.title} makes no adapter")
 
     def adopt(self, adapter: Mapping[str, Any], has_network: bool) -> dict[str, Any]:
         """Return the values of this method's flags that an adapter decides.
@@ -178,19 +183,17 @@ class LayerMethod(Method):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: Any,
-        config: PeftConfig,
-        weights: Mapping[str, torch.Tensor] | None,
-        network: Mapping[str, torch.Tensor] | None,
+        adapter: TrainedAdapter,
     ) -> nn.Module:
         """See `Method`: PEFT restores the weights."""
         from peft import get_peft_model, set_peft_model_state_dict
 
-        config.inference_mode = False
-        wrapped = get_peft_model(model, config)
-        if weights is None:
+        adapter.config.inference_mode = False
+        wrapped = get_peft_model(model, adapter.config)
+        if adapter.weights is None:
             return wrapped
         try:
-            problems = set_peft_model_state_dict(wrapped, dict(weights))
+            problems = set_peft_model_state_dict(wrapped, dict(adapter.weights))
         except RuntimeError as error:
             raise InputError(one_line(error)) from None
         if problems.unexpected_keys:

@@ -11,8 +11,6 @@ from open_instruct.methods.facts import ModelFacts, between
 from open_instruct.methods.features import Feature
 
 if TYPE_CHECKING:
-    import torch
-    from peft import PeftConfig
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,15 +36,3 @@ class Full(Method):
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Any) -> nn.Module:
         """Return the model as it is, in float32."""
         return model.float().requires_grad_(True)
-
-    def wrap_trained(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: Any,
-        config: PeftConfig,
-        weights: Mapping[str, torch.Tensor] | None,
-        network: Mapping[str, torch.Tensor] | None,
-    ) -> nn.Module:
-        """Raise an error: full fine-tuning makes no adapter, so it can't continue one."""
-        raise NotImplementedError("full fine-tuning has no adapter")

@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from open_instruct.methods.base import EmbeddingPrompt, Recipe, load_network
+from open_instruct.methods.base import EmbeddingPrompt, Recipe, TrainedAdapter, load_network
 from open_instruct.methods.facts import ModelFacts, between, model_facts
 
 if TYPE_CHECKING:
-    import torch
-    from peft import PeftConfig
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -66,14 +64,12 @@ class PTuning(EmbeddingPrompt):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: PTuningSettings,
-        config: PeftConfig,
-        weights: Mapping[str, torch.Tensor] | None,
-        network: Mapping[str, torch.Tensor] | None,
+        adapter: TrainedAdapter,
     ) -> nn.Module:
         """See `Method`: the network is restored, because PEFT's format holds only its output."""
         wrapped = self.wrap(model, tokenizer, settings)
-        if network is not None:
-            load_network(wrapped, network)
+        if adapter.network is not None:
+            load_network(wrapped, adapter.network)
         return wrapped
 
     def adopt(self, adapter: Mapping[str, Any], has_network: bool) -> dict[str, Any]:

@@ -9,13 +9,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from open_instruct.errors import InputError, one_line
-from open_instruct.methods.base import Method, Recipe, load_network
+from open_instruct.methods.base import Method, Recipe, TrainedAdapter, load_network
 from open_instruct.methods.facts import DEFAULT_TEXT, ModelFacts, between, cached
 from open_instruct.methods.features import Feature
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -99,19 +98,17 @@ class PrefixTuning(Method):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: PrefixTuningSettings,
-        config: PeftConfig,
-        weights: Mapping[str, torch.Tensor] | None,
-        network: Mapping[str, torch.Tensor] | None,
+        adapter: TrainedAdapter,
     ) -> nn.Module:
         """See `Method`: with a projection the network is restored, else keys and values are the trained parameter."""
         wrapped: Any = self.wrap(model, tokenizer, settings)
-        if network is not None:
-            load_network(wrapped, network)
-        elif weights is not None:
+        if adapter.network is not None:
+            load_network(wrapped, adapter.network)
+        elif adapter.weights is not None:
             import torch
 
             with torch.no_grad():
-                wrapped.prompt_encoder["default"].load_prompt_embeddings(weights["prompt_embeddings"].float())
+                wrapped.prompt_encoder["default"].load_prompt_embeddings(adapter.weights["prompt_embeddings"].float())
         return wrapped
 
     def adopt(self, adapter: Mapping[str, Any], has_network: bool) -> dict[str, Any]:

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from open_instruct.methods.base import EmbeddingPrompt, Recipe
+from open_instruct.methods.base import EmbeddingPrompt, Recipe, TrainedAdapter
 from open_instruct.methods.facts import DEFAULT_TEXT, ModelFacts
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -81,14 +80,12 @@ class PromptTuning(EmbeddingPrompt):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: PromptTuningSettings,
-        config: PeftConfig,
-        weights: Mapping[str, torch.Tensor] | None,
-        network: Mapping[str, torch.Tensor] | None,
+        adapter: TrainedAdapter,
     ) -> nn.Module:
         """See `Method`: the vectors are the trained parameter."""
         wrapped = self.wrap(model, tokenizer, settings)
-        if weights is not None:
-            self.set_init(wrapped, weights["prompt_embeddings"])
+        if adapter.weights is not None:
+            self.set_init(wrapped, adapter.weights["prompt_embeddings"])
         return wrapped
 
     def adopt(self, adapter: Mapping[str, Any], has_network: bool) -> dict[str, Any]:

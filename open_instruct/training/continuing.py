@@ -19,6 +19,7 @@ from open_instruct.adapters.loaded import check_shapes
 from open_instruct.errors import InputError
 from open_instruct.flags import Flags, check_flags
 from open_instruct.methods import METHODS, Method
+from open_instruct.methods.base import TrainedAdapter
 from open_instruct.model.training_model import causal_of
 from open_instruct.training.base_model import BaseModelSettings, skeleton
 from open_instruct.training.faults import is_out_of_memory
@@ -105,7 +106,7 @@ def put_adapter_on(
         network = load_file(folder.path / NETWORK) if method.keeps_network(settings) else None
     check_shapes(folder, model)
     try:
-        return method.wrap_trained(model, tokenizer, settings, folder.config, weights, network)
+        return method.wrap_trained(model, tokenizer, settings, TrainedAdapter(folder.config, weights, network))
     except InputError as error:
         raise InputError(f"--adapter_name_or_path {folder.path} does not fit the base: {error}") from None
 
