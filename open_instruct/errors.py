@@ -1,11 +1,24 @@
-"""The one exception that means "the user can mend this", and how a tool ends."""
+"""The one exception that means "the user can mend this", what becomes one, and how a tool ends."""
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+BUGS = (AssertionError, NameError, ImportError)  # no input raises them: they keep their traceback
+REMEDIES = {
+    errno.ENOSPC: "free disk space, or name another place",
+    errno.EDQUOT: "free disk space, or name another place",
+    errno.EFBIG: "raise the limit on file sizes, or name another place",
+    errno.EACCES: "change its permissions, or name another path",
+    errno.EPERM: "change its permissions, or name another path",
+    errno.EROFS: "name a path that can be written",
+}
 
 
 class InputError(ValueError):
@@ -15,6 +28,52 @@ class InputError(ValueError):
 def one_line(error: BaseException | str, longest: int = 300) -> str:
     """Return an error's text without line breaks, cut at `longest` characters."""
     return " ".join(str(error).split())[:longest]
+
+
+def reason_of(error: BaseException) -> str:
+    """Return in a few words why an input can't be used, from whatever a library raised about it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not {error.encoding.upper()}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    text = one_line(error)
+    return text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def input_faults(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a block raises about one input into an InputError: "`what` can't be used (reason): `remedy`".
+
+    The block does nothing but read, parse or evaluate that input, so each error is the input's: wrong types, missing
+    keys, depth, size, encoding, permissions, a library's refusal. An InputError passes as it is, and so do `BUGS`.
+
+    Args:
+        what: the input as the user knows it, with its value: "--answer_regex 'a('", "chat template t.jinja".
+        remedy: what the user can do.
+
+    Raises:
+        InputError: the block raised an error.
+    """
+    try:
+        yield
+    except (InputError, *BUGS):
+        raise
+    except Exception as error:
+        raise InputError(f"{what} can't be used ({reason_of(error)}): {remedy}") from error
+
+
+def system_fault(error: OSError | MemoryError) -> str:
+    """Return one line for what the operating system refused outside of `input_faults`: rights, space, memory."""
+    if isinstance(error, MemoryError):
+        return "the machine is out of memory: choose smaller sizes, or end other programs"
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{reason_of(error)}: {REMEDIES.get(error.errno or 0, 'check the path, or name another')}"
 
 
 def warn(text: str) -> None:
@@ -30,7 +89,8 @@ def exit_code(work: Callable[[], None], interrupted: str = "interrupted: nothing
         interrupted: line printed after an interruption (Ctrl-C or SIGTERM).
 
     Returns:
-        The exit code. 0: done; 2: wrong input, reported in one line; 130: interrupted.
+        The exit code. 0: done; 2: wrong input, or a refusal of the operating system, reported in one line; 130:
+        interrupted; 141: whoever read the output has closed it.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -39,8 +99,15 @@ def exit_code(work: Callable[[], None], interrupted: str = "interrupted: nothing
     before = signal.signal(signal.SIGTERM, end)
     try:
         work()
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
+        return 128 + signal.SIGPIPE
+    except (OSError, MemoryError) as error:
+        print(f"error: {system_fault(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

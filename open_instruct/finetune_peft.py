@@ -19,7 +19,7 @@ if not __package__:  # started as a file, from a clone that need not be installe
 
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.command_line import parse, warn_without_effect
-from open_instruct.errors import InputError
+from open_instruct.errors import InputError, system_fault
 from open_instruct.flags import check_flags
 from open_instruct.training.preemption import PREEMPTED, Preempted, ignore_signals
 
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(flags, origins)
     except InputError as error:
         return report_error(error)
+    except (OSError, MemoryError) as error:
+        return report_error(InputError(system_fault(error)))
     except Preempted as stop:
         ignore_signals()  # a launcher that sees the first process end may signal the others once more
         if int(os.environ.get("RANK", "0")) == 0:
