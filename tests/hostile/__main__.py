@@ -1,0 +1,55 @@
+"""See the package."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.hostile.forks import fork, preload
+from tests.hostile.judge import report, try_draw, try_seeds
+from tests.hostile.sandbox import build
+
+
+def work(first: int, draws: int, root: Path) -> list[str]:
+    """Build a sandbox and try a range of seeds, a few at a time, printing as they fail."""
+    sandbox = build(root / f"sandbox-{first}", fork)
+    failures: list[str] = []
+    costs: dict[str, list[float]] = {}
+    for start in range(first, first + draws, 20):
+        new = try_seeds(range(start, min(start + 20, first + draws)), sandbox, root / f"draws-{first}", costs)
+        failures += new
+        print(*new, f"{start + 20 - first} of {draws}: {len(failures)} wrong", sep="\n", file=sys.stderr, flush=True)
+    for name, seconds in sorted(costs.items(), key=lambda item: -sum(item[1])):
+        print(f"{name:28} {len(seconds):6} draws, {sum(seconds) / len(seconds):6.3f} s each", file=sys.stderr)
+    return failures
+
+
+def main() -> int:
+    """Run draws by hand."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--draws", type=int, default=2000)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seed", type=int)
+    args = parser.parse_args()
+    preload()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        if args.seed is not None:
+            sandbox = build(root / "sandbox", fork)
+            draw, outcome, problems = try_draw(args.seed, sandbox, root / "draws")
+            print(outcome.out, outcome.err, report(args.seed, draw, outcome, problems or ["nothing wrong"]), sep="\n")
+            return int(bool(problems))
+        share = args.draws // args.workers
+        jobs = [(args.first + number * share, share, root) for number in range(args.workers)]
+        with multiprocessing.get_context("fork").Pool(args.workers) as pool:
+            failures = sum(pool.starmap(work, jobs), [])
+        print(*failures, f"{len(failures)} of {args.draws} draws went wrong", sep="\n")
+        return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
