@@ -58,8 +58,8 @@ def preload() -> None:
         importlib.import_module(f"open_instruct.study.{module}")
 
 
-def fork(command: str, words: Sequence[str], cwd: Path, stdin: bytes = b"") -> Outcome:
-    """Run one command with its words in a forked process."""
+def fork(command: str, words: Sequence[str], cwd: Path, stdin: bytes = b"", learn: bool = False) -> Outcome:
+    """Run one command with its words in a forked process; `learn`: import here what it imported there."""
     (cwd / ".stdin").write_bytes(stdin)
     out, err = cwd / ".out", cwd / ".err"
     child = os.fork()
@@ -67,6 +67,8 @@ def fork(command: str, words: Sequence[str], cwd: Path, stdin: bytes = b"") -> O
         code = 70
         try:
             code = _child(command, words, cwd)
+            if learn:
+                (cwd / ".modules").write_text("\n".join(sys.modules))
         finally:
             os._exit(code)
     hung, pause, computed, since = False, 0.001, -1, time.monotonic()
@@ -87,8 +89,12 @@ def fork(command: str, words: Sequence[str], cwd: Path, stdin: bytes = b"") -> O
     code = os.waitstatus_to_exitcode(status)
     seconds = usage.ru_utime + usage.ru_stime
     outcome = Outcome(code, _text(out), _text(err), hung or code == -signal.SIGXCPU, seconds)
-    for path in (out, err, cwd / ".stdin"):
-        path.unlink()
+    if learn:
+        for module in (cwd / ".modules").read_text().splitlines():
+            with contextlib.suppress(Exception):  # some modules only exist where others made them
+                importlib.import_module(module)
+    for path in (out, err, cwd / ".stdin", cwd / ".modules"):
+        path.unlink(missing_ok=True)
     return outcome
 
 

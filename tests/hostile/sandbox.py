@@ -72,12 +72,21 @@ def build(root: Path, fork) -> Sandbox:
         stream.write_table(table)
     for method, flags in ADAPTERS.items():
         words = sandbox.train(*flags, "--output_dir", str(sandbox.run(method)), "--checkpointing_steps", "1")
-        outcome = fork("finetune_peft", words, root)
+        outcome = fork("finetune_peft", words, root, learn=True)
         assert outcome.code == 0, outcome
     config = root / "study.yaml"
     config.write_text(study_text(sandbox))
-    outcome = fork("study_peft", ["--config", str(config), "--output_dir", str(sandbox.study)], root)
+    outcome = fork("study_peft", ["--config", str(config), "--output_dir", str(sandbox.study)], root, learn=True)
     assert outcome.code == 0, outcome
+    prompt, text = ["--adapter", str(sandbox.run("prompt"))], ["--max_new_tokens", "2"]
+    for command, words in {
+        "generate_peft": [*text, "--input_file", str(sandbox.data), "--output_file", str(root / "answers.jsonl")],
+        "evaluate_peft": [*text, "--file", str(sandbox.data), "--output_dir", str(root / "evaluated")],
+        "merge_peft": ["--output", str(root / "merged")],
+        "inspect_peft": ["--output_dir", str(root / "inspected")],
+    }.items():
+        outcome = fork(command, [*prompt, *words], root, learn=True)
+        assert outcome.code == 0, outcome
     return sandbox
 
 
