@@ -136,7 +136,7 @@ class Resolved(Settings):
         return {
             "flags": {
                 name: {"value": value, "origin": self.origins.get(name, "default")}
-                for name, value in sorted(self.values().items())
+                for name, value in sorted((self.values() | {"config_name": self.model.config_name}).items())
             },
             "method": self.method.name,
             "recipe_sources": self.recipe_sources,
@@ -201,6 +201,11 @@ class Resolved(Settings):
         return replace(self, optimizer=optimizer, origins={**self.origins, "learning_rate": "auto_lr"})
 
 
+def absolute(name: str | None) -> str | None:
+    """Return the full path of a folder; a name on the Hub as it is."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
 def base_model_settings(flags: Flags) -> BaseModelSettings:
     """Return the settings of the base model."""
     method = METHODS[flags.method]
@@ -208,9 +213,10 @@ def base_model_settings(flags: Flags) -> BaseModelSettings:
     quantise = method.quantises_base or ("4bit" if flags.load_in_4bit else "8bit" if flags.load_in_8bit else None)
     return BaseModelSettings(
         name=flags.model_name_or_path,
-        config_name=flags.config_name,
+        # An adapter records it, and is used from other folders.
+        config_name=absolute(flags.config_name),
         revision=flags.model_revision,
-        arguments=flags.additional_model_arguments or "{}",
+        arguments=flags.additional_model_arguments,
         # Full fine-tuning trains float32 weights, whatever the precision in which it computes.
         dtype=torch.float32 if method.trains_base else loading.choose_dtype(flags.dtype),
         quantise=quantise,
