@@ -135,9 +135,10 @@ class AdapterFolder:
         entry = self.record.get("flags", {}).get(flag)
         if entry is None:
             return None
-        value, kind = entry.get("value") if isinstance(entry, dict) else entry, type(FIELDS[flag].default)
-        wanted = bool if kind is bool else str  # of the flags that describe a base
-        if not isinstance(entry, dict) or not isinstance(value, (wanted, NoneType)):
+        value = entry.get("value") if isinstance(entry, dict) else entry
+        default = FIELDS[flag].default
+        kind = str if default is None else type(default)  # of the flags that describe a base
+        if not isinstance(entry, dict) or not isinstance(value, (kind, NoneType)):
             path = self.path / "run.json"
             raise InputError(f"adapter {self.name}: {path} can't be used (its flag {flag} is {value!r}): {REPAIR}")
         return value

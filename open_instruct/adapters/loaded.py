@@ -27,6 +27,8 @@ from open_instruct.model import loading
 from open_instruct.model.configuration import parse_arguments
 from open_instruct.model.weights import check_keys, misfit, read_tensors
 
+PATTERN_SECONDS = 1.0  # of CPU time for one pattern on the names of all layers; real ones take milliseconds
+
 
 class Adapters:
     """A base model with adapters by name, of which one at a time is active.
@@ -138,7 +140,7 @@ def check_patterns(folder: AdapterFolder, base: Any) -> None:
     for pattern in patterns:
         if isinstance(pattern, str):
             what, remedy = f"adapter {folder.name}: pattern {pattern[:80]!r} of its {CONFIG}", "repair it"
-            with input_faults(what, remedy), limited_time(what, remedy):
+            with input_faults(what, remedy), limited_time(what, remedy, PATTERN_SECONDS):
                 compiled = re.compile(pattern)
                 for name, _ in base.named_modules():
                     compiled.fullmatch(name)

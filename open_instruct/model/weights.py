@@ -35,8 +35,8 @@ def misfit(
     """
     lacking, foreign = set(missing), set(unexpected)
     other = {f"{name} {list(stored)}, the model needs {list(needed)}" for name, stored, needed in mismatched}
-    groups = {"lacks": lacking, "has weights without a place in the model:": foreign, "has other shapes:": other}
-    parts = [f"it {words} {some_of(names)}" for words, names in groups.items() if names]
+    groups = {"missing": lacking, "without a place in the model": foreign, "of another shape": other}
+    parts = [f"{len(names):,} {words}: {some_of(names)}" for words, names in groups.items() if names]
     return "; ".join(parts) or None
 
 

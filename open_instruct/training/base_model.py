@@ -55,6 +55,11 @@ class TokenizerSettings:
     add_bos: bool
 
 
+def absolute(name: str | None) -> str | None:
+    """Return the full path of a folder; a name on the Hub as it is."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
 def load_base_config(settings: BaseModelSettings) -> PretrainedConfig:
     """Load the base's configuration, and check the weights of a local folder before any data is read.
 

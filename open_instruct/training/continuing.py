@@ -5,27 +5,26 @@ PEFT's own `is_trainable=True` refuses soft prompts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from open_instruct.adapters import folders
-from open_instruct.adapters.folders import AdapterFolder
+from open_instruct.adapters.folders import AdapterFolder, BaseChanges
 from open_instruct.adapters.loaded import check_patterns, read_weights
 from open_instruct.errors import InputError, input_faults, warn
 from open_instruct.flags import Flags, check_flags
 from open_instruct.methods import METHODS, Method
 from open_instruct.methods.base import TrainedAdapter
-from open_instruct.model.configuration import canonical
 from open_instruct.model.training_model import causal_of
 from open_instruct.model.weights import read_tensors
-from open_instruct.training.base_model import BaseModelSettings, skeleton
+from open_instruct.training.base_model import BaseModelSettings, absolute, skeleton
 from open_instruct.training.faults import is_out_of_memory
 
-JSON_FLAG = "additional_model_arguments"
 NETWORK = "trained.safetensors"  # beside an adapter whose network (P-tuning, projected prefix) PEFT's format leaves out
 
 
@@ -56,13 +55,15 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
         for name in ("load_in_4bit", "load_in_8bit"):
             if folder.trained_on(name) and name not in origins:
                 values[name] = True
-    values |= base_values(flags, folder)
+    given = BaseChanges(flags.model_revision, absolute(flags.config_name), flags.additional_model_arguments)
+    values |= base_values(given, folder)
     if folder.peft_type not in method.continues_from:
         raise InputError(
             f"--adapter_name_or_path {folder.path} is {folder.title}, and the method is {method.name}: drop the "
             "method's flag"
         )
     values |= method.adopt(folder.settings, (folder.path / NETWORK).is_file())
+    check_adopted(values, folder)
     for name, value in values.items():
         if name in origins and getattr(flags, name) not in (None, value):
             raise InputError(f"--{name} {getattr(flags, name)} contradicts the {value} of {folder.path}: drop the flag")
@@ -78,21 +79,38 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
     return adopted, origins | taken, folder
 
 
-def base_values(flags: Flags, folder: AdapterFolder) -> dict[str, Any]:
-    """Return the flags with which the adapter's base was loaded, where the run that trained it recorded any.
+def base_values(given: BaseChanges, folder: AdapterFolder) -> dict[str, str]:
+    """Return the flags with which the adapter's base was loaded, where they were not given.
 
-    Equal JSON objects in different words do not contradict each other. A flag that the run did not have is new, which
-    is said: the adapter has not seen such a base.
+    One that the run did not have is allowed, and said: the adapter has not seen such a base.
+
+    Raises:
+        InputError: one was given with another value.
     """
-    values: dict[str, Any] = {}
-    for name, value in asdict(folder.base_changes).items():
-        given = getattr(flags, name)
-        if value is None and given is not None and folder.record:
-            warn(f"{folder.path} was trained without --{name} {given}: training continues on another form of its base")
-        if value is not None:
-            is_equal = given is not None and name == JSON_FLAG and canonical(given) == canonical(value)
-            values[name] = given if is_equal else value
+    values, recorded = {}, folder.base_changes
+    equal = [ours == theirs for ours, theirs in zip(given.comparable(), recorded.comparable(), strict=True)]
+    for (name, value), is_equal in zip(asdict(given).items(), equal, strict=True):
+        old = getattr(recorded, name)
+        if value is None and old is not None:
+            values[name] = old
+        elif not is_equal and old is not None:
+            raise InputError(f"--{name} {value} contradicts the {old} of {folder.path}: drop the flag")
+        elif not is_equal and folder.record:
+            warn(f"{folder.path} was trained without --{name} {value}: training continues on another form of its base")
     return values
+
+
+def check_adopted(values: Mapping[str, Any], folder: AdapterFolder) -> None:
+    """Refuse values of an adapter's settings that a flag could not have.
+
+    Raises:
+        InputError: naming one.
+    """
+    kinds = get_type_hints(Flags)
+    for name, value in values.items():
+        kind = kinds[name] | int if kinds[name] is float else kinds[name]
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+            raise InputError(f"the adapter's settings in {folder.path} can't be used (--{name} {value!r}): repair them")
 
 
 def put_adapter_on(

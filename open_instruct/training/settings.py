@@ -24,7 +24,7 @@ from open_instruct.errors import InputError
 from open_instruct.flags import FIELDS, Flags, names_with
 from open_instruct.methods import METHODS, Feature, Method, ModelFacts, Recipe
 from open_instruct.model import loading
-from open_instruct.training.base_model import BaseModelSettings, TokenizerSettings
+from open_instruct.training.base_model import BaseModelSettings, TokenizerSettings, absolute
 from open_instruct.training.checkpoint import Checkpoint
 from open_instruct.training.doctor import RunInfo
 from open_instruct.training.engines import ProcessSettings, is_sharded
@@ -199,11 +199,6 @@ class Resolved(Settings):
         """Return the settings with the rate that --auto_lr chose: the third moment."""
         optimizer = replace(self.optimizer, learning_rate=rate)
         return replace(self, optimizer=optimizer, origins={**self.origins, "learning_rate": "auto_lr"})
-
-
-def absolute(name: str | None) -> str | None:
-    """Return the full path of a folder; a name on the Hub as it is."""
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def base_model_settings(flags: Flags) -> BaseModelSettings:
