@@ -97,7 +97,7 @@ def test_a_base_that_does_not_fit_is_refused_before_data_and_when_loaded(case, t
 
 @pytest.mark.parametrize("case", VALUES)
 def test_a_base_that_is_not_finite_is_refused(case, tmp_path):
-    with pytest.raises(InputError, match="not finite, NaN or infinite: model.layers.2.mlp.up_proj.weight"):
+    with pytest.raises(InputError, match="NaN or infinite: model.layers.2"):
         load(copy_of_base(tmp_path, with_value(VALUES[case])))
 
 

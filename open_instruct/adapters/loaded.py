@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from open_instruct.adapters.folders import BASE, CONFIG, WEIGHTS, AdapterFolder, BaseChanges, quantisation
-from open_instruct.errors import InputError, input_faults, warn
+from open_instruct.errors import InputError, input_faults, one_line, warn
 from open_instruct.limits import limited_time
 from open_instruct.methods import METHODS
 from open_instruct.model import loading
@@ -58,6 +59,9 @@ class Adapters:
                 )
             self.keys[folder.name] = f"adapter_{len(self.keys)}"
             self.models[folder.name] = put_on(folder, base, self.keys[folder.name])
+        for folder in folders:
+            remedy = "use another --dtype, or train the adapter anew"
+            loading.try_out(self.use(folder.name), f"base + adapter {folder.name}", remedy, training=False)
         self.use(BASE)
 
     def use(self, name: str) -> Any:
@@ -100,7 +104,7 @@ def put_on(folder: AdapterFolder, base: Any, key: str) -> Any:
     check_patterns(folder, base)
     what = f"adapter {folder.name}, trained on {folder.trained_base or 'another model'},"
     remedy = f"give the base that it was trained on, not {name_of(base)}, or another copy of it"
-    with input_faults(what, remedy), warnings.catch_warnings():
+    with input_faults(what, remedy), needed_packages(what), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT only warns of what is missing
         model = PeftModel.from_pretrained(base, str(folder.path), adapter_name=key)
         # `from_pretrained` drops the report of what did not fit. Loading again gives it, and costs little.
@@ -112,6 +116,19 @@ def put_on(folder: AdapterFolder, base: Any, key: str) -> Any:
         if problem:
             raise InputError(f"{what} does not fit the base {name_of(base)} ({problem}): {remedy}")
     return model.eval()
+
+
+@contextmanager
+def needed_packages(what: str) -> Iterator[None]:
+    """Turn a package that an adapter's settings need, and that is not installed, into an InputError.
+
+    Raises:
+        InputError: naming it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{what} needs a package that is not installed ({one_line(error)}): install it") from error
 
 
 def read_weights(folder: AdapterFolder, base: Any) -> dict[str, torch.Tensor]:

@@ -65,27 +65,30 @@ def check_causal(config: PretrainedConfig, name: str) -> None:
     Raises:
         InputError: an encoder–decoder, an encoder, another kind of model, or one under another family's name.
     """
-    kind, remedy = config.model_type, "name a causal language model, such as Llama, Qwen, Gemma or GPT-2"
-    what = f"model {name} can't be trained or used here"
-    with input_faults(f"model {name}", remedy):
-        text = config.get_text_config()
+    remedy = "name a causal language model, such as Llama, Qwen, Gemma or GPT-2"
+    with input_faults(f"the configuration of model {name}", remedy):
+        reason = not_causal(config)
+    if reason:
+        raise InputError(f"model {name} can't be trained or used here ({reason}): {remedy}")
+
+
+def not_causal(config: PretrainedConfig) -> str | None:
+    """Return why a configuration does not make a causal language model whose weights it describes, or None."""
+    kind, text = config.model_type, config.get_text_config()
     if config.is_encoder_decoder or getattr(text, "is_encoder_decoder", False):
-        raise InputError(f"{what} ({kind} is an encoder-decoder, of which only the decoder would be used): {remedy}")
+        return f"{kind} is an encoder-decoder, of which only the decoder would be used"
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        return  # the model's own code decides
+        return None  # the model's own code decides
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"{what} ({kind} is no causal language model): {remedy}")
-    sees_later_tokens = kind in ENCODERS and False in (getattr(text, "is_decoder", None), getattr(text, "causal", None))
-    if sees_later_tokens:
-        raise InputError(f"{what} ({kind} is an encoder: each token sees those after it): {remedy}")
+        return f"{kind} is no causal language model"
+    if kind in ENCODERS and False in (getattr(text, "is_decoder", None), getattr(text, "causal", None)):
+        return f"{kind} is an encoder: each token sees those after it"
     written = next(iter(config.architectures or []), None)
     made = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
     of_others = {names for family, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if family != kind}
     if written in of_others and written not in (made, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)):
-        raise InputError(
-            f"{what} (its config.json says model_type {kind}, which makes {made}, but architectures {written}): "
-            "give the config.json that belongs to the weights"
-        )
+        return f"its config.json says model_type {kind}, which makes {made}, but architectures {written}"
+    return None
 
 
 def parse_arguments(text: str | None) -> dict[str, Any]:

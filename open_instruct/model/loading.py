@@ -234,7 +234,8 @@ def load_model(
     half = ", or a --dtype with a larger range, as float16 ends at 65,504" if dtype == torch.float16 else ""
     check_finite(tensors, f"model {name}", f"download it again{half}")
     if arguments:
-        try_out(model, arguments)
+        what = f"--additional_model_arguments {arguments}"[:200]
+        try_out(model, what, "give values that this model can run with", training=True)
     if quantise:
         for module in model.modules():
             # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weights at the first evaluation for a kernel that
@@ -315,15 +316,20 @@ def check_fit(
 
 
 @torch.no_grad()
-def try_out(model: PreTrainedModel, arguments: str) -> None:
-    """Run a model with further arguments on three tokens, as in training.
+def try_out(model: Any, what: str, remedy: str, training: bool) -> None:
+    """Run a model on three tokens, and leave it in evaluation mode.
+
+    Args:
+        model: a base, with or without an adapter.
+        what: the input that it came from, as the user knows it.
+        remedy: what the user can do.
+        training: run it as in training, with dropout.
 
     Raises:
         InputError: it does not run, or computes what is not finite.
     """
-    what, remedy = f"--additional_model_arguments {arguments}"[:200], "give values that this model can run with"
     with input_faults(what, remedy):
-        logits = model.train()(input_ids=torch.tensor([[0, 1, 2]], device=model.device)).logits
+        logits = model.train(training)(input_ids=torch.tensor([[0, 1, 2]], device=model.device)).logits
         if not torch.isfinite(logits).all():
             raise ValueError("the model computes what is not finite")
     model.eval()

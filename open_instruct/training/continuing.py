@@ -15,11 +15,12 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from open_instruct.adapters import folders
 from open_instruct.adapters.folders import AdapterFolder, BaseChanges
-from open_instruct.adapters.loaded import check_patterns, read_weights
+from open_instruct.adapters.loaded import check_patterns, needed_packages, read_weights
 from open_instruct.errors import InputError, input_faults, warn
 from open_instruct.flags import Flags, check_flags
 from open_instruct.methods import METHODS, Method
 from open_instruct.methods.base import TrainedAdapter
+from open_instruct.model import loading
 from open_instruct.model.training_model import causal_of
 from open_instruct.model.weights import read_tensors
 from open_instruct.training.base_model import BaseModelSettings, absolute, skeleton
@@ -136,7 +137,7 @@ def put_adapter_on(
     """
     if folder is None:
         try:
-            wrapped = method.wrap(model, tokenizer, settings)
+            wrapped: Any = method.wrap(model, tokenizer, settings)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -150,9 +151,12 @@ def put_adapter_on(
         if method.keeps_network(settings):
             network = read_tensors(folder.path / NETWORK, "the adapter's network", f"use {method.network_remedy}")
     check_patterns(folder, model)
-    with input_faults(f"--adapter_name_or_path {folder.path}", "give the base that it was trained on"):
+    what, remedy = f"--adapter_name_or_path {folder.path}", "give the base that it was trained on"
+    with input_faults(what, remedy), needed_packages(what):
         wrapped = method.wrap_trained(model, tokenizer, settings, TrainedAdapter(folder.config, weights, network))
     set_revision(wrapped, revision)
+    if weights is not None:
+        loading.try_out(wrapped, what, remedy, training=True)
     return wrapped
 
 
