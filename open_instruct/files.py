@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -154,7 +155,21 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, in a file that is either the old one or the new one, never half."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON that every reader accepts: JSON knows no NaN and no infinity, which become null."""
+    return json.dumps(finite_values(value), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+
+
+def finite_values(value: Any) -> Any:
+    """Return a value with None for each number that is not finite, also within lists and dictionaries."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: finite_values(item) for name, item in value.items()}
+    return [finite_values(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def sha256(path: Path) -> str:

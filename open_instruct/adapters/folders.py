@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from open_instruct.errors import InputError, one_line, warn
+from open_instruct.errors import InputError, input_faults, one_line, warn
+from open_instruct.flags import FIELDS
 from open_instruct.methods import METHODS, Method, method_of_type
 
 if TYPE_CHECKING:
@@ -23,6 +25,33 @@ if TYPE_CHECKING:
 BASE = "base"  # the name that stands for the plain model
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+REPAIR = "repair the file, or copy the adapter again"
+TEXTS = ("base_model_name_or_path", "revision")  # values of adapter_config.json that are texts, where there are any
+
+
+@dataclass(frozen=True)
+class BaseChanges:
+    """What makes a base out of a named model: the values of three flags of the run; None: not given."""
+
+    model_revision: str | None = None
+    config_name: str | None = None
+    additional_model_arguments: str | None = None
+
+    def text(self) -> str:
+        """Return the flags as words of a command line."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return " ".join(f"--{name} {value}" for name, value in given.items()) or "without further flags"
+
+    def same(self, other: BaseChanges) -> bool:
+        """Whether two of them make the same base: JSON objects are compared by content."""
+        return self.comparable() == other.comparable()
+
+    def comparable(self) -> tuple[Any, ...]:
+        """Return values that are equal where two bases are."""
+        from open_instruct.model.configuration import canonical  # imports torch
+
+        revision = None if self.model_revision == "main" else self.model_revision
+        return revision, self.config_name, canonical(self.additional_model_arguments)
 
 
 @dataclass(frozen=True)
@@ -58,10 +87,8 @@ class AdapterFolder:
         """
         from peft import PeftConfig
 
-        try:
+        with input_faults(f"adapter {self.name} ({self.path / CONFIG})", REPAIR):
             return PeftConfig.from_pretrained(str(self.path))
-        except Exception as error:  # PEFT raises what its dataclasses raise; each means that the file can't be used
-            raise InputError(unreadable(str(self.path), error)) from error
 
     @property
     def title(self) -> str:
@@ -83,18 +110,44 @@ class AdapterFolder:
         """Name of the base model that it was trained on, where it names one."""
         return self.settings.get("base_model_name_or_path") or None
 
-    @property
+    @cached_property
     def record(self) -> dict[str, Any]:
-        """Content of the run.json of the run that trained it; empty where another tool did."""
-        try:
-            content = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        """Content of the run.json of the run that trained it; empty where another tool did.
+
+        Raises:
+            InputError: it can't be read; without it, the wrong base might be used.
+        """
+        path = self.path / "run.json"
+        if not path.exists():
             return {}
-        return content if isinstance(content, dict) and isinstance(content.get("flags"), dict) else {}
+        with input_faults(f"adapter {self.name}: {path}", REPAIR):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or not isinstance(content.get("flags", {}), dict):
+                raise ValueError("it holds no flags")
+            return content
 
     def trained_on(self, flag: str) -> Any:
-        """Return the value of a flag in the run that trained it, or None."""
-        return self.record.get("flags", {}).get(flag, {}).get("value")
+        """Return the value of a flag in the run that trained it, or None.
+
+        Raises:
+            InputError: the record of the run is damaged.
+        """
+        entry = self.record.get("flags", {}).get(flag)
+        if entry is None:
+            return None
+        value = entry.get("value") if isinstance(entry, dict) else entry
+        default = FIELDS[flag].default
+        kind = str if default is None else type(default)  # of the flags that describe a base
+        if not isinstance(entry, dict) or not isinstance(value, (kind, NoneType)):
+            path = self.path / "run.json"
+            raise InputError(f"adapter {self.name}: {path} can't be used (its flag {flag} is {value!r}): {REPAIR}")
+        return value
+
+    @property
+    def base_changes(self) -> BaseChanges:
+        """What its base was besides its name."""
+        revision = self.trained_on("model_revision") or self.settings.get("revision")
+        return BaseChanges(revision, self.trained_on("config_name"), self.trained_on("additional_model_arguments"))
 
 
 def parse_adapters(words: Sequence[str] | None) -> list[AdapterFolder]:
@@ -164,16 +217,17 @@ def read_settings(path: Path, source: str) -> dict[str, Any]:
     Raises:
         InputError: it is no JSON object, names no method, or a soft prompt's length is missing.
     """
-    try:
+    with input_faults(f"adapter {source}: {path}", REPAIR):
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(unreadable(source, error)) from None
     if not isinstance(settings, dict) or not isinstance(settings.get("peft_type"), str):
         raise InputError(unreadable(source, f"its {CONFIG} names no peft_type"))
+    for name in TEXTS:
+        if not isinstance(settings.get(name), (str, NoneType)):
+            raise InputError(unreadable(source, f"its {name} is {settings[name]!r}, not a text"))
     num_virtual_tokens = settings.get("num_virtual_tokens")
     method = method_of_type(settings["peft_type"])
     is_soft_prompt = method is not None and method.is_soft_prompt
-    if is_soft_prompt and not (isinstance(num_virtual_tokens, int) and num_virtual_tokens > 0):
+    if is_soft_prompt and not (type(num_virtual_tokens) is int and num_virtual_tokens > 0):
         raise InputError(unreadable(source, f"its num_virtual_tokens is {num_virtual_tokens!r}, not a positive number"))
     return settings
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.adapters.folders import AdapterFolder, check_prompt
 from open_instruct.adapters.served import Served, load
 from open_instruct.data import questions, reading
+from open_instruct.errors import InputError, warn
 from open_instruct.model.tokens import ordinary_tokens
+from open_instruct.model.weights import check_keys, read_tensors
 
 START = "soft_prompt_start.safetensors"  # beside the adapter: the vectors before the first step
 
@@ -96,9 +97,20 @@ def vocabulary_vectors(base: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[t
 
 
 def start_of(folder: AdapterFolder) -> torch.Tensor | None:
-    """Return the soft prompt [P, D] before the first step, or None where the run did not keep it."""
+    """Return the soft prompt [P, D] before the first step, or None where the run did not keep it.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     path = folder.path / START
-    return load_file(path)["embeddings"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    remedy = "delete it to inspect the adapter without its start"
+    tensors = read_tensors(path, "the soft prompt's start", remedy)
+    check_keys(tensors, ["embeddings"], f"the soft prompt's start ({path})", remedy)
+    if tensors["embeddings"].dim() != 2 or len(tensors["embeddings"]) != folder.num_virtual_tokens:
+        raise InputError(f"the soft prompt's start ({path}) has another shape than the adapter: {remedy}")
+    return tensors["embeddings"]
 
 
 def drift(folder: AdapterFolder, start: torch.Tensor) -> list[dict[str, float]]:
@@ -108,8 +120,13 @@ def drift(folder: AdapterFolder, start: torch.Tensor) -> list[dict[str, float]]:
     checkpoint holds that network, which is several tensors.
     """
     rows = []
-    for path in sorted(folder.path.glob("checkpoints/step_*/trained.safetensors"), key=step_of):
-        tensors = list(load_file(path).values())
+    paths = folder.path.glob("checkpoints/step_*/trained.safetensors")
+    for path in sorted((path for path in paths if step_of(path) >= 0), key=step_of):
+        try:
+            tensors = list(read_tensors(path, "checkpoint", "it is left out").values())
+        except InputError as error:
+            warn(str(error))
+            continue
         if len(tensors) == 1 and tensors[0].shape == start.shape:
             distance = (tensors[0] - start).norm(dim=1).mean().item()
             rows.append({"step": step_of(path), "distance": distance, "norm": tensors[0].norm(dim=1).mean().item()})
@@ -117,8 +134,9 @@ def drift(folder: AdapterFolder, start: torch.Tensor) -> list[dict[str, float]]:
 
 
 def step_of(path: Path) -> int:
-    """Return the step of a checkpoint's file."""
-    return int(path.parent.name.removeprefix("step_"))
+    """Return the step of a checkpoint's file; -1 for a folder that only looks like a checkpoint (step_4.bak)."""
+    number = path.parent.name.removeprefix("step_")
+    return int(number) if number.isascii() and number.isdigit() else -1
 
 
 def nearest_tokens(

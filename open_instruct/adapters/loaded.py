@@ -5,7 +5,11 @@ Several adapters of any methods share one base in memory; one is active at a tim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +17,18 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from open_instruct.adapters.folders import BASE, WEIGHTS, AdapterFolder, quantisation
-from open_instruct.errors import InputError, one_line
+from open_instruct.adapters.folders import BASE, CONFIG, WEIGHTS, AdapterFolder, BaseChanges, quantisation
+from open_instruct.errors import InputError, input_faults, one_line, warn
+from open_instruct.limits import limited_time
 from open_instruct.methods import METHODS
 from open_instruct.model import loading
+from open_instruct.model.configuration import parse_arguments
+from open_instruct.model.weights import check_keys, misfit, read_tensors
+
+PATTERN_SECONDS = 1.0  # of CPU time for one pattern on the names of all layers; real ones take milliseconds
 
 
 class Adapters:
@@ -50,15 +58,10 @@ class Adapters:
                     f"adapter {folder.name} is {folder.title}, which can't be used here: known are {known}"
                 )
             self.keys[folder.name] = f"adapter_{len(self.keys)}"
-            check_shapes(folder, base)
-            try:
-                model = PeftModel.from_pretrained(base, str(folder.path), adapter_name=self.keys[folder.name])
-            except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                raise InputError(
-                    f"adapter {folder.name}, trained on {folder.trained_base or 'another model'}, "
-                    f"does not fit the base {name_of(base)}: {one_line(error)}"
-                ) from None
-            self.models[folder.name] = model.eval()
+            self.models[folder.name] = put_on(folder, base, self.keys[folder.name])
+        for folder in folders:
+            remedy = "use another --dtype, or train the adapter anew"
+            loading.try_out(self.use(folder.name), f"base + adapter {folder.name}", remedy, training=False)
         self.use(BASE)
 
     def use(self, name: str) -> Any:
@@ -86,30 +89,97 @@ class Adapters:
         return self.models[name]
 
 
-def check_shapes(folder: AdapterFolder, base: Any) -> None:
+def put_on(folder: AdapterFolder, base: Any, key: str) -> Any:
+    """Return the base with an adapter, whose weights are finite, complete, and all in use.
+
+    Args:
+        folder: the adapter.
+        base: the base.
+        key: the adapter's name inside PEFT.
+
+    Raises:
+        InputError: it does not fit; both models are named.
+    """
+    read_weights(folder, base)
+    check_patterns(folder, base)
+    what = f"adapter {folder.name}, trained on {folder.trained_base or 'another model'},"
+    remedy = f"give the base that it was trained on, not {name_of(base)}, or another copy of it"
+    with input_faults(what, remedy), needed_packages(what), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT only warns of what is missing
+        model = PeftModel.from_pretrained(base, str(folder.path), adapter_name=key)
+        # `from_pretrained` drops the report of what did not fit. Loading again gives it, and costs little.
+        report = model.load_adapter(
+            str(folder.path), key, key_mapping=getattr(base, "_checkpoint_conversion_mapping", {})
+        )
+    if not folder.prompt_kind:  # of soft prompts, `read_weights` has compared names
+        problem = misfit(report.missing_keys, report.unexpected_keys)
+        if problem:
+            raise InputError(f"{what} does not fit the base {name_of(base)} ({problem}): {remedy}")
+    return model.eval()
+
+
+@contextmanager
+def needed_packages(what: str) -> Iterator[None]:
+    """Turn a package that an adapter's settings need, and that is not installed, into an InputError.
+
+    Raises:
+        InputError: naming it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{what} needs a package that is not installed ({one_line(error)}): install it") from error
+
+
+def read_weights(folder: AdapterFolder, base: Any) -> dict[str, torch.Tensor]:
+    """Read an adapter's weights.
+
+    Raises:
+        InputError: they are damaged or not finite, or are a soft prompt that does not fit the base.
+    """
+    weights = read_tensors(folder.path / WEIGHTS, f"adapter {folder.name}", "copy the adapter again, or train it anew")
+    if folder.prompt_kind:
+        check_keys(weights, ["prompt_embeddings"], f"adapter {folder.name}", "give a file that PEFT wrote")
+        check_shape(folder, base, tuple(weights["prompt_embeddings"].shape))
+    return weights
+
+
+def check_patterns(folder: AdapterFolder, base: Any) -> None:
+    """Refuse regular expressions in an adapter's settings that are none, or on which `re` computes for ever.
+
+    Raises:
+        InputError: naming one.
+    """
+    patterns = [folder.settings.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    for name in ("rank_pattern", "alpha_pattern"):
+        by_layer = folder.settings.get(name)
+        patterns += list(by_layer) if isinstance(by_layer, dict) else []
+    for pattern in patterns:
+        if isinstance(pattern, str):
+            what, remedy = f"adapter {folder.name}: pattern {pattern[:80]!r} of its {CONFIG}", "repair it"
+            with input_faults(what, remedy), limited_time(what, remedy, PATTERN_SECONDS):
+                compiled = re.compile(pattern)
+                for name, _ in base.named_modules():
+                    compiled.fullmatch(name)
+
+
+def check_shape(folder: AdapterFolder, base: Any, shape: tuple[int, ...]) -> None:
     """Refuse a soft prompt of another width or depth than the base's, which would fail late, or not at all.
 
     Embeddings are stored as [P, D]; keys and values as [P, 2 · L · K · E].
 
     Raises:
-        InputError: it does not fit, or can't be read; both models are named.
+        InputError: it does not fit; both models are named.
     """
-    if not folder.prompt_kind:
-        return
     config = base.config.get_text_config()
     width = config.hidden_size
     if folder.prompt_kind == "keys_values":
         num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = 2 * config.num_hidden_layers * num_heads * head_size
-    try:
-        with safe_open(str(folder.path / WEIGHTS), "pt") as file:
-            shape = tuple(file.get_slice("prompt_embeddings").get_shape())
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"adapter {folder.name} ({folder.path}) can't be read: {error}") from None
     if shape != (folder.num_virtual_tokens, width):
         raise InputError(
-            f"adapter {folder.name} holds {shape[0]} × {shape[1]} numbers "
+            f"adapter {folder.name} holds {' × '.join(map(str, shape)) or 'one'} numbers "
             f"for {folder.trained_base or 'another model'}, and the base {name_of(base)} "
             f"needs {folder.num_virtual_tokens} × {width}: "
             "give the base that it was trained on"
@@ -148,6 +218,32 @@ def tokenizer_for(
     return tokenizer
 
 
+def shared_changes(folders: Sequence[AdapterFolder]) -> BaseChanges:
+    """Return the flags with which all adapters' base was loaded in training.
+
+    Raises:
+        InputError: they differ.
+    """
+    first = folders[0].base_changes if folders else BaseChanges()
+    for folder in folders:
+        if not folder.base_changes.same(first):
+            raise InputError(
+                f"the adapters were trained on different forms of the base ({folders[0].name}: {first.text()}; "
+                f"{folder.name}: {folder.base_changes.text()}): use them one at a time"
+            )
+    return first
+
+
+def runnable(text: str | None) -> str | None:
+    """Return the arguments of a base without a FlashAttention that was there in training and is not here."""
+    arguments = parse_arguments(text)
+    attention = str(arguments.get("attn_implementation"))
+    if "flash" in attention and loading.choose_attention(None) is None:
+        warn(f"the adapter was trained with the attention {attention}, which can't run here: using the default")
+        del arguments["attn_implementation"]
+    return json.dumps(arguments) if arguments else None
+
+
 def load_adapted_base(
     name: str,
     dtype: str,
@@ -155,9 +251,9 @@ def load_adapted_base(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Any:
-    """Return the base model in the revision and quantisation on which its adapters were trained, in evaluation mode.
+    """Return the base model as its adapters were trained on it, in evaluation mode.
 
-    It is on the GPU if there is one.
+    Revision, configuration, further arguments and quantisation are theirs. It is on the GPU if there is one.
 
     Args:
         name: folder or repository of the base.
@@ -167,24 +263,24 @@ def load_adapted_base(
         allow_pickle: load weights that exist only as pickle files.
 
     Raises:
-        InputError: the adapters were trained on different revisions, or the base can't be loaded.
+        InputError: the adapters were trained on different forms of the base, or it can't be loaded.
     """
-    revisions = {folder.trained_on("model_revision") for folder in folders}
-    if len(revisions) > 1:
-        raise InputError(
-            f"the adapters were trained on different revisions of the base ({', '.join(map(str, revisions))}): "
-            "use them one at a time"
-        )
-    options: dict[str, Any] = {
-        "trust_remote_code": trust_remote_code,
-        "revision": revisions.pop() if revisions else None,
-    }
+    changes = shared_changes(folders)
+    arguments = runnable(changes.additional_model_arguments)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": changes.model_revision}
     quantise = quantisation(folders)
-    config = loading.load_config(name, **options)
+    if changes.config_name and Path(changes.config_name).is_absolute() and not Path(changes.config_name).is_dir():
+        raise InputError(
+            f"the adapter was trained with the configuration in {changes.config_name} (--config_name), which is not "
+            "there: put it back, or change config_name in the adapter's run.json"
+        )
+    config = loading.load_config(changes.config_name or name, arguments, **options)
     stored = getattr(config.get_text_config(), "dtype", None) or torch.float32
     precision = stored if dtype == "stored" else loading.choose_dtype(dtype)
     attention = loading.choose_attention(None)
-    model = loading.load_model(name, config, precision, attention, quantise, allow_pickle, **options)
+    model = loading.load_model(
+        name, config, precision, attention, quantise, allow_pickle, arguments=arguments, **options
+    )
     if not quantise:
         model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model.config.use_cache = True

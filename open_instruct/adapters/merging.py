@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from open_instruct.adapters import loaded, prompt_tokens
 from open_instruct.adapters.folders import AdapterFolder, base_name, check_mergeable, parse_adapters, quantisation
@@ -19,6 +19,7 @@ from open_instruct.adapters.loaded import Adapters
 from open_instruct.adapters.prompt_tokens import NewTokens
 from open_instruct.errors import InputError
 from open_instruct.files import flush, write_json
+from open_instruct.model import loading
 from open_instruct.quiet import silence_transformers
 
 PROBES = ("The sum of seven and five is", "Write one sentence about the sea.", "x")
@@ -86,7 +87,8 @@ def merge(
         tokenizer.save_pretrained(working)
         device, precision = model.device, model.dtype
         del model, adapters, base  # a second copy of the model comes next
-        reloaded = AutoModelForCausalLM.from_pretrained(working, dtype=precision, trust_remote_code=trust_remote_code)
+        config = loading.load_config(str(working), trust_remote_code=trust_remote_code)
+        reloaded = loading.load_model(str(working), config, precision, None, trust_remote_code=trust_remote_code)
         reloaded = reloaded.to(device).eval()
         figures = verify(reloaded, AutoTokenizer.from_pretrained(working), plain_tokenizer, new_tokens, wanted)
         result = {
@@ -126,7 +128,11 @@ def check_length(base: Any, folders: Sequence[AdapterFolder]) -> None:
 
 @torch.no_grad()
 def expected(adapters: Adapters, tokenizer: PreTrainedTokenizerBase) -> Expected:
-    """Run the probes through base + adapter, by PEFT's own forward pass."""
+    """Run the probes through base + adapter, by PEFT's own forward pass.
+
+    Raises:
+        InputError: logits are not finite.
+    """
     logits, texts = {}, {}
     for name in adapters.folders:
         model = adapters.use(name)
@@ -135,6 +141,11 @@ def expected(adapters: Adapters, tokenizer: PreTrainedTokenizerBase) -> Expected
             model(input_ids=torch.tensor([ids], device=adapters.base.device)).logits[0, -len(ids) :].float()
             for ids in probes
         ]
+        if not all(torch.isfinite(values).all() for values in logits[name]):
+            raise InputError(
+                f"base + {name} computes logits that are not finite, so nothing can be merged: use another --dtype, or "
+                "train the adapter anew"
+            )
         texts[name] = greedy_answers(model, tokenizer, probes, NEW_TOKENS)
     return Expected(logits, texts)
 
@@ -235,7 +246,8 @@ def verify(
             inputs = torch.tensor([prompt + ids], device=model.device)
             logits_TV = model(input_ids=inputs).logits[0, len(prompt) :].float()
             difference = (logits_TV[:, : wanted_TV.shape[-1]] - wanted_TV).abs().max() / wanted_TV.abs().max()
-            worst = max(worst, difference.item())
+            # Other than `max`, this keeps a NaN, which no tolerance allows.
+            worst = difference.item() if not difference.item() <= worst else worst
             if prompt:
                 leaked = max(leaked, logits_TV.softmax(-1)[:, all_new_ids].sum(-1).max().item())
         if not worst <= tolerance:

@@ -196,8 +196,7 @@ class LayerMethod(Method):
             problems = set_peft_model_state_dict(wrapped, dict(adapter.weights))
         except RuntimeError as error:
             raise InputError(one_line(error)) from None
-        if problems.unexpected_keys:
-            raise InputError(f"it has no parameter {problems.unexpected_keys[0]}")
+        check_loaded(wrapped, problems)
         return wrapped
 
 
@@ -227,11 +226,28 @@ def load_network(wrapped: nn.Module, network: Mapping[str, torch.Tensor]) -> Non
     """Restore the trained parameters of a soft prompt's network.
 
     Raises:
-        InputError: the model lacks one of them.
+        InputError: some are missing, or have no place.
     """
     try:
         problems = wrapped.load_state_dict(dict(network), strict=False)
     except RuntimeError as error:
         raise InputError(one_line(error)) from None
-    if problems.unexpected_keys:
-        raise InputError(f"it has no parameter {problems.unexpected_keys[0]}")
+    check_loaded(wrapped, problems)
+
+
+def check_loaded(wrapped: nn.Module, problems: Any) -> None:
+    """Refuse weights that were not exactly those of an adapter.
+
+    Args:
+        wrapped: the base with the adapter, whose parameters alone are trained.
+        problems: torch's report: names in the model that got no value, and names that have no place in it.
+
+    Raises:
+        InputError: naming three parameters.
+    """
+    from open_instruct.model.weights import misfit
+
+    trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    problem = misfit(trained & set(problems.missing_keys), problems.unexpected_keys)
+    if problem:
+        raise InputError(f"its weights do not fit: {problem}")

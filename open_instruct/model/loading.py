@@ -6,12 +6,14 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,22 +24,30 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from open_instruct.errors import InputError, one_line
+from open_instruct.errors import InputError, input_faults, one_line
+from open_instruct.model.configuration import check_causal, loader_arguments, with_arguments
+from open_instruct.model.weights import check_finite, misfit, scales_of, some_of
+
+OF_TEXT_MODEL = re.compile(r"(^|\.)(language_model|text_model)\.|^(model\.)?layers\.\d")  # within other models, too
+INDEX = "model.safetensors.index.json"  # of weights in several files
 
 
-def load_config(name: str, **options: Any) -> PretrainedConfig:
-    """Return the configuration of a model.
+def load_config(name: str, arguments: str | None = None, **options: Any) -> PretrainedConfig:
+    """Return the configuration of a causal language model.
 
     Args:
         name: a folder, or a name on the Hub.
+        arguments: value of --additional_model_arguments; None: none.
         options: passed on to `from_pretrained` (revision, trust_remote_code, …).
 
     Raises:
-        InputError: the folder or name holds no model.
+        InputError: the folder or name holds no causal language model, or the arguments don't fit it.
     """
     check_model_folder(name)
     with readable(f"model {name}"):
-        return AutoConfig.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(name, **options)
+    check_causal(config, name)
+    return with_arguments(config, arguments)
 
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
@@ -79,12 +89,16 @@ def check_model_folder(name: str) -> None:
 
 
 def check_weights(name: str, allow_pickle: bool) -> None:
-    """Refuse a local folder without safetensors, unless it has pickle files and these are allowed.
+    """Refuse a local folder without complete safetensors, unless it has pickle files and these are allowed.
 
     Raises:
-        InputError: no weights, or only pickled ones.
+        InputError: no weights, only pickled ones, an incomplete index, or an adapter beside them.
     """
     path = Path(name)
+    if path.is_dir() and (path / INDEX).is_file() and not (path / "model.safetensors").is_file():
+        check_index(path / INDEX)
+    if (path / "adapter_config.json").is_file():
+        raise InputError(f"model folder {name} also holds an adapter, which would be loaded with it: separate them")
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
@@ -95,6 +109,33 @@ def check_weights(name: str, allow_pickle: bool) -> None:
             f"model folder {name} has its weights only as pickle ({pickled[0]}), and loading one can run code "
             "that is in it: convert it to safetensors, or pass --allow_pickle if you trust its source"
         )
+
+
+def check_index(index: Path) -> None:
+    """Refuse the index of weights in several files if files are missing, or two of them hold the same weight.
+
+    Raises:
+        InputError: naming them.
+    """
+    what, remedy = f"index of the model's weights {index}", "download the folder again"
+    with input_faults(what, remedy):
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise InputError(f"{what} names files outside of its folder ({some_of(outside)}): {remedy}")
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
+        raise InputError(f"{what} names files that are not there ({some_of(absent)}): {remedy}")
+    holder: dict[str, str] = {}
+    for name in names:
+        with input_faults(f"weights {index.parent / name}", remedy), safe_open(index.parent / name, "pt") as file:
+            keys = list(file.keys())
+        twice = [key for key in keys if key in holder]
+        if twice:
+            raise InputError(
+                f"weights {some_of(twice)} are in {holder[twice[0]]} and in {name} of {index.parent}: {remedy}"
+            )
+        holder |= dict.fromkeys(keys, name)
 
 
 @contextmanager
@@ -147,9 +188,10 @@ def load_model(
     quantise: str | None = None,
     allow_pickle: bool = False,
     use_liger_kernel: bool = False,
+    arguments: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """Return the base model in `dtype`, on this process's device.
+    """Return the base model in `dtype`, with weights that fit it and are finite.
 
     Args:
         name: a folder, or a name on the Hub.
@@ -160,12 +202,15 @@ def load_model(
             layers.
         allow_pickle: weights may be pickled.
         use_liger_kernel: load it with Liger's GPU kernels.
+        arguments: value of --additional_model_arguments, which `config` has already; None: none.
         options: passed on to `from_pretrained`.
 
     Raises:
-        InputError: weights missing, pickled, or of another shape; an extra that is not installed.
+        InputError: weights missing, left over, pickled, not finite, or of another shape; an extra that is not
+            installed.
     """
     check_weights(name, allow_pickle)
+    options |= loading_options(attention, arguments)
     loader: Any = AutoModelForCausalLM
     if use_liger_kernel:
         if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():
@@ -183,7 +228,14 @@ def load_model(
     if not allow_pickle:
         options["use_safetensors"] = True
     with readable(f"model {name}"):
-        model = loader.from_pretrained(name, config=config, dtype=dtype, attn_implementation=attention, **options)
+        model, info = loader.from_pretrained(name, config=config, dtype=dtype, **options)
+    check_fit(name, config, model, info, arguments)
+    tensors = (*model.named_parameters(), *scales_of(model))
+    half = ", or a --dtype with a larger range, as float16 ends at 65,504" if dtype == torch.float16 else ""
+    check_finite(tensors, f"model {name}", f"download it again{half}")
+    if arguments:
+        what = f"--additional_model_arguments {arguments}"[:200]
+        try_out(model, what, "give values that this model can run with", training=True)
     if quantise:
         for module in model.modules():
             # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weights at the first evaluation for a kernel that
@@ -192,6 +244,95 @@ def load_model(
                 module.support_avx512bf16_for_cpu = False
     model.config.use_cache = False
     return model
+
+
+def loading_options(attention: str | None, arguments: str | None) -> dict[str, Any]:
+    """Return the options of `from_pretrained` that make it report what does not fit instead of passing over it.
+
+    Raises:
+        InputError: the attention is chosen twice.
+    """
+    own = loader_arguments(arguments)
+    if attention and own.get("attn_implementation", attention) != attention:
+        raise InputError(
+            f"--additional_model_arguments chooses the attention {own['attn_implementation']}, and --use_flash_attn "
+            f"{attention}: drop one, or pass --use_flash_attn False"
+        )
+    return {"attn_implementation": attention, **own, "output_loading_info": True, "ignore_mismatched_sizes": True}
+
+
+def check_fit_early(name: str, config: PretrainedConfig, arguments: str | None, **options: Any) -> None:
+    """Check from the files' headers alone, in a second, whether a folder's weights fit.
+
+    The model is built without values. Weights that are quantised or pickled, and the Hub's, are checked when loaded.
+
+    Args:
+        name: folder of the base.
+        config: result of `load_config`.
+        arguments: value of --additional_model_arguments.
+        options: passed on to `from_pretrained`.
+
+    Raises:
+        InputError: they don't fit.
+    """
+    folder = Path(name)
+    if getattr(config, "quantization_config", None) or not folder.is_dir() or not any(folder.glob("*.safetensors")):
+        return
+    options |= loading_options(None, arguments) | {"device_map": "meta", "use_safetensors": True}
+    with readable(f"model {name}"):
+        model, info = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
+    check_fit(name, config, model, info, arguments)
+
+
+def check_fit(
+    name: str, config: PretrainedConfig, model: PreTrainedModel, info: dict[str, Any], arguments: str | None
+) -> None:
+    """Refuse weights that are not exactly those of the model.
+
+    transformers has dropped what its classes declare as dispensable, and ties what is tied. Of a model of text and
+    images, of which only the text model is built, the other parts' weights are left over.
+
+    Args:
+        name: folder or repository.
+        config: the configuration that was asked for.
+        model: the model that was built from it.
+        info: transformers' report of loading it.
+        arguments: value of --additional_model_arguments.
+
+    Raises:
+        InputError: naming three parameters that are missing, left over, or of another shape.
+    """
+    constants = {key for key, buffer in model.named_buffers() if not buffer.is_floating_point() or "inv_freq" in key}
+    unexpected = info["unexpected_keys"]
+    if getattr(config, "sub_configs", None):
+        unexpected = {key for key in unexpected if OF_TEXT_MODEL.search(key)}
+    problem = misfit(info["missing_keys"] - constants, unexpected, info["mismatched_keys"])
+    if problem:
+        changed = f", or drop --additional_model_arguments {arguments}"[:200] if arguments else ""
+        raise InputError(
+            f"the weights of model {name} do not fit its configuration ({problem}): give the config.json that belongs "
+            f"to the weights, or download the folder again{changed}"
+        )
+
+
+@torch.no_grad()
+def try_out(model: Any, what: str, remedy: str, training: bool) -> None:
+    """Run a model on three tokens, and leave it in evaluation mode.
+
+    Args:
+        model: a base, with or without an adapter.
+        what: the input that it came from, as the user knows it.
+        remedy: what the user can do.
+        training: run it as in training, with dropout.
+
+    Raises:
+        InputError: it does not run, or computes what is not finite.
+    """
+    with input_faults(what, remedy):
+        logits = model.train(training)(input_ids=torch.tensor([[0, 1, 2]], device=model.device)).logits
+        if not torch.isfinite(logits).all():
+            raise ValueError("the model computes what is not finite")
+    model.eval()
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

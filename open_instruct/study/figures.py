@@ -14,6 +14,7 @@ import numpy as np
 
 from open_instruct.bootstrap import Resampling, interval
 from open_instruct.errors import InputError
+from open_instruct.ranking import finite_or_inf
 from open_instruct.study.results import (
     StudyResults,
     TrialResult,
@@ -22,7 +23,6 @@ from open_instruct.study.results import (
     params_name,
     split_loss,
 )
-from open_instruct.study.search import finite_or_inf
 
 # Names in report.json where they differ from the fields': files of older studies have them too.
 JSON_NAMES = {

@@ -12,9 +12,10 @@ from statistics import fmean
 from typing import Any
 
 from open_instruct.errors import InputError
+from open_instruct.ranking import finite_or_inf
 from open_instruct.study import search, trials
 from open_instruct.study.config import Study
-from open_instruct.study.search import Trial, finite_or_inf
+from open_instruct.study.search import Trial
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def read_result(study: Study, trial: Trial) -> TrialResult | None:
         folder=str(task.folder),
         failed=summary.get("failed"),
         summary=summary,
-        base=json.loads(base_path.read_text(encoding="utf-8")) if base_path.exists() else {},
+        base=trials.read_figures(base_path) if base_path.exists() else {},
         learning_rate=float(flags["learning_rate"]["value"]) if flags else math.nan,
         curve=[(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row],
     )

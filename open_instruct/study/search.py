@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from open_instruct.command_line import config_words
+from open_instruct.ranking import finite_or_inf
 from open_instruct.study.config import Axis, MethodSpec, Study
 
 
@@ -89,11 +90,6 @@ def next_trials(study: Study, spec: MethodSpec, losses: Mapping[str, float]) -> 
             all_params = [dict(trial.params) for trial in ranked[: max(1, len(all_params) // study.eta)]]
         stage = [make_trial(study, spec, all_params[0], seed) for seed in study.seeds]
     return stage if unfinished(stage) else []
-
-
-def finite_or_inf(loss: float) -> float:
-    """Return the loss, or infinity in place of a NaN: `min` and `sorted` would prefer a NaN that comes first."""
-    return loss if math.isfinite(loss) else math.inf
 
 
 def candidates(study: Study, spec: MethodSpec) -> list[dict[str, Any]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from open_instruct.ranking import finite_or_inf
 from open_instruct.study.figures import COSTS, FailedMethod, MethodFigures, PairDifference, StudyFigures, pareto_front
 from open_instruct.study.results import params_name
-from open_instruct.study.search import finite_or_inf
 
 FEW_SEEDS = 5  # below: the bootstrap over seeds draws from too few
 

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,9 +57,22 @@ def read_outcome(task: Task) -> dict[str, Any] | None:
     """Return a trial's summary, {"failed": reason} if it failed, or None while it has not finished."""
     for name in ("summary.json", FAILED):
         if (task.folder / name).exists():
-            outcome: dict[str, Any] = json.loads((task.folder / name).read_text(encoding="utf-8"))
-            return outcome
+            return read_figures(task.folder / name)
     return None
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """Read a trial's summary, or the figures of a base model. Losses that were not finite, null in the file, are nan.
+
+    Args:
+        path: summary.json, failed.json or base-*.json.
+    """
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("rows", "other"):
+        rows = content.get("study", {}).get(name)
+        if rows:
+            content["study"][name] = [[math.nan if loss is None else loss, count] for loss, count in rows]
+    return content
 
 
 def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
@@ -145,8 +159,7 @@ def base_figures(task: Task, flags: Flags, bases: Bases) -> dict[str, Any]:
             base = bases.take(settings.model, config, tokenizer, accelerator)
             quantised = settings.model.quantise
             write_json(path, {"quantised": quantised, **measure_trial(task.study, base, tokenizer, data)})
-    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return figures
+    return read_figures(path)
 
 
 def base_path(task: Task, base_key: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from open_instruct.adapters.loaded import chat_template
 from open_instruct.data import chat
 from open_instruct.errors import warn
 from open_instruct.model import loading
+from open_instruct.model.configuration import canonical, loader_arguments
 from open_instruct.training import engines
 
 
@@ -28,7 +28,7 @@ class BaseModelSettings:
     name: str
     config_name: str | None
     revision: str | None
-    arguments: str  # JSON object of further arguments
+    arguments: str | None  # JSON object of further arguments
     dtype: torch.dtype  # precision of the stored weights
     quantise: str | None  # "4bit", "8bit" or None
     trains_base: bool  # the run changes the base's weights
@@ -40,8 +40,7 @@ class BaseModelSettings:
     @property
     def key(self) -> str:
         """Key that identifies the weights and how they are held."""
-        arguments = None if self.arguments == "{}" else self.arguments
-        parts = [self.quantise, self.dtype, self.name, self.revision, self.config_name, arguments]
+        parts = [self.quantise, self.dtype, self.name, self.revision, self.config_name, canonical(self.arguments)]
         return repr([*parts, self.use_liger_kernel])
 
 
@@ -56,19 +55,22 @@ class TokenizerSettings:
     add_bos: bool
 
 
+def absolute(name: str | None) -> str | None:
+    """Return the full path of a folder; a name on the Hub as it is."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
 def load_base_config(settings: BaseModelSettings) -> PretrainedConfig:
-    """Load the base's configuration, and check the weights of a local folder.
+    """Load the base's configuration, and check the weights of a local folder before any data is read.
 
     Raises:
-        InputError: there is no configuration, there are no weights, or only pickled ones that are not allowed.
+        InputError: there is no configuration of a causal language model, or no weights that fit it, or only pickled
+            ones that are not allowed.
     """
-    config = loading.load_config(
-        settings.config_name or settings.name,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-        **json.loads(settings.arguments),
-    )
+    options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    config = loading.load_config(settings.config_name or settings.name, settings.arguments, **options)
     loading.check_weights(settings.name, settings.allow_pickle)
+    loading.check_fit_early(settings.name, config, settings.arguments, **options)
     return config
 
 
@@ -107,6 +109,7 @@ def load_base(
             quantise=settings.quantise,
             allow_pickle=settings.allow_pickle,
             use_liger_kernel=settings.use_liger_kernel,
+            arguments=settings.arguments,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
@@ -120,13 +123,11 @@ def load_base(
 
 def skeleton(settings: BaseModelSettings, config: PretrainedConfig) -> Any:
     """Build the base without values, on the meta device. Its buffers, which the configuration decides, are real."""
-    attention = loading.choose_attention(settings.use_flash_attn)
+    own = {"attn_implementation": loading.choose_attention(settings.use_flash_attn)}
+    own |= loader_arguments(settings.arguments)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=settings.dtype,
-            attn_implementation=attention,
-            trust_remote_code=settings.trust_remote_code,
+            config, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, **own
         )
     model.tie_weights()  # the context makes each parameter anew
     model.config.use_cache = False

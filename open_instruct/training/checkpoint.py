@@ -22,6 +22,7 @@ from torch import nn
 
 from open_instruct.errors import InputError, one_line, warn
 from open_instruct.files import flush, sha256, write_json
+from open_instruct.model.weights import check_finite
 from open_instruct.training import sharding
 from open_instruct.training.state import History, TrainState
 
@@ -265,6 +266,7 @@ def restore(
         state.best = load_file(path / BEST) if state.best_step is not None and accelerator.is_main_process else {}
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"checkpoint {path} is damaged ({one_line(error)}): resume from an earlier one") from None
+    check_finite([*values.items(), *state.best.items()], f"checkpoint {path}", "resume from an earlier one")
     shapes = {name: sharding.full_shape(parameter) for name, parameter in parameters.items()}
     if shapes != {name: tuple(tensor.shape) for name, tensor in values.items()}:
         raise InputError(

@@ -5,23 +5,25 @@ PEFT's own `is_trainable=True` refuses soft prompts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, get_type_hints
 
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from open_instruct.adapters import folders
-from open_instruct.adapters.folders import WEIGHTS, AdapterFolder
-from open_instruct.adapters.loaded import check_shapes
-from open_instruct.errors import InputError
+from open_instruct.adapters.folders import AdapterFolder, BaseChanges
+from open_instruct.adapters.loaded import check_patterns, needed_packages, read_weights
+from open_instruct.errors import InputError, input_faults, warn
 from open_instruct.flags import Flags, check_flags
 from open_instruct.methods import METHODS, Method
 from open_instruct.methods.base import TrainedAdapter
+from open_instruct.model import loading
 from open_instruct.model.training_model import causal_of
-from open_instruct.training.base_model import BaseModelSettings, skeleton
+from open_instruct.model.weights import read_tensors
+from open_instruct.training.base_model import BaseModelSettings, absolute, skeleton
 from open_instruct.training.faults import is_out_of_memory
 
 NETWORK = "trained.safetensors"  # beside an adapter whose network (P-tuning, projected prefix) PEFT's format leaves out
@@ -54,14 +56,15 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
         for name in ("load_in_4bit", "load_in_8bit"):
             if folder.trained_on(name) and name not in origins:
                 values[name] = True
-    if folder.trained_on("model_revision") and not flags.model_revision:
-        values["model_revision"] = folder.trained_on("model_revision")
+    given = BaseChanges(flags.model_revision, absolute(flags.config_name), flags.additional_model_arguments)
+    values |= base_values(given, folder)
     if folder.peft_type not in method.continues_from:
         raise InputError(
             f"--adapter_name_or_path {folder.path} is {folder.title}, and the method is {method.name}: drop the "
             "method's flag"
         )
     values |= method.adopt(folder.settings, (folder.path / NETWORK).is_file())
+    check_adopted(values, folder)
     for name, value in values.items():
         if name in origins and getattr(flags, name) not in (None, value):
             raise InputError(f"--{name} {getattr(flags, name)} contradicts the {value} of {folder.path}: drop the flag")
@@ -77,8 +80,47 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
     return adopted, origins | taken, folder
 
 
+def base_values(given: BaseChanges, folder: AdapterFolder) -> dict[str, str]:
+    """Return the flags with which the adapter's base was loaded, where they were not given.
+
+    One that the run did not have is allowed, and said: the adapter has not seen such a base.
+
+    Raises:
+        InputError: one was given with another value.
+    """
+    values, recorded = {}, folder.base_changes
+    equal = [ours == theirs for ours, theirs in zip(given.comparable(), recorded.comparable(), strict=True)]
+    for (name, value), is_equal in zip(asdict(given).items(), equal, strict=True):
+        old = getattr(recorded, name)
+        if value is None and old is not None:
+            values[name] = old
+        elif not is_equal and old is not None:
+            raise InputError(f"--{name} {value} contradicts the {old} of {folder.path}: drop the flag")
+        elif not is_equal and folder.record:
+            warn(f"{folder.path} was trained without --{name} {value}: training continues on another form of its base")
+    return values
+
+
+def check_adopted(values: Mapping[str, Any], folder: AdapterFolder) -> None:
+    """Refuse values of an adapter's settings that a flag could not have.
+
+    Raises:
+        InputError: naming one.
+    """
+    kinds = get_type_hints(Flags)
+    for name, value in values.items():
+        kind = kinds[name] | int if kinds[name] is float else kinds[name]
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+            raise InputError(f"the adapter's settings in {folder.path} can't be used (--{name} {value!r}): repair them")
+
+
 def put_adapter_on(
-    model: Any, tokenizer: PreTrainedTokenizerBase, method: Method, settings: Any, folder: AdapterFolder | None
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    settings: Any,
+    folder: AdapterFolder | None,
+    revision: str | None = None,
 ) -> Any:
     """Return the base with a new adapter, or with the trained one. On the meta device the adapter has no values.
 
@@ -88,27 +130,40 @@ def put_adapter_on(
         method: the method that makes the adapter.
         settings: an instance of the method's `settings_class`.
         folder: folder of the trained adapter, or None.
+        revision: branch, tag or commit of the base; the adapter records it, so that plain PEFT loads the same one.
 
     Raises:
         InputError: the trained adapter does not fit the base.
     """
     if folder is None:
         try:
-            return method.wrap(model, tokenizer, settings)
+            wrapped: Any = method.wrap(model, tokenizer, settings)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise InputError(f"there is no memory for an adapter with {settings}: give a smaller one") from None
+        set_revision(wrapped, revision)
+        return wrapped
     weights: dict[str, Tensor] | None = None
     network: dict[str, Tensor] | None = None
     if model.device.type != "meta":
-        weights = load_file(folder.path / WEIGHTS)
-        network = load_file(folder.path / NETWORK) if method.keeps_network(settings) else None
-    check_shapes(folder, model)
-    try:
-        return method.wrap_trained(model, tokenizer, settings, TrainedAdapter(folder.config, weights, network))
-    except InputError as error:
-        raise InputError(f"--adapter_name_or_path {folder.path} does not fit the base: {error}") from None
+        weights = read_weights(folder, model)
+        if method.keeps_network(settings):
+            network = read_tensors(folder.path / NETWORK, "the adapter's network", f"use {method.network_remedy}")
+    check_patterns(folder, model)
+    what, remedy = f"--adapter_name_or_path {folder.path}", "give the base that it was trained on"
+    with input_faults(what, remedy), needed_packages(what):
+        wrapped = method.wrap_trained(model, tokenizer, settings, TrainedAdapter(folder.config, weights, network))
+    set_revision(wrapped, revision)
+    if weights is not None:
+        loading.try_out(wrapped, what, remedy, training=True)
+    return wrapped
+
+
+def set_revision(model: Any, revision: str | None) -> None:
+    """Record the base's revision in an adapter's settings."""
+    for config in getattr(model, "peft_config", {}).values():
+        config.revision = revision
 
 
 def copy_for_saving(
@@ -124,7 +179,7 @@ def copy_for_saving(
 
     That is enough for saving, and a frozen base takes no memory.
     """
-    model = put_adapter_on(skeleton(base, config), tokenizer, method, settings, folder)
+    model = put_adapter_on(skeleton(base, config), tokenizer, method, settings, folder, base.revision)
     problems = model.load_state_dict(trained, strict=False, assign=True)
     assert not problems.unexpected_keys, problems.unexpected_keys
     causal = causal_of(model)

@@ -18,6 +18,7 @@ from open_instruct.data.packing import Batching, to_device
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError, warn
 from open_instruct.methods import Method
+from open_instruct.model.weights import not_finite, some_of
 from open_instruct.training import checkpoint, engines, sharding
 from open_instruct.training.doctor import Doctor, Finding
 from open_instruct.training.evaluation import held_out_loss
@@ -137,10 +138,13 @@ def fit(job: TrainingJob, state: TrainState) -> None:
             is_due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
             is_preempted = totals[1].item() > 0 and not is_last
             if is_due or is_preempted:
+                check_parameters(job, state)
                 save_checkpoint(job, state)
             if is_preempted:
                 raise Preempted(f"stopped by {stop.name or 'a signal to another process'} after step {state.step}")
     state.wall_seconds = seconds_before + time.perf_counter() - started
+    if not state.best_is_earlier:
+        check_parameters(job, state)
 
 
 def step_gradient(job: TrainingJob, batching: Batching, step: int, indices: np.ndarray) -> torch.Tensor:
@@ -231,7 +235,8 @@ def report_skipped(
         f"step {step + 1}/{job.plan.num_steps} | not applied: {reason}; its examples are in metrics.jsonl"
     )
     is_deepspeed = job.accelerator.distributed_type == DistributedType.DEEPSPEED
-    if num_skipped >= job.settings.max_skipped_steps or is_deepspeed:
+    most = min(job.settings.max_skipped_steps, job.plan.num_steps)  # a run of which no step was applied has no result
+    if num_skipped >= most or is_deepspeed:
         raise InputError(
             f"step {step + 1}: {reason}, {num_skipped} in a row: lower --learning_rate, or set --clip_grad_norm"
         )
@@ -248,6 +253,24 @@ def free_memory(job: TrainingJob, step: int, batching: Any) -> Batching:
         "(--max_tokens_per_microbatch)"
     )
     return batching
+
+
+def check_parameters(job: TrainingJob, state: TrainState) -> None:
+    """Refuse to save trained parameters that are not finite. Every process calls this, and learns of the others'.
+
+    Raises:
+        InputError: naming three of them.
+    """
+    parts = (
+        (name, sharding.local_part(parameter)) for name, parameter in sharding.trained_parameters(job.model).items()
+    )
+    names = not_finite(parts)
+    found = torch.tensor(float(len(names)), device=job.accelerator.device)
+    if job.accelerator.reduce(found, reduction="sum").item():
+        where = some_of(names) or "on another process"
+        raise InputError(
+            f"step {state.step}: trained parameters are not finite ({where}), and are not saved: lower --learning_rate"
+        )
 
 
 def save_checkpoint(job: TrainingJob, state: TrainState) -> None:

@@ -89,7 +89,7 @@ def run(
     facts = engines.broadcast(model_facts(base, tokenizer, method.wants_keys))
     resolved = settings.with_recipe(before, facts, is_sharded)
     torch.manual_seed(flags.seed)  # the same start on every process
-    model = put_adapter_on(base, tokenizer, method, resolved.method_settings, adapter)
+    model = put_adapter_on(base, tokenizer, method, resolved.method_settings, adapter, before.model.revision)
     is_new = adapter is None and saved is None and not flags.dry_run
     candidates = start.init_candidates(method, resolved.method_settings, model, tokenizer) if is_new else []
     pad = tokenizer.pad_token_id

@@ -24,7 +24,7 @@ from open_instruct.errors import InputError
 from open_instruct.flags import FIELDS, Flags, names_with
 from open_instruct.methods import METHODS, Feature, Method, ModelFacts, Recipe
 from open_instruct.model import loading
-from open_instruct.training.base_model import BaseModelSettings, TokenizerSettings
+from open_instruct.training.base_model import BaseModelSettings, TokenizerSettings, absolute
 from open_instruct.training.checkpoint import Checkpoint
 from open_instruct.training.doctor import RunInfo
 from open_instruct.training.engines import ProcessSettings, is_sharded
@@ -136,7 +136,7 @@ class Resolved(Settings):
         return {
             "flags": {
                 name: {"value": value, "origin": self.origins.get(name, "default")}
-                for name, value in sorted(self.values().items())
+                for name, value in sorted((self.values() | {"config_name": self.model.config_name}).items())
             },
             "method": self.method.name,
             "recipe_sources": self.recipe_sources,
@@ -208,9 +208,10 @@ def base_model_settings(flags: Flags) -> BaseModelSettings:
     quantise = method.quantises_base or ("4bit" if flags.load_in_4bit else "8bit" if flags.load_in_8bit else None)
     return BaseModelSettings(
         name=flags.model_name_or_path,
-        config_name=flags.config_name,
+        # An adapter records it, and is used from other folders.
+        config_name=absolute(flags.config_name),
         revision=flags.model_revision,
-        arguments=flags.additional_model_arguments or "{}",
+        arguments=flags.additional_model_arguments,
         # Full fine-tuning trains float32 weights, whatever the precision in which it computes.
         dtype=torch.float32 if method.trains_base else loading.choose_dtype(flags.dtype),
         quantise=quantise,

@@ -107,6 +107,12 @@ def full_tensor(tensor: Any) -> Any:
     return tensor.detach()
 
 
+def local_part(parameter: Any) -> Any:
+    """Return the part of a parameter that this process holds."""
+    part = getattr(parameter, "ds_tensor", parameter)
+    return part.to_local() if isinstance(part, DTensor) else part
+
+
 def gather_full(parameters: Mapping[str, nn.Parameter], accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """Return full values on the main process's CPU, and nothing on the others. Every process calls this."""
     gathered = {}

@@ -25,6 +25,7 @@ from open_instruct.data.packing import Batching, to_device
 from open_instruct.data.plan import Plan
 from open_instruct.methods import Method
 from open_instruct.model.evaluation_mode import evaluating
+from open_instruct.ranking import finite_or_inf
 from open_instruct.training import engines
 from open_instruct.training.forward import Forward, switch_on
 
@@ -68,7 +69,7 @@ def search_init(
         for values in candidates:
             method.set_init(model, values)
             losses.append(mean_loss(accelerator, forward.model, batches))
-        best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+        best = min(range(len(losses)), key=lambda i: finite_or_inf(losses[i]))
         origin = "the text" if best == 0 else f"draw {best} of random tokens"
         accelerator.print(
             f"soft prompt starts from {origin}: loss {losses[best]:.4f}, the lowest of {len(losses)} starts "
@@ -252,7 +253,7 @@ def choose_rate(
     Returns:
         (rate, reason).
     """
-    usable = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    usable = [finite_or_inf(loss) for loss in losses]
     best = min(range(len(rates)), key=usable.__getitem__)
     if not usable[best] < before:
         return recipe_rate, f"no rate brought the loss below {before:.4f} in {STEPS} steps, so the recipe's is kept"

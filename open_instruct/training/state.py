@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from open_instruct.ranking import finite_or_inf
 from open_instruct.training.sharding import gather_full, load_full, trained_parameters
 
 
@@ -74,8 +75,7 @@ class TrainState:
 
         A loss that is not finite is never the lowest.
         """
-        lower = self.best_eval_loss is None or loss < self.best_eval_loss
-        if self.step and math.isfinite(loss) and lower:
+        if self.step and finite_or_inf(loss) < finite_or_inf(self.best_eval_loss):
             self.best_eval_loss, self.best_step = loss, self.step
             gathered = gather_full(trained_parameters(model), accelerator)
             self.best = {name: tensor.clone() for name, tensor in gathered.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from open_instruct.errors import InputError
+from open_instruct.files import json_text
 from open_instruct.training.state import TrainState
 
 METRICS = "metrics.jsonl"
@@ -89,14 +91,14 @@ class Metrics:
             return
         kept = [line for line in read_metrics(path) if line["step"] <= first_step] if first_step else []
         working = path.with_suffix(".writing")
-        working.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        working.write_text("".join(json_text(line) + "\n" for line in kept))
         os.replace(working, path)
         self.file = path.open("a", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Write one row to file and trackers."""
         if self.is_main:
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(json_text(row) + "\n")
         numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=row["step"])
 
@@ -153,11 +155,14 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the complete rows of a metrics file, without a last line that a killed run left incomplete."""
+    """Return the complete rows of a metrics file, without a last line that a killed run left incomplete.
+
+    A number that was not finite, null in the file, is nan.
+    """
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            rows.append({name: math.nan if value is None else value for name, value in json.loads(line).items()})
         except json.JSONDecodeError:
             break
     return rows
