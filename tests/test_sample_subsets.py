@@ -149,7 +149,7 @@ def test_lines_longer_than_a_chunk(tmp_path, monkeypatch):
         ('[{"a": 1}]garbage', ["--sizes", "1"], "malformed JSON in row 2"),
         ("[{} {} {}]", ["--sizes", "1"], "malformed JSON in row 2"),
         ('["\\ud800"]', ["--sizes", "1"], "half of a surrogate pair"),
-        ("[1, 2]", ["--sizes", "1", "--stratify", "a"], "row 1 is a int"),
+        ("[1, 2]", ["--sizes", "1", "--stratify", "a"], "row 1 is a number"),
         ("{}\n", ["--sizes", "none"], "none is not a whole number"),
         ("{}\n", ["--size", "1"], "--size"),
         ("{}\n", ["--sizes", "1", "-o", "{folder}", "--exists"], "pass --overwrite"),
