@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from open_instruct.adapters import answer_metrics
+from open_instruct.adapters import answer_metrics, writing
 from open_instruct.adapters.answer_metrics import METRICS, Statistic
 from open_instruct.adapters.folders import BASE
 from open_instruct.adapters.generation import Sampling
@@ -117,6 +118,7 @@ def measure(
         "unanswered": num_unanswered,
         "answer_regex": answer_regex,
         "normaliser": normaliser,
+        "writing": dict(Counter(writing.writing_of(reference) for reference in references)),
         "figures": figures,
         "differences_from_base": differences,
         "examples": [

@@ -46,7 +46,7 @@ def texts_of(array: pa.Array | pa.ChunkedArray) -> Iterator[pa.Array]:
     if isinstance(array, pa.ChunkedArray):
         for chunk in array.chunks:
             yield from texts_of(chunk)
-    elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+    elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
         yield from texts_of(array.flatten())
     elif pa.types.is_struct(array.type):
         for child in array.flatten():
