@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from open_instruct.command_line import OneLineArgumentParser, at_least
 from open_instruct.data.kinds import open_bytes
 from open_instruct.data.shards import Shard, find_shards
+from open_instruct.data.texts import plain
 from open_instruct.data.to_json import check_types, to_lines
 from open_instruct.errors import InputError, exit_code
 from open_instruct.files import AtomicFile, check_output, write_json
@@ -114,6 +116,7 @@ def verify(shards: Sequence[Shard], columns: Sequence[str], outputs: Sequence[Pa
         InputError: a row differs, or is missing.
     """
     total = sum(shard.num_rows for shard in shards)
+    kinds = {name: shards[0].schema.field(name).type for name in columns}
     expected = (row for _, batch in rows_of(shards, columns, 0, total) for row in batch.to_pylist())
     count = 0
     for output in outputs:
@@ -123,12 +126,22 @@ def verify(shards: Sequence[Shard], columns: Sequence[str], outputs: Sequence[Pa
                     line = line.strip().rstrip(b",")
                     if line in (b"[", b"]"):
                         continue
-                if json.loads(line) != next(expected, None):
+                if not same(json.loads(line), next(expected, None), kinds):
                     raise InputError(f"{output}: row {count} differs from the source: convert it again")
                 count += 1
     if count != total:
         raise InputError(f"verification failed: {count} rows were written, the source has {total}")
     return count
+
+
+def same(value: Any, expected: Any, kinds: dict[str, pa.DataType]) -> bool:
+    """Return whether a row read back from JSON equals the source's, in the columns' own precision."""
+    if value == expected:
+        return True
+    if not isinstance(value, dict) or not isinstance(expected, dict) or list(value) != list(expected):
+        return False
+    # A float32 of 0.1 is written as 0.1, and is read back as a float64, which is another number.
+    return bool(expected == {name: pa.scalar(value[name], kind).as_py() for name, kind in kinds.items()})
 
 
 def run(a: argparse.Namespace) -> None:
@@ -138,9 +151,9 @@ def run(a: argparse.Namespace) -> None:
     total = sum(shard.num_rows for shard in shards)
     if total == 0:
         raise InputError(f"{', '.join(a.sources)} holds no row: there is nothing to convert")
-    unknown = [name for name in a.columns or [] if name not in shards[0].schema.names]
+    unknown = [plain(name) for name in a.columns or [] if name not in shards[0].schema.names]
     if unknown:
-        raise InputError(f"no column {', '.join(unknown)}: there are {', '.join(shards[0].schema.names)}")
+        raise InputError(f"no column {', '.join(unknown)}: there are {plain(', '.join(shards[0].schema.names))}")
     columns = a.columns or shards[0].schema.names
     check_types(shards[0].schema, columns)
     if a.shards > total:

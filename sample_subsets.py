@@ -17,7 +17,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,11 @@ import numpy as np
 import pyarrow as pa
 
 from open_instruct.command_line import OneLineArgumentParser, at_least
-from open_instruct.data import lines, shards
+from open_instruct.data import lines, reading, shards
 from open_instruct.data.kinds import COMPRESSION, file_kind, is_table
-from open_instruct.data.to_json import to_lines
-from open_instruct.errors import InputError, exit_code
+from open_instruct.data.texts import plain
+from open_instruct.data.to_json import check_types, to_lines
+from open_instruct.errors import InputError, exit_code, input_faults
 from open_instruct.files import AtomicFile, check_output, sha256, write_json
 
 
@@ -76,7 +77,8 @@ def nested_subsets(
     names = {name: number for number, name in enumerate(sorted(set(values)))}
     strata = np.fromiter((names[value] for value in values), np.int64, num_rows)
     totals = np.bincount(strata, minlength=len(names))
-    by_stratum = [order[strata[order] == index] for index in range(len(names))]
+    # Sorted by stratum and then as drawn, all at once: a pass for each of a million strata would take days.
+    by_stratum = np.split(order[np.argsort(strata[order], kind="stable")], np.cumsum(totals)[:-1])
     rank = np.empty(num_rows, np.int64)
     rank[order] = np.arange(num_rows)
     subsets, bound = {}, totals
@@ -97,10 +99,8 @@ def allocate(totals: np.ndarray, size: int, bound: np.ndarray) -> np.ndarray:
     counts, remainders = np.divmod(exact, totals.sum())
     counts = np.minimum(counts, bound)
     order = np.lexsort((np.arange(len(totals)), -remainders))
-    while counts.sum() < size:
-        for index in order:
-            if counts.sum() < size and counts[index] < bound[index]:
-                counts[index] += 1
+    while (missing := size - int(counts.sum())) > 0:
+        counts[order[counts[order] < bound[order]][:missing]] += 1
     return counts
 
 
@@ -125,12 +125,14 @@ def open_table(path: Path, column: str | None) -> Table:
     kind = row_kind(path)
     if kind == "table":
         shard = shards.open_shard(path)
+        check_types(shard.schema, shard.schema.names, dates=True)
         values = arrow_values(shard, column) if column else None
         return Table(path, kind, shard.num_rows, values, sha256(path))
     if kind == "json array":
         texts: list[str] | None = [] if column else None
         num_rows = 0
         for num_rows, row in enumerate(lines.array_rows(path), start=1):
+            lines.as_row(f"{path} row {num_rows}", row)
             if texts is not None and column is not None:
                 texts.append(lines.text_of(row, column, path, num_rows - 1))
         return Table(path, kind, num_rows, texts, sha256(path))
@@ -141,25 +143,22 @@ def open_table(path: Path, column: str | None) -> Table:
 def default_column(path: Path) -> str | None:
     """Return `source` if the first row has such a column, else None."""
     kind = row_kind(path)
+    names: Container[str]
     if kind == "table":
         names = shards.open_shard(path).schema.names
     elif kind == "json array":
-        names = next(lines.array_rows(path), {})
+        names = next((row for _, row in reading.read_json_array(path)), {})
     else:
-        with path.open("rb") as file:
-            first = file.readline()
-        try:
-            names = json.loads(first)
-        except ValueError as error:
-            raise InputError(f"{path}: row 1 is malformed JSON ({error}): one object a line is needed") from None
-    return "source" if isinstance(names, dict | list) and "source" in names else None
+        names = next((row for _, row in reading.read_json_lines(path)), {})
+    return "source" if "source" in names else None
 
 
 def arrow_values(shard: shards.Shard, column: str) -> list[str]:
     """Return a column of an Arrow or Parquet file as text."""
     if column not in shard.schema.names:
-        raise InputError(f"{shard.path} has no column {column}: there are {', '.join(shard.schema.names)}")
-    return [str(value) for batch in shard.batches() for value in batch.column(column).to_pylist()]
+        raise InputError(f"{shard.path} has no column {column}: there are {plain(', '.join(shard.schema.names))}")
+    with shards.damages(shard.path):
+        return [str(value) for batch in shard.batches() for value in batch.column(column).to_pylist()]
 
 
 def rows_of(table: Table, indices: np.ndarray) -> Iterator[tuple[int, bytes]]:
@@ -167,21 +166,35 @@ def rows_of(table: Table, indices: np.ndarray) -> Iterator[tuple[int, bytes]]:
     ascending = np.sort(indices)
     if table.kind == "json lines":
         assert table.spans is not None
-        yield from zip(ascending.tolist(), lines.lines_at(table.path, table.spans, ascending), strict=True)
+        chosen = lines.lines_at(table.path, table.spans, ascending)
+        for number, line in zip(ascending.tolist(), chosen, strict=True):
+            yield number, checked_line(line, table.path, number)
     elif table.kind == "json array":
-        chosen = set(ascending.tolist())
+        wanted = set(ascending.tolist())
         for number, row in enumerate(lines.array_rows(table.path)):
-            if number in chosen:
-                yield number, json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+            if number in wanted:
+                with input_faults(f"{table.path} row {number + 1}", "a subset could not hold it: repair the row"):
+                    line = json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+                yield number, line + b"\n"
     else:
         first = 0  # number of the batch's first row
         for batch in shards.open_shard(table.path).batches():
             inside = ascending[(ascending >= first) & (ascending < first + batch.num_rows)]
             if len(inside):
-                text = to_lines(batch.take(pa.array(inside - first)), f"{table.path} from row {first}")
+                text = to_lines(batch.take(pa.array(inside - first)), f"{table.path} from row {first + 1}")
                 # A line break inside a value is escaped, so each one ends a row.
                 yield from zip(inside.tolist(), text.splitlines(keepends=True), strict=True)
             first += batch.num_rows
+
+
+def checked_line(line: bytes, path: Path, number: int) -> bytes:
+    """Return a line as it is, if it is a JSON object; so no subset holds a row that can't be read.
+
+    Raises:
+        InputError: it is malformed.
+    """
+    lines.parse_object(f"{path} row {number + 1}", line)
+    return line
 
 
 def write_subset(table: Table, indices: np.ndarray, output: Path, shuffled: bool) -> AtomicFile:
@@ -189,8 +202,9 @@ def write_subset(table: Table, indices: np.ndarray, output: Path, shuffled: bool
     with AtomicFile(output) as file:
         if shuffled and table.kind == "json lines":
             assert table.spans is not None
-            for line in lines.lines_at(table.path, table.spans, indices):
-                file.write(line)
+            chosen = lines.lines_at(table.path, table.spans, indices)
+            for number, line in zip(indices.tolist(), chosen, strict=True):
+                file.write(checked_line(line, table.path, number))
         elif shuffled:  # the subset, never the file, is held in memory
             by_number = dict(rows_of(table, indices))
             for index in indices.tolist():
@@ -257,12 +271,12 @@ def histogram(counts: dict[str, Counter[str]], max_values: int = 30) -> str:
     """
     totals = {name: sum(counter.values()) for name, counter in counts.items()}
     values = [value for value, _ in counts["input"].most_common(max_values)]
-    width = max(len(name) for name in [*values, "input"])
+    width = max(len(plain(name)) for name in [*values, "input"])
     rows = [" ".join([" " * width, *(f"{name:>8}" for name in counts)])]
     for value in values:
         shares = [counter[value] / totals[name] for name, counter in counts.items()]
         rows.append(
-            " ".join([f"{value:<{width}}", *(f"{share:>8.2%}" for share in shares), "█" * round(40 * shares[0])])
+            " ".join([f"{plain(value):<{width}}", *(f"{share:>8.2%}" for share in shares), "█" * round(40 * shares[0])])
         )
     if len(counts["input"]) > max_values:
         rows.append(f"… and {len(counts['input']) - max_values} more")

@@ -28,6 +28,7 @@ from open_instruct.command_line import OneLineArgumentParser, add_model_flags, a
 from open_instruct.data import reading
 from open_instruct.errors import exit_code
 from open_instruct.files import check_result_folder, write_result
+from open_instruct.flags.data import BAD_ROWS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_model_flags(parser, dtype="auto")
     add = parser.add_argument
     add("--file", metavar="FILE", help="questions with answers, in any form that training reads")
+    add("--bad_rows", choices=["error", "skip"], default="error", help=BAD_ROWS)
     add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="figures to compute (default: all)")
     add(
         "--answer_regex",
@@ -117,6 +119,7 @@ def run(args: argparse.Namespace) -> None:
             args.max_new_tokens,
             args.batch_size,
             args.seed,
+            args.bad_rows,
             **options,
         )
     text = report.markdown(result)

@@ -173,11 +173,13 @@ def finite_values(value: Any) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """Return the checksum of a file's content, in hexadecimal."""
+    """Return the checksum of a file's content, in hexadecimal; what is appended meanwhile is left out."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 24):
+        left = os.fstat(file.fileno()).st_size
+        while block := file.read(min(left, 1 << 24)):
             digest.update(block)
+            left -= len(block)
     return digest.hexdigest()
 
 

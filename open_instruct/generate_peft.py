@@ -27,6 +27,7 @@ from open_instruct.adapters import folders
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
 from open_instruct.data import reading
 from open_instruct.errors import exit_code
+from open_instruct.flags.data import BAD_ROWS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--chat_template_name", help="as in finetune_peft.py; unset: the adapter's own")
     add("--input_file", metavar="FILE", help="file of questions; unset: start a chat")
+    add("--bad_rows", choices=["error", "skip"], default="error", help=BAD_ROWS)
     add("--output_file", metavar="FILE", help="file for the answers, as JSON Lines")
     add("--resume", action="store_true", help="continue an unfinished output file")
     add("--batch_size", type=at_least(1), default=32, help="largest number of answers computed at once (default: 32)")
@@ -99,18 +101,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Check, then chat or answer a file."""
     folders.base_name(args.model_name_or_path, folders.parse_adapters(args.adapter), args.any_base)
-    files = reading.files_of(args.input_file) if args.input_file else []
+    if args.input_file:
+        reading.files_of(args.input_file)
 
     # They import torch: only now that the arguments are checked.
     from open_instruct.adapters import answering, interactive
     from open_instruct.adapters.generation import Sampling
     from open_instruct.adapters.served import load
-    from open_instruct.data.questions import questions
+    from open_instruct.data.questions import read_questions
 
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
-    rows = list(questions(reading.read_files(files)))
-    num_done = 0
+    rows, num_done = [], 0
     if args.input_file:
+        rows = read_questions(args.input_file, args.bad_rows)
         settings = {
             "adapter": args.adapter or [],
             "model_name_or_path": args.model_name_or_path,

@@ -248,7 +248,7 @@ CASES = {
     "missing shard": "1 of 2 shards are missing",
     "schemas": "different columns",
     "zero rows": "holds no row",
-    "not utf-8": "row 1 of these is not valid UTF-8",
+    "not utf-8": "column id of row 1 of these can't be used (byte 0 is not UTF-8)",
     "nan": "NaN or an infinity",
     "binary": "can't hold the columns x (binary)",
     "no column": "no column nope: there are id, messages, source",

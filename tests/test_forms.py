@@ -52,7 +52,7 @@ def test_tool_and_system_roles_survive():
         ({"conversations": [{"from": "martian", "value": "x"}]}, "is from 'martian': known speakers"),
         (
             {"messages": [QUESTION[0], {"role": "assistant", "content": [{"type": "image", "url": "x"}]}]},
-            "content part of type image",
+            "content part of type 'image'",
         ),
         ({"messages": [QUESTION[0], {**QUESTION[1], "loss_weight": 0.0}]}, "has loss_weight 0.0"),
         ({"prompt": "q", "completion": ""}, "message 2 .assistant. has content that is empty"),

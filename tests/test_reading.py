@@ -37,7 +37,7 @@ def test_every_format_gives_the_same_conversations(tmp_path, name):
         (b'{"messages": [}\n', r"f\.jsonl:1: malformed JSON"),
         (json.dumps(GOOD).encode() + b"\n{oops\n", r"f\.jsonl:2: malformed JSON"),
         (b'{"messages": "\xff"}\n', r"f\.jsonl:1: not UTF-8"),
-        (b"[1, 2]", "a row is a int"),
+        (b"[1, 2]", "is a number: a row must be a JSON object"),
         (b'{"text": "x"}\n', r"no `messages` \(columns: text\): known forms are"),
         (b'{"messages": []}\n', "not empty"),
         (b'{"messages": "hello"}\n', "must be a list"),

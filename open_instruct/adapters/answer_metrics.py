@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from open_instruct.adapters import writing
 from open_instruct.bootstrap import interval
 from open_instruct.errors import InputError
 
@@ -72,6 +73,8 @@ def exact_matches(answers: Sequence[str], references: Sequence[str], regex: str 
 def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L of each row, without stemming, from 0 to 1.
 
+    `writing` says how a row is cut into words if its reference is not in Latin script.
+
     Raises:
         InputError: rouge-score is not installed.
     """
@@ -80,8 +83,11 @@ def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, np.nda
     except ImportError:
         raise InputError("ROUGE needs rouge-score: pip install '.[eval]', or leave rouge out of --metrics") from None
     names = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(names)
-    rows = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
+    latin, other = RougeScorer(names), RougeScorer(names, tokenizer=writing.Words())
+    rows = [
+        (latin if writing.writing_of(reference) == "latin" else other).score(reference, answer)
+        for answer, reference in zip(answers, references, strict=True)
+    ]
     return {name: np.array([row[name].fmeasure for row in rows]) for name in names}
 
 
@@ -97,7 +103,7 @@ class Bleu:
 
     @classmethod
     def count(cls, answers: Sequence[str], references: Sequence[str]) -> Bleu:
-        """Count the n-grams of answers, with sacrebleu's own tokeniser (13a).
+        """Count the n-grams of answers, with sacrebleu's tokeniser for the script of each reference, mostly 13a.
 
         Raises:
             InputError: sacrebleu is not installed.
@@ -106,9 +112,12 @@ class Bleu:
             from sacrebleu.metrics import BLEU
         except ImportError:
             raise InputError("BLEU needs sacrebleu: pip install '.[eval]', or leave bleu out of --metrics") from None
-        metric = BLEU(effective_order=True)
+        metrics = {
+            name: BLEU(effective_order=True, tokenize=name) for name in dict.fromkeys(writing.BLEU_TOKENISERS.values())
+        }
         rows = [
-            metric.sentence_score(answer, [reference]) for answer, reference in zip(answers, references, strict=True)
+            metrics[writing.BLEU_TOKENISERS[writing.writing_of(reference)]].sentence_score(answer, [reference])
+            for answer, reference in zip(answers, references, strict=True)
         ]
         return cls(np.array([[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows]))
 

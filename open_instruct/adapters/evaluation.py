@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from open_instruct.adapters import answer_metrics
+from open_instruct.adapters import answer_metrics, writing
 from open_instruct.adapters.answer_metrics import METRICS, Statistic
 from open_instruct.adapters.folders import BASE
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.scoring import answer_losses
 from open_instruct.adapters.served import Served, load
-from open_instruct.data import chat, questions, reading
+from open_instruct.data import chat, questions
 from open_instruct.data.questions import Question
 from open_instruct.errors import InputError
 
@@ -30,6 +31,7 @@ def evaluate(
     max_new_tokens: int = 256,
     batch_size: int = 16,
     seed: int = 42,
+    bad_rows: str = "error",
     **options: Any,
 ) -> dict[str, Any]:
     """Measure base and adapters on a file; the flags of `evaluate_peft.py --help` say more of the arguments.
@@ -45,6 +47,7 @@ def evaluate(
         max_new_tokens: most tokens of an answer.
         batch_size: most rows computed at once.
         seed: seed of the choice of rows and of the bootstrap.
+        bad_rows: "error", or "skip": leave out rows that can't be used.
         options: further arguments of `load`.
 
     Returns:
@@ -53,7 +56,7 @@ def evaluate(
     Raises:
         InputError: wrong input.
     """
-    rows = read_questions(file, max_samples, seed)
+    rows = chosen_questions(file, max_samples, seed, bad_rows)
     if answer_regex and "exact_match" in names:  # checked before the model is loaded
         references = [str(question.reference) for question in rows]
         answer_metrics.exact_matches(references, references, answer_regex, normaliser)
@@ -61,21 +64,13 @@ def evaluate(
     return measure(served, rows, names, answer_regex, normaliser, max_new_tokens, batch_size, seed)
 
 
-def read_questions(file: str, max_samples: int | None, seed: int) -> list[Question]:
+def chosen_questions(file: str, max_samples: int | None, seed: int, bad_rows: str = "error") -> list[Question]:
     """Return the questions of a file with their answers, in the file's order.
 
     Raises:
-        InputError: there is none, or one has no answer.
+        InputError: there is none, or one can't be used or has no answer, and `bad_rows` is not "skip".
     """
-    rows = list(questions.questions(reading.read_files(reading.files_of(file))))
-    unanswered = next((question.source for question in rows if question.reference is None), None)
-    if unanswered:
-        raise InputError(
-            f"{unanswered}: no answer to compare with: give rows that end with the assistant's turn, "
-            "or use generate_peft.py"
-        )
-    if not rows:
-        raise InputError(f"{file} holds no row: there is nothing to measure")
+    rows = questions.read_questions(file, bad_rows, answered=True)
     if max_samples and max_samples < len(rows):
         chosen = np.sort(np.random.default_rng([seed, 0xE7]).permutation(len(rows))[:max_samples])
         rows = [rows[i] for i in chosen]
@@ -123,6 +118,7 @@ def measure(
         "unanswered": num_unanswered,
         "answer_regex": answer_regex,
         "normaliser": normaliser,
+        "writing": dict(Counter(writing.writing_of(reference) for reference in references)),
         "figures": figures,
         "differences_from_base": differences,
         "examples": [

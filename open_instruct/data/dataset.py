@@ -20,12 +20,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data import chat
+from open_instruct.data.bad_rows import BadRows
 from open_instruct.errors import InputError
 from open_instruct.files import sha256
 
 TOKENISATION_VERSION = 1  # raise it whenever the same conversation gives other ids or spans
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32()))])
 BATCH_ROWS = 1000
+NO_LIMIT = 2**31  # tokens of a row: what is too long is cut, and counted, after it is tokenised
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Examples:
     num_read: int = 0  # conversations
     num_truncated: int = 0  # conversations
     num_skipped: int = 0  # conversations without a label left
+    bad_rows: str = ""  # how many rows were left out because they can't be used, and the first of them
     lengths: np.ndarray = field(init=False)  # [N]: tokens of each example
     label_counts: np.ndarray = field(init=False)  # [N]: labelled tokens of each example that are predicted
 
@@ -70,7 +73,13 @@ class Examples:
     def subset(self, indices: np.ndarray) -> Examples:
         """Return the examples at `indices`, in that order."""
         return Examples(
-            self.table, self.rows[indices], self.fingerprint, self.num_read, self.num_truncated, self.num_skipped
+            self.table,
+            self.rows[indices],
+            self.fingerprint,
+            self.num_read,
+            self.num_truncated,
+            self.num_skipped,
+            self.bad_rows,
         )
 
     def describe(self, name: str) -> str:
@@ -92,6 +101,7 @@ def build(
     source_key: str,
     cache_dir: Path | None,
     overwrite_cache: bool = False,
+    bad: BadRows | None = None,
 ) -> Examples:
     """Tokenise conversations, or memory-map the result of an earlier run with the same source, tokenizer and length.
 
@@ -102,9 +112,10 @@ def build(
         source_key: hash of the source's content.
         cache_dir: folder of the cache; None keeps the result in memory.
         overwrite_cache: tokenise again.
+        bad: takes the errors of single rows, those of `named_conversations` included; None: the first one is raised.
 
     Raises:
-        InputError: no conversation has a labelled token left.
+        InputError: no conversation has a labelled token left, or there were bad rows and `bad` does not skip them.
     """
     parts = [TOKENISATION_VERSION, source_key, tokenizer_key(tokenizer), str(tokenizer.chat_template), max_length]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -112,11 +123,11 @@ def build(
     if entry is None:
         counts = new_counts()
         table = pa.concat_tables(
-            [SCHEMA.empty_table(), *tokenize_all(named_conversations, tokenizer, max_length, counts)]
+            [SCHEMA.empty_table(), *tokenize_all(named_conversations, tokenizer, max_length, counts, bad)]
         )
     else:
         if overwrite_cache or not (entry / "counts.json").exists():
-            fill_cache(entry, named_conversations, tokenizer, max_length)
+            fill_cache(entry, named_conversations, tokenizer, max_length, bad)
         counts = json.loads((entry / "counts.json").read_text())
         table = pa.ipc.open_stream(pa.memory_map(str(entry / "tokens.arrow"))).read_all()
     if table.num_rows == 0:
@@ -134,19 +145,24 @@ def build(
         counts["num_read"],
         counts["num_truncated"],
         counts["num_skipped"],
+        counts["bad_rows"],
     )
 
 
-def new_counts() -> dict[str, int]:
-    """Return the counts of `tokenize_all` at zero; `first_label` is the tokens before the earliest answer."""
-    return {"num_read": 0, "num_truncated": 0, "num_skipped": 0, "first_label": 0}
+def new_counts() -> dict[str, Any]:
+    """Return the counts of `tokenize_all` at zero.
+
+    `first_label` is the tokens before the earliest answer, `bad_rows` a line about rows that were left out.
+    """
+    return {"num_read": 0, "num_truncated": 0, "num_skipped": 0, "first_label": 0, "bad_rows": ""}
 
 
 def tokenize_all(
     named_conversations: Iterable[tuple[str, list[dict[str, Any]]]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    counts: dict[str, int],
+    counts: dict[str, Any],
+    bad: BadRows | None = None,
 ) -> Iterator[pa.Table]:
     """Yield tables of tokenised rows, batch by batch, and update `counts`.
 
@@ -157,11 +173,14 @@ def tokenize_all(
         tokenizer: a fast tokenizer with its chat template set.
         max_length: tokens of a conversation kept.
         counts: result of `new_counts`.
+        bad: takes the errors of single rows; None: the first one is raised.
+
+    Raises:
+        InputError: there were bad rows, and `bad` does not skip them.
     """
     with tqdm(desc="tokenising", unit=" rows", disable=None, delay=2) as progress:
         for batch in batches(named_conversations, BATCH_ROWS):
-            # Not cut by `chat.tokenize`: what is cut off is counted here.
-            ids, spans = chat.tokenize(tokenizer, [messages for _, messages in batch], 2**31)
+            ids, spans = tokenize_batch(batch, tokenizer, bad)
             rows: dict[str, list[list[int]]] = {"input_ids": [], "spans": []}
             for row_ids, row_spans in zip(ids, spans, strict=True):
                 counts["num_truncated"] += len(row_ids) > max_length
@@ -173,9 +192,37 @@ def tokenize_all(
                     continue
                 rows["input_ids"].append(row_ids[:max_length])
                 rows["spans"].append([bound for span in kept for bound in span])
-            counts["num_read"] += len(batch)
+            counts["num_read"] += len(ids)
             yield pa.table(rows, schema=SCHEMA)
             progress.update(len(batch))
+    if bad is not None:
+        bad.check()
+        counts["bad_rows"] = bad.summary()
+
+
+def tokenize_batch(
+    batch: list[tuple[str, list[dict[str, Any]]]], tokenizer: PreTrainedTokenizerBase, bad: BadRows | None
+) -> tuple[list[list[int]], list[chat.Spans]]:
+    """Return the token ids of (source, messages) pairs, uncut, and the spans to be learned.
+
+    Rows that the chat template refuses are noted as bad, and left out.
+    """
+    try:
+        return chat.tokenize(tokenizer, [messages for _, messages in batch], NO_LIMIT)
+    except InputError:  # which rows they are is found out below
+        ids, spans = [], []
+    for source, messages in batch:
+        try:
+            row_ids, row_spans = chat.tokenize(tokenizer, [messages], NO_LIMIT)
+        except InputError as error:
+            refused = InputError(f"{source}: {error}")
+            if bad is None:
+                raise refused from None
+            bad.reject(refused)
+            continue
+        ids += row_ids
+        spans += row_spans
+    return ids, spans
 
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -195,6 +242,7 @@ def fill_cache(
     named_conversations: Iterable[tuple[str, list[dict[str, Any]]]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    bad: BadRows | None = None,
 ) -> None:
     """Tokenise into a folder of its own and rename it, so that processes that start together can't see half a cache."""
     entry.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +250,7 @@ def fill_cache(
     counts = new_counts()
     try:
         with pa.OSFile(str(working / "tokens.arrow"), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-            for table in tokenize_all(named_conversations, tokenizer, max_length, counts):
+            for table in tokenize_all(named_conversations, tokenizer, max_length, counts, bad):
                 writer.write_table(table)
         (working / "counts.json").write_text(json.dumps(counts))
         if entry.exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from open_instruct.data.texts import kind_of, plain, shown
 from open_instruct.errors import InputError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -49,7 +50,8 @@ def form_of(source: str, row: dict[str, Any], key: str = "messages", answered: b
         return "prompt and completion"
     if "instruction" in row and ("output" in row or not answered):
         return "Alpaca"
-    raise InputError(f"{source}: no `{key}` (columns: {', '.join(row) or 'none'}): known forms are {KNOWN_FORMS}")
+    columns = plain(", ".join(row)) or "none"
+    raise InputError(f"{source}: no `{plain(key)}` (columns: {columns}): known forms are {KNOWN_FORMS}")
 
 
 def to_messages(source: str, row: dict[str, Any], key: str = "messages", answered: bool = True) -> list[dict[str, Any]]:
@@ -68,14 +70,15 @@ def to_messages(source: str, row: dict[str, Any], key: str = "messages", answere
     if form == "ShareGPT":
         messages = sharegpt(source, row)
     elif form == "Alpaca":
-        question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+        parts = [text_of(source, row, "instruction"), text_of(source, row, "input")]
+        question = "\n\n".join(part for part in parts if part)
         messages = [{"role": "user", "content": question}, *optional(row.get("output"), answered)]
     elif form == "prompt and completion":
         messages = [*turns(row["prompt"], "user"), *optional(row.get("completion"), answered)]
     else:
         messages = row[key]
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise InputError(f"{source}: `{key}` must be a list of {{role, content}} objects that is not empty")
+        raise InputError(f"{source}: `{plain(key)}` must be a list of {{role, content}} objects that is not empty")
     messages = [
         check_message(f"{source}: message {number}", message) for number, message in enumerate(messages, start=1)
     ]
@@ -89,15 +92,28 @@ def to_messages(source: str, row: dict[str, Any], key: str = "messages", answere
 
 def sharegpt(source: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the messages of ShareGPT's turns; a `system` column becomes the first message."""
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    system = text_of(source, row, "system")
+    messages = [{"role": "system", "content": system}] if system else []
     for number, turn in enumerate(row["conversations"], start=1):
         speaker = turn.get("from") if isinstance(turn, dict) else None
-        if speaker not in SHAREGPT_ROLES:
+        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise InputError(
-                f"{source}: message {number} is from {speaker!r}: known speakers are {', '.join(SHAREGPT_ROLES)}"
+                f"{source}: message {number} is from {shown(speaker)}: known speakers are {', '.join(SHAREGPT_ROLES)}"
             )
         messages.append({"role": SHAREGPT_ROLES[speaker], "content": turn.get("value")})
     return messages
+
+
+def text_of(source: str, row: dict[str, Any], name: str) -> str:
+    """Return the text of a column; "" where it is null or missing.
+
+    Raises:
+        InputError: it holds something else. A number is not converted: 1.0 and 1, or true, could be meant otherwise.
+    """
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{source}: `{name}` is {kind_of(value)}: give it text")
+    return value or ""
 
 
 def optional(value: Any, answered: bool) -> list[Any]:
@@ -118,22 +134,16 @@ def check_message(source: str, message: dict[str, Any]) -> dict[str, Any]:
     """
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise InputError(f"{source} has role {role!r}: known roles are {', '.join(ROLES)}")
+        raise InputError(f"{source} has role {shown(role)}: known roles are {', '.join(ROLES)}")
     if role == "assistant" and message.get("loss_weight") not in (None, 1):
         raise InputError(
-            f"{source} has loss_weight {message['loss_weight']}: weights are not supported; remove the key or the row"
+            f"{source} has loss_weight {shown(message['loss_weight'])}: weights are not supported; "
+            "remove the key or the row"
         )
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
-        other_types = [str(part.get("type")) for part in content if part.get("type") != "text"]
-        if other_types:
-            raise InputError(
-                f"{source} ({role}) has a content part of type {other_types[0]}: "
-                "only text parts are known; write it as text"
-            )
-        content = "".join(str(part.get("text", part.get("value", ""))) for part in content)
+        content = "".join(part_text(f"{source} ({role})", part) for part in content)
     if not isinstance(content, str) or not content.strip():
-        kind = "null" if content is None else "empty" if isinstance(content, str) else f"a {type(content).__name__}"
-        raise InputError(f"{source} ({role}) has content that is {kind}: give it text, or remove the row")
+        raise InputError(f"{source} ({role}) has content that is {kind_of(content)}: give it text, or remove the row")
     if not content.isascii():
         try:
             content.encode("utf-8")
@@ -142,3 +152,20 @@ def check_message(source: str, message: dict[str, Any]) -> dict[str, Any]:
                 f"{source} ({role}) has half of a surrogate pair (\\ud800 to \\udfff), which is no text: repair the row"
             ) from None
     return {**message, "content": content}
+
+
+def part_text(source: str, part: dict[str, Any]) -> str:
+    """Return the text of one part of a message's content.
+
+    Raises:
+        InputError: the part is an image or the like, or its text is none.
+    """
+    if part.get("type") != "text":
+        raise InputError(
+            f"{source} has a content part of type {shown(part.get('type'))}: only text parts are known; "
+            "write it as text"
+        )
+    text = part.get("text") if part.get("text") is not None else part.get("value")  # Arrow fills what is missing
+    if not isinstance(text, str):
+        raise InputError(f"{source} has a text part that is {kind_of(text)}: give it text, or remove the row")
+    return text

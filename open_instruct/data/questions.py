@@ -9,9 +9,10 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.data import forms
+from open_instruct.data import forms, reading
+from open_instruct.data.bad_rows import BadRows, note
 from open_instruct.data.reading import Row
-from open_instruct.errors import InputError
+from open_instruct.errors import InputError, warn
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,60 @@ class Question:
         return str(self.messages[-1]["content"])
 
 
-def questions(rows: Iterable[Row], key: str = "messages") -> Iterator[Question]:
+def questions(rows: Iterable[Row], key: str = "messages", bad: BadRows | None = None) -> Iterator[Question]:
     """Yield one question a row: everything before the assistant's last turn if the row ends with it, else all of it.
+
+    Args:
+        rows: the rows.
+        key: column of the messages.
+        bad: takes the errors of single rows; None: the first one is raised.
 
     Raises:
         InputError: a row of no known form, or with content that is no text.
     """
     for source, row in rows:
-        messages = forms.to_messages(source, row, key, answered=False)
+        try:
+            messages = forms.to_messages(source, row, key, answered=False)
+        except InputError as error:
+            note(bad, error)
+            continue
+        if bad is not None:
+            bad.keep()
         if messages[-1]["role"] == "assistant":
             yield Question(source, messages[:-1], str(messages[-1]["content"]))
         else:
             yield Question(source, messages, None)
+
+
+def read_questions(file: str, bad_rows: str = "error", answered: bool = False) -> list[Question]:
+    """Return the questions of a file, folder or data set, in its order.
+
+    Args:
+        file: a source, as `reading.files_of` takes it.
+        bad_rows: "error", or "skip": leave out the rows that can't be used, with a warning that counts them.
+        answered: a row without an answer can't be used.
+
+    Raises:
+        InputError: there is no row, or one can't be used and must be.
+    """
+    bad = BadRows(bad_rows == "skip")
+    rows = []
+    for question in questions(reading.read_files(reading.files_of(file), bad), bad=bad):
+        if answered and question.reference is None:
+            bad.reject(
+                InputError(
+                    f"{question.source}: no answer to compare with: give rows that end with the assistant's turn, "
+                    "or use generate_peft.py"
+                )
+            )
+        else:
+            rows.append(question)
+    bad.check()
+    if not rows:
+        raise InputError(f"{file} holds no row: name another file")
+    if bad.num_bad:
+        warn(bad.summary())
+    return rows
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:

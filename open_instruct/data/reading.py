@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from open_instruct.data import forms, lines, shards
-from open_instruct.data.kinds import file_kind, is_json, is_table, open_bytes
-from open_instruct.errors import InputError, one_line
+from open_instruct.data.bad_rows import BadRows, note
+from open_instruct.data.kinds import BYTE_ORDER_MARK, TABLE_SUFFIXES, file_kind, is_json, is_table, open_bytes
+from open_instruct.data.texts import shown
+from open_instruct.errors import InputError, input_faults
 
 Row = tuple[str, dict[str, Any]]
 """(source, columns): the source names where the row stands, for error messages."""
@@ -28,13 +32,15 @@ def files_of(source: str, split: str = "train", configuration: str | None = None
     Raises:
         InputError: nothing is there, a shard is missing, or a configuration is given for a file or folder.
     """
-    path = Path(source).expanduser()
-    if path.is_file() or (is_json(path) and not any(mark in source for mark in "*?[")):
+    shards.check_name(source)
+    with input_faults(shown(source), "name a file, a folder or a data set"):
+        path = Path(source).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    if is_file or (is_json(path) and not any(mark in source for mark in "*?[")):
         file_kind(path)  # refuses what can't be data
         files = [path]
-    elif path.is_dir() and not shards.is_saved_dataset(path):
-        files = sorted((p for p in path.iterdir() if is_json(p)), key=shards.natural)
-        shards.check_sequence(files)
+    elif is_folder and not shards.is_saved_dataset(path):
+        files = json_files(path)
     else:
         files = []
     if not files:
@@ -44,17 +50,39 @@ def files_of(source: str, split: str = "train", configuration: str | None = None
     return files
 
 
-def read_files(paths: Sequence[Path]) -> Iterator[Row]:
-    """Yield the rows of files of any known kind, one file after another.
+def json_files(folder: Path) -> list[Path]:
+    """Return the JSON files of a folder in natural order, without hidden ones and records.
 
     Raises:
-        InputError: a file is missing, empty, a Git LFS pointer, not UTF-8, malformed, or of another kind.
+        InputError: one is a part of another; a shard is missing; or there are tables as well, which no manifest of
+            `arrow2json.py` names as their source.
+    """
+    files = sorted((p for p in folder.iterdir() if is_json(p) and not shards.is_record(p)), key=shards.natural)
+    shards.check_own(files)
+    shards.check_sequence(files)
+    tables = [p for p in folder.iterdir() if p.suffix in TABLE_SUFFIXES and not shards.is_record(p)]
+    if files and tables and not any(folder.glob("*.manifest.json")):
+        raise InputError(
+            f"{folder} holds JSON files and tables ({files[0].name}, {tables[0].name}): name the files to read"
+        )
+    return files
+
+
+def read_files(paths: Sequence[Path], bad: BadRows | None = None) -> Iterator[Row]:
+    """Yield the rows of files of any known kind, one file after another.
+
+    Args:
+        paths: the files.
+        bad: takes the errors of single rows; None: the first one is raised.
+
+    Raises:
+        InputError: a file is missing, empty, a Git LFS pointer, damaged, or of another kind; or a row is malformed.
     """
     for path in paths:
-        yield from read_rows(path)
+        yield from read_rows(path, bad)
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, bad: BadRows | None = None) -> Iterator[Row]:
     """Return the rows of one file; the file is checked at once, the rows are read one at a time.
 
     Raises:
@@ -62,69 +90,95 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     kind = file_kind(path)
     if is_table(path, kind):
-        return read_table(path)
+        return read_table(path, bad)
     if not is_json(path):
         raise InputError(
             f"{path} ends in {path.suffix or 'nothing'}: "
             "conversations must be .jsonl, .json, .arrow, .feather or .parquet"
         )
-    return read_json_array(path) if kind == "json array" else read_json_lines(path)
+    return read_json_array(path, bad) if kind == "json array" else read_json_lines(path, bad)
 
 
-def read_json_lines(path: Path) -> Iterator[Row]:
+def read_json_lines(path: Path, bad: BadRows | None = None) -> Iterator[Row]:
     """Yield one row a line; blank lines are left out."""
     with open_bytes(path) as file:
+        for number in itertools.count(1):
+            source = f"{path}:{number}"
+            with input_faults(source, "fetch or compress the file again"):  # what the disk and the compression raise
+                line = file.readline(lines.MAX_ROW_BYTES)
+            if not line:
+                return
+            if len(line) == lines.MAX_ROW_BYTES:
+                raise lines.too_long(source)
+            text = (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).strip()
+            if not text:
+                continue
+            try:
+                row = lines.parse_object(source, text)
+            except InputError as error:
+                note(bad, error)
+                continue
+            yield source, row
+
+
+def read_json_array(path: Path, bad: BadRows | None = None) -> Iterator[Row]:
+    """Yield the members of one JSON array, one at a time."""
+    for number, value in enumerate(lines.array_rows(path), start=1):
+        source = f"{path} row {number}"
         try:
-            for number, line in enumerate(iter(file.readline, b""), start=1):
-                text = line.strip()
-                if text:
-                    yield parse_line(f"{path}:{number}", text)
-        except OSError as error:
-            raise InputError(f"{path} can't be read ({one_line(error, 200)}): fetch or compress it again") from None
+            row = lines.as_row(source, value)
+        except InputError as error:
+            note(bad, error)
+            continue
+        yield source, row
 
 
-def parse_line(source: str, line: bytes) -> Row:
-    """Parse one JSON object.
+def read_table(path: Path, bad: BadRows | None = None) -> Iterator[Row]:
+    """Yield the rows of an Arrow, Feather or Parquet file; a record batch is held at a time."""
+    shard = shards.open_shard(path)
+    names = shard.schema.names
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path} has several columns {shown(twice)}: give each a name of its own")
+    first = 1  # number of the batch's first row
+    for batch in shard.batches():
+        for start in range(0, batch.num_rows, shards.BATCH_ROWS):
+            part = batch.slice(start, shards.BATCH_ROWS)
+            for number, row in enumerate(rows_of(part, path, first + start, bad), start=first + start):
+                if row is not None:
+                    yield f"{path} row {number}", row
+        first += batch.num_rows
+
+
+def rows_of(batch: pa.RecordBatch, path: Path, first: int, bad: BadRows | None) -> list[dict[str, Any] | None]:
+    """Return the rows of a record batch, None in place of a bad one.
+
+    Args:
+        batch: the rows.
+        path: their file, for errors.
+        first: number of the first row, for errors.
+        bad: takes the errors; None: the first one is raised.
 
     Raises:
-        InputError: text that is not UTF-8, malformed JSON, or another JSON value than an object.
+        InputError: a row holds what Python does not: text that is not UTF-8, a date beyond the year 9999.
     """
     try:
-        return source, as_row(source, json.loads(line.decode("utf-8")))
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{source}: not UTF-8 ({error.reason} at byte {error.start}): convert the file to UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{source}: malformed JSON ({error.msg} at column {error.colno}): one object a line is needed"
-        ) from None
+        return list(batch.to_pylist())
+    except Exception:  # which row it is, and why, is found out below
+        rows: list[dict[str, Any] | None] = []
+    for index in range(batch.num_rows):
+        try:
+            with input_faults(f"{path} row {first + index}", "repair or remove the row"):
+                rows += batch.slice(index, 1).to_pylist()
+        except InputError as error:
+            note(bad, error)
+            rows.append(None)
+    return rows
 
 
-def read_json_array(path: Path) -> Iterator[Row]:
-    """Yield the members of one JSON array, one at a time."""
-    for number, row in enumerate(lines.array_rows(path), start=1):
-        source = f"{path} row {number}"
-        yield source, as_row(source, row)
-
-
-def read_table(path: Path) -> Iterator[Row]:
-    """Yield the rows of an Arrow, Feather or Parquet file; a record batch is held at a time."""
-    number = 0
-    for batch in shards.open_shard(path).batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path} row {number}", row
-
-
-def as_row(source: str, value: Any) -> dict[str, Any]:
-    """Return the value of a row, or raise an InputError if it is no JSON object."""
-    if not isinstance(value, dict):
-        raise InputError(f"{source}: a row is a {type(value).__name__}: it must be an object with `messages`")
-    return value
-
-
-def read_mixture(members: list[tuple[str, str]], splits: list[str], seed: int) -> Iterator[Row]:
+def read_mixture(
+    members: list[tuple[str, str]], splits: list[str], seed: int, bad: BadRows | None = None
+) -> Iterator[Row]:
     """Yield the rows of several sources one after another, each read twice, to count and to choose, and none held.
 
     Args:
@@ -132,6 +186,7 @@ def read_mixture(members: list[tuple[str, str]], splits: list[str], seed: int) -
             without is a number of rows, as in open-instruct.
         splits: one split for each member, or one for all.
         seed: decides which rows are drawn where an amount is less than all.
+        bad: takes the errors of single rows; None: the first one is raised.
 
     Raises:
         InputError: the splits don't fit the members, or an amount does not fit its source.
@@ -141,12 +196,12 @@ def read_mixture(members: list[tuple[str, str]], splits: list[str], seed: int) -
     for index, (name, amount) in enumerate(members):
         files = files_of(name, splits[index if len(splits) > 1 else 0])
         if amount == "1.0":
-            yield from read_files(files)
+            yield from read_files(files, bad)
             continue
-        num_rows = sum(1 for _ in read_files(files))
+        num_rows = sum(1 for _ in read_files(files, BadRows(skip=True)))  # they are noted when they are read again
         count = mixture_count(name, amount, num_rows)
         chosen = set(random.Random(seed).sample(range(num_rows), count))
-        yield from (row for number, row in enumerate(read_files(files)) if number in chosen)
+        yield from (row for number, row in enumerate(read_files(files, bad)) if number in chosen)
 
 
 def mixture_count(name: str, amount: str, num_rows: int) -> int:
@@ -164,7 +219,24 @@ def mixture_count(name: str, amount: str, num_rows: int) -> int:
     return count
 
 
-def conversations(rows: Iterable[Row], key: str = "messages") -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield each row's source and checked messages; `key` is the column of the messages."""
+def conversations(
+    rows: Iterable[Row], key: str = "messages", bad: BadRows | None = None
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield each row's source and checked messages.
+
+    Args:
+        rows: the rows.
+        key: column of the messages.
+        bad: takes the errors of single rows, and decides whether good ones still count; None: the first is raised.
+
+    Raises:
+        InputError: a row is no conversation.
+    """
     for source, row in rows:
-        yield source, forms.to_messages(source, row, key)
+        try:
+            messages = forms.to_messages(source, row, key)
+        except InputError as error:
+            note(bad, error)
+            continue
+        if bad is None or bad.keep():
+            yield source, messages

@@ -9,6 +9,7 @@ import glob
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from open_instruct.data.kinds import TABLE_MAGIC, TABLE_SUFFIXES, file_kind
-from open_instruct.errors import InputError, one_line
+from open_instruct.data.arrow_checks import check_batch
+from open_instruct.data.kinds import TABLE_MAGIC, TABLE_SUFFIXES, check_regular, file_kind
+from open_instruct.data.texts import shown
+from open_instruct.errors import InputError, input_faults, one_line
 
 BATCH_ROWS = 1000
+AGAIN = "fetch the folder again, or name its files"
+RECORDS = (".manifest.json", ".run.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 SHARD_NAME = re.compile(r"^(?P<stem>.*?)-?(?P<index>\d{5})-of-(?P<count>\d{5})")
 SPLIT_NAME = re.compile(r"(?:^|[-_/])(train|validation|valid|test|dev)(?:[-_.]|$)")
@@ -35,25 +40,33 @@ class Shard:
     schema: pa.Schema
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """Yield the record batches, in order.
+        """Yield the record batches, in order, each checked by `check_batch`.
 
         Raises:
             InputError: the file is damaged.
         """
-        try:
-            if self.kind == "parquet":
-                yield from pyarrow.parquet.ParquetFile(self.path).iter_batches(batch_size=BATCH_ROWS)
-                return
-            # Not memory-mapped: the pages that were read would count as resident until the file is closed.
-            with pa.OSFile(str(self.path), "rb") as source:
-                if self.kind == "arrow stream":
-                    yield from pa.ipc.open_stream(source)
-                else:
-                    reader = pa.ipc.open_file(source)
-                    for index in range(reader.num_record_batches):
-                        yield reader.get_batch(index)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{self.path} is damaged ({one_line(error, 200)}): fetch it again") from None
+        with damages(self.path):
+            for batch in self._batches():
+                check_batch(batch)
+                yield batch
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        if self.kind == "parquet":
+            yield from pyarrow.parquet.ParquetFile(self.path).iter_batches(batch_size=BATCH_ROWS)
+            return
+        # Not memory-mapped: the pages that were read would count as resident until the file is closed.
+        with pa.OSFile(str(self.path), "rb") as source:
+            if self.kind == "arrow stream":
+                yield from pa.ipc.open_stream(source)
+            else:
+                reader = pa.ipc.open_file(source)
+                for index in range(reader.num_record_batches):
+                    yield reader.get_batch(index)
+
+
+def damages(path: Path) -> AbstractContextManager[None]:
+    """Turn what Arrow raises about a file into an InputError."""
+    return input_faults(f"{path}, truncated or damaged,", "fetch it again")
 
 
 def open_shard(path: Path) -> Shard:
@@ -67,23 +80,31 @@ def open_shard(path: Path) -> Shard:
         raise InputError(
             f"{path} is neither Arrow nor Parquet: name a .arrow, .feather or .parquet file, or a folder of them"
         )
-    try:
-        if kind == "parquet":
-            parquet = pyarrow.parquet.ParquetFile(path)
-            return Shard(path, kind, parquet.metadata.num_rows, parquet.schema_arrow)
-        with pa.memory_map(str(path)) as source:
-            if kind == "arrow file":
-                reader = pa.ipc.open_file(source)
-                num_rows = sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
-                return Shard(path, kind, num_rows, reader.schema)
-            stream = pa.ipc.open_stream(source)
-            num_rows = sum(batch.num_rows for batch in stream)
-            source.seek(max(0, source.size() - len(END_OF_STREAM)))
-            if source.read() != END_OF_STREAM:  # a stream that stops between two batches reads without an error
-                raise InputError(f"{path} is truncated (it has no end mark after {num_rows} rows): fetch it again")
-            return Shard(path, kind, num_rows, stream.schema)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is truncated or damaged ({one_line(error, 200)}): fetch it again") from None
+    with damages(path):
+        shard = Shard(path, kind, *rows_and_schema(path, kind))
+        schema_text(shard.schema)  # raises where a name is not UTF-8
+    return shard
+
+
+def rows_and_schema(path: Path, kind: str) -> tuple[int, pa.Schema]:
+    """Return the number of rows of a table file, and its schema.
+
+    Raises:
+        InputError: an Arrow stream has no end mark.
+    """
+    if kind == "parquet":
+        parquet = pyarrow.parquet.ParquetFile(path)
+        return parquet.metadata.num_rows, parquet.schema_arrow
+    with pa.memory_map(str(path)) as source:
+        if kind == "arrow file":
+            reader = pa.ipc.open_file(source)
+            return sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches)), reader.schema
+        stream = pa.ipc.open_stream(source)
+        num_rows = sum(batch.num_rows for batch in stream)
+        source.seek(max(0, source.size() - len(END_OF_STREAM)))
+        if source.read() != END_OF_STREAM:  # a stream that stops between two batches reads without an error
+            raise InputError(f"{path} is truncated (it has no end mark after {num_rows} rows): fetch it again")
+        return num_rows, stream.schema
 
 
 def find_shards(sources: Sequence[str], split: str = "train") -> list[Shard]:
@@ -117,6 +138,7 @@ def source_files(source: str, split: str, configuration: str | None = None) -> l
     Raises:
         InputError: nothing is there, a shard is missing, or a configuration is given for a file or folder.
     """
+    check_name(source)
     path = Path(source).expanduser()
     is_local = path.exists() or glob.has_magic(source)
     if configuration and is_local:
@@ -126,7 +148,8 @@ def source_files(source: str, split: str, configuration: str | None = None) -> l
     if path.is_dir():
         files = folder_files(path, split)
     elif is_local:
-        files = sorted((Path(name) for name in glob.glob(str(path))), key=natural)
+        files = sorted((Path(name) for name in glob.glob(str(path)) if not is_record(Path(name))), key=natural)
+        check_own(files)
         if not files:
             raise InputError(f"no file matches {source}: check the pattern")
     elif source.count("/") <= 1 and not source.startswith((".", "/", "~")) and path.suffix not in TABLE_SUFFIXES:
@@ -135,6 +158,12 @@ def source_files(source: str, split: str, configuration: str | None = None) -> l
         raise InputError(f"no such file or folder: {source}")
     check_sequence(files)
     return files
+
+
+def check_name(source: str) -> None:
+    """Raise an InputError if a source has no name: "" would be the current folder."""
+    if not source.strip():
+        raise InputError("the name of a data file is empty: name a file, a folder or a data set")
 
 
 def no_configuration(source: str, configuration: str) -> str:
@@ -156,17 +185,19 @@ def folder_files(folder: Path, split: str) -> list[Path]:
     """Return the table files of a `save_to_disk` folder, `datasets` cache, Hub cache or snapshot, or plain folder.
 
     Raises:
-        InputError: there is none, the split is missing, or there are several tables.
+        InputError: there is none, the split is missing, there are several tables, or the folder's record is damaged.
     """
     if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        with metadata(folder / "dataset_dict.json") as value:
+            splits = [plain_name(name) for name in list_of(value, "splits")]
         if split not in splits:
             raise InputError(f"{folder} has the splits {', '.join(splits)}, not {split}: choose one with --split")
         folder = folder / split
     if (folder / "state.json").exists():
-        return [folder / item["filename"] for item in json.loads((folder / "state.json").read_text())["_data_files"]]
+        return saved_files(folder)
     if (folder / "refs" / "main").exists() and (folder / "snapshots").is_dir():
-        folder = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+        with input_faults(str(folder / "refs" / "main"), AGAIN):
+            folder = folder / "snapshots" / plain_name((folder / "refs" / "main").read_text(encoding="utf-8").strip())
     files = [
         p for p in folder.rglob("*") if p.suffix in TABLE_SUFFIXES and not p.name.startswith(("cache-", "tmp", "."))
     ]
@@ -183,6 +214,80 @@ def folder_files(folder: Path, split: str) -> list[Path]:
         tables = ", ".join(str(p.relative_to(folder)) for p in parents[:4])
         raise InputError(f"{folder} holds several tables ({tables}): name one of them")
     return sorted(files, key=natural)
+
+
+def saved_files(folder: Path) -> list[Path]:
+    """Return the Arrow files that `Dataset.save_to_disk` wrote into a folder, in order.
+
+    Raises:
+        InputError: its record is damaged, names none, or others; or rows are chosen by indices, as old versions did.
+    """
+    with metadata(folder / "state.json") as value:
+        names = [plain_name(item["filename"]) for item in list_of(value, "_data_files")]
+        if not names:
+            raise ValueError("it names no file")
+        if value.get("_indices_files") or value.get("_indices_data_files"):
+            raise ValueError("it chooses rows by indices, as old versions of `datasets` did")
+    return [folder / name for name in names]
+
+
+@contextmanager
+def metadata(path: Path) -> Iterator[Any]:
+    """Read a small JSON file of a data folder, whose contents the block looks into.
+
+    Raises:
+        InputError: the file is damaged, or holds something else.
+    """
+    with input_faults(str(path), AGAIN):
+        check_regular(path)
+        yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def list_of(value: Any, key: str) -> list[Any]:
+    """Return the list that stands in an object under a key.
+
+    Raises:
+        ValueError: there is none.
+    """
+    items = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(items, list):
+        raise ValueError(f"it has no list {key}")
+    return items
+
+
+def plain_name(name: Any) -> str:
+    """Return the name of a file or folder that a record names beside itself.
+
+    Raises:
+        ValueError: it is elsewhere, or no name.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or "\0" in name or Path(name).name != name:
+        raise ValueError(f"it names {shown(name)}, which is not in its folder")
+    return name
+
+
+def is_record(path: Path) -> bool:
+    """Return whether a file in a folder of data is none: hidden, or what this project's tools and `datasets` note."""
+    return path.name.startswith(".") or path.name.endswith(RECORDS)
+
+
+def check_own(files: Sequence[Path]) -> None:
+    """Refuse files of which one is, as a manifest of `sample_subsets.py` says, a part of another.
+
+    Raises:
+        InputError: rows would be read twice; or a manifest beside the files is damaged.
+    """
+    present = {path.resolve() for path in files}
+    for manifest in sorted({found for path in files for found in path.parent.glob("*_subsets*.manifest.json")}):
+        with metadata(manifest) as value:
+            records = [value["input"], *list_of(value, "subsets")]
+            named = [(manifest.parent / Path(record["path"]).name).resolve() for record in records]
+        both = [path for path in dict.fromkeys(named) if path in present]
+        if len(both) > 1:
+            raise InputError(
+                f"{both[0].parent} holds {both[0].name} and {both[1].name}, of which one is a part of the other "
+                f"({manifest.name} says so): name the files to read"
+            )
 
 
 def hub_files(name: str, split: str, configuration: str | None = None) -> list[Path]:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from open_instruct.flags import combinations as checks
 from open_instruct.flags.declare import flag
+
+BAD_ROWS = (
+    "what to do with rows that can't be used (malformed, without text, without an answer …): error: count them, name "
+    "the first three, and stop; skip: count them and leave them out"
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class DataFlags:
         ),
     )
     sft_messages_key: str = flag("messages", "column that holds the conversation", in_study="same", differs="the same")
+    bad_rows: Literal["error", "skip"] = flag("error", BAD_ROWS, in_study="same")
     validation_file: str | None = flag(
         None, "held-out conversations, a file or folder like train_file; never trained on", in_study="same"
     )

@@ -12,6 +12,11 @@ from matplotlib import pyplot as plt
 
 from open_instruct.report.summary import shortened
 
+WRITING = {
+    "words": "references in words of another script than Latin",
+    "chinese": "in Chinese characters",
+    "characters": "in another script without blanks, by character",
+}
 UNITS = {
     "loss": "nats per labelled token",
     "perplexity": "per labelled token",
@@ -33,6 +38,10 @@ def markdown(result: dict[str, Any]) -> str:
         f"| {metric} | " + " | ".join(cell(result["figures"][name][metric]) for name in names) + " |"
         for metric in metrics
     ]
+    other = {kind: count for kind, count in result.get("writing", {}).items() if kind != "latin"}
+    if other:
+        kinds = ", ".join(f"{count} {WRITING[kind]}" for kind, count in other.items())
+        lines += ["", f"ROUGE and BLEU: {kinds} (docs/use.md says how they are counted)."]
     if result.get("truncated"):
         lines += ["", f"{result['truncated']} rows were cut to the model's context."]
     if result.get("unanswered"):

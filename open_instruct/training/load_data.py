@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data import dataset, forms, reading
+from open_instruct.data.bad_rows import BadRows
 from open_instruct.data.dataset import Examples
 from open_instruct.data.reading import Row
 from open_instruct.errors import InputError
@@ -30,6 +32,7 @@ class DataSettings:
     mixture: tuple[tuple[str, str], ...]  # (file or data set, amount)
     mixture_splits: tuple[str, ...]  # one for each member, or one for all
     messages_key: str
+    skip_bad_rows: bool  # leave out rows that can't be used; else they are an error
     validation_file: str | None
     validation_fraction: float
     max_eval_samples: int
@@ -52,6 +55,13 @@ class Data:
         """Return what identifies the data in run.json and in checkpoints."""
         return {"train": self.train.fingerprint, "held_out": self.held_out and self.held_out.fingerprint}
 
+    def bad_rows(self) -> dict[str, str]:
+        """Return, for run.json, a line about the rows of each set that were left out because they can't be used."""
+        sets = {"training": self.train, "held out": self.held_out}
+        if self.held_out and self.held_out.fingerprint == self.train.fingerprint:  # a part of the same file
+            del sets["held out"]
+        return {name: examples.bad_rows for name, examples in sets.items() if examples and examples.bad_rows}
+
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
@@ -60,7 +70,8 @@ class Data:
     def describe(self) -> str:
         """Return a line of statistics for each set."""
         held_out = self.held_out.describe("held out") if self.held_out else "held out: none (--validation_fraction 0)"
-        return f"{self.train.describe('training')}\n{held_out}"
+        bad = [f"{name}: {text}" for name, text in self.bad_rows().items()]
+        return "\n".join([self.train.describe("training"), held_out, *bad])
 
 
 def conversation_length(context: int | None, num_virtual_tokens: int, max_seq_length: int | None) -> int:
@@ -98,8 +109,9 @@ def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTr
     if settings.num_workers:
         os.environ["RAYON_NUM_THREADS"] = str(settings.num_workers)  # the Rust tokenizer reads it
     with accelerator.main_process_first():
-        rows, key = training_rows(settings)
-        train = build_examples(settings, log_form(rows, accelerator, settings.messages_key), key, tokenizer)
+        bad = BadRows(settings.skip_bad_rows)
+        rows, key = training_rows(settings, bad)
+        train = build_examples(settings, log_form(rows, accelerator, settings.messages_key), key, tokenizer, bad)
         held_out = None
         if settings.validation_file:
             path = Path(settings.validation_file)
@@ -108,7 +120,9 @@ def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTr
                     f"--validation_file {path} is the training file: name another, or use --validation_fraction"
                 )
             files = reading.files_of(settings.validation_file)
-            held_out = build_examples(settings, reading.read_files(files), dataset.file_key(files), tokenizer)
+            bad = BadRows(settings.skip_bad_rows)
+            rows, key = reading.read_files(files, bad), dataset.file_key(files)
+            held_out = build_examples(settings, rows, key, tokenizer, bad)
             held_out = dataset.draw(held_out, settings.max_eval_samples, settings.seed)
         else:
             train, held_out = dataset.hold_out(
@@ -123,29 +137,30 @@ def log_form(rows: Iterator[Row], accelerator: Accelerator, key: str) -> Iterato
     """Yield the rows unchanged, and print the form of the first when it is read."""
     for number, (source, row) in enumerate(rows):
         if number == 0:
-            accelerator.print(f"reading {source}: form {forms.form_of(source, row, key)}")
+            with suppress(InputError):  # whoever uses the row says what is wrong with it
+                accelerator.print(f"reading {source}: form {forms.form_of(source, row, key)}")
         yield source, row
 
 
-def training_rows(settings: DataSettings) -> tuple[Iterator[Row], str | None]:
+def training_rows(settings: DataSettings, bad: BadRows) -> tuple[Iterator[Row], str | None]:
     """Return the rows of the training data, unread, and a key of their content (None: unknown without reading)."""
     if settings.train_files:
         files = [path for source in settings.train_files for path in reading.files_of(source)]
-        return reading.read_files(files), dataset.file_key(files)
+        return reading.read_files(files, bad), dataset.file_key(files)
     if settings.dataset_name:
         files = reading.files_of(settings.dataset_name, "train", settings.dataset_config_name)
-        return reading.read_files(files), dataset.file_key(files)
+        return reading.read_files(files, bad), dataset.file_key(files)
     members, splits = list(settings.mixture), list(settings.mixture_splits)
     files = [path for name, _ in members for path in reading.files_of(name, splits[0])] if len(splits) == 1 else []
     key = dataset.file_key(files) + json.dumps([members, settings.seed]) if files else None
-    return reading.read_mixture(members, splits, settings.seed), key
+    return reading.read_mixture(members, splits, settings.seed, bad), key
 
 
 def build_examples(
-    settings: DataSettings, rows: Iterator[Row], key: str | None, tokenizer: PreTrainedTokenizerBase
+    settings: DataSettings, rows: Iterator[Row], key: str | None, tokenizer: PreTrainedTokenizerBase, bad: BadRows
 ) -> Examples:
-    """Turn rows into examples, through the cache where their content is known."""
-    named = reading.conversations(rows, settings.messages_key)
-    source_key = f"{key} {settings.messages_key}"
+    """Turn rows into examples, through the cache where their content is known; `bad` has those that can't be read."""
+    named = reading.conversations(rows, settings.messages_key, bad)
+    source_key = f"{key} {settings.messages_key}" + (" without bad rows" if bad.skip else "")
     cache = settings.cache_dir if key else None
-    return dataset.build(named, tokenizer, settings.max_length, source_key, cache, settings.overwrite_cache)
+    return dataset.build(named, tokenizer, settings.max_length, source_key, cache, settings.overwrite_cache, bad)

@@ -144,6 +144,7 @@ class Resolved(Settings):
             "engine": engine and str(engine),
             "seed": self.flags.seed,
             "data": data.fingerprints(),
+            "bad_rows": data.bad_rows(),
             "resumed_from": saved and str(saved.path),
         }
 
@@ -278,6 +279,7 @@ def before_data(
             mixture=mixture_members(flags.dataset_mixer, flags.dataset_mixer_list),
             mixture_splits=tuple(flags.dataset_mixer_list_splits),
             messages_key=flags.sft_messages_key,
+            skip_bad_rows=flags.bad_rows == "skip",
             validation_file=flags.validation_file,
             validation_fraction=flags.validation_fraction,
             max_eval_samples=flags.max_eval_samples,

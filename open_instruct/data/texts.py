@@ -1,0 +1,46 @@
+"""Values of data, as they may stand in a message: short, on one line, harmless to a terminal."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+LONGEST = 80  # characters
+
+
+def shown(value: object) -> str:
+    """Return a value as Python writes it, cut at 80 characters and a few levels; control characters are escapes."""
+    return cut(Short().repr(value))
+
+
+class Short(reprlib.Repr):
+    """A writer of values that looks at no more of them than it writes."""
+
+    def __init__(self) -> None:
+        """Set the longest parts."""
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = LONGEST
+
+    def repr1(self, x: object, level: int) -> str:
+        """Write one value; subclasses of dict as dicts are."""
+        return self.repr_dict(x, level) if isinstance(x, dict) else super().repr1(x, level)
+
+
+def plain(text: str) -> str:
+    """Return a text without quotes, cut at 80 characters; control characters and half surrogates are escapes."""
+    return cut("".join(char if char.isprintable() else repr(char)[1:-1] for char in text[: LONGEST + 1]))
+
+
+def cut(text: str) -> str:
+    """Return a text of at most 80 characters."""
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+
+
+def kind_of(value: Any) -> str:
+    """Return what a value is, in the words of JSON."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return "text" if value.strip() else "empty"
+    names = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
