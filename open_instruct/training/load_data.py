@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,23 @@ class Data:
         """Return what identifies the data in run.json and in checkpoints."""
         return {"train": self.train.fingerprint, "held_out": self.held_out and self.held_out.fingerprint}
 
+    def contents(self) -> dict[str, Any]:
+        """Return hashes of the tokens and labels of both sets, in their order: what a resumed run must share."""
+        return {"train": self.train.content, "held_out": self.held_out and self.held_out.content}
+
+    def cached(self) -> str:
+        """Return a line on where the tokenised data is.
+
+        Raises:
+            InputError: it is not in the cache.
+        """
+        if self.train.entry is None:
+            raise InputError(
+                "--cache_dataset_only fills the token cache, and nothing could be cached: name a folder that can be "
+                "written with --dataset_local_cache_dir, and data whose files are known before they are read"
+            )
+        return f"tokenised data is in {self.train.entry}"
+
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
@@ -97,6 +114,7 @@ def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTr
     """
     if settings.num_workers:
         os.environ["RAYON_NUM_THREADS"] = str(settings.num_workers)  # the Rust tokenizer reads it
+    settings = replace(settings, overwrite_cache=settings.overwrite_cache and accelerator.is_main_process)
     with accelerator.main_process_first():
         rows, key = training_rows(settings)
         train = build_examples(settings, log_form(rows, accelerator, settings.messages_key), key, tokenizer)

@@ -75,7 +75,7 @@ def run(
     tokenizer = base_model.load_base_tokenizer(before.tokenizer, adapter)
     data = load_data(before.data, accelerator, tokenizer)
     if flags.cache_dataset_only:
-        accelerator.print(f"tokenised data is in {before.data.cache_dir}/{data.train.fingerprint}")
+        accelerator.print(data.cached())
         return None
     before.forward.check_rows(data.longest)
 
