@@ -203,33 +203,11 @@ def history_of_old(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**known, "reported": [finding["name"] for finding in values.get("findings", [])]}
 
 
-def check_identity(checkpoint: Checkpoint, current: Mapping[str, Any]) -> None:
-    """Refuse to resume another run.
-
-    Values that the checkpoint lacks, because an older version wrote it, are not compared.
-
-    Raises:
-        InputError: naming what differs, with both values.
-    """
-    saved = checkpoint.state.identity
-    different = [
-        f"{name} was {saved[name]!r} and is now {value!r}"
-        for name, value in current.items()
-        if name in saved and saved[name] != value
-    ]
-    if different:
-        raise InputError(
-            f"checkpoint {checkpoint.path} belongs to another run ({'; '.join(different)}): give the same values, or a "
-            "new --output_dir"
-        )
-
-
 def restore(
     checkpoint: Checkpoint,
     model: nn.Module,
     optimizer: Any,
     schedule: Any,
-    identity: Mapping[str, Any],
     accelerator: Accelerator,
 ) -> TrainState:
     """Restore everything as it was when the checkpoint was written: the one way to resume.
@@ -239,7 +217,6 @@ def restore(
         model: model with the adapter, as the engine prepared it.
         optimizer: optimizer as the engine prepared it.
         schedule: schedule of the learning rate.
-        identity: what the run must share with the one that wrote the checkpoint.
         accelerator: joins the run's processes.
 
     Returns:
@@ -249,7 +226,6 @@ def restore(
         InputError: the files are damaged, or belong to another run or engine.
     """
     path, state = checkpoint.path, checkpoint.state
-    check_identity(checkpoint, identity)
     part = sharding.part_name(accelerator)
     if not (path / (part or OPTIMIZER)).exists():
         written = ", ".join(sorted(file.name for file in path.glob("optimizer*")))
