@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from open_instruct.errors import InputError, input_faults, reason_of, system_fault, warn
+from open_instruct.errors import InputError, input_faults, system_fault, warn
 from open_instruct.files import flush
 
 TOKENS, COUNTS = "tokens.arrow", "counts.json"
@@ -127,19 +127,18 @@ def read(entry: Path) -> Tokenised | None:
     if not os.path.lexists(entry):
         return None
     try:
-        with input_faults(str(entry), ""):
+        with input_faults(f"entry {entry} of the token cache", "tokenising again"):
             known = json.loads((entry / COUNTS).read_text(encoding="utf-8"))
             if known.pop("sha256") != record_sum(known):
-                raise InputError(f"{COUNTS} does not match its checksum")
+                raise ValueError(f"{COUNTS} does not match its checksum")
             if checksum(entry / TOKENS) != known[TOKENS]:
-                raise InputError(f"{TOKENS} does not match its checksum")
+                raise ValueError(f"{TOKENS} does not match its checksum")
             table = pa.ipc.open_stream(pa.memory_map(str(entry / TOKENS))).read_all()
             if table.schema != SCHEMA:
-                raise InputError(f"{TOKENS} holds other columns")
+                raise ValueError(f"{TOKENS} holds other columns")
             return Tokenised(table, {name: int(known[name]) for name in COUNTED}, str(known["content"]), entry)
     except InputError as error:
-        reason = reason_of(error.__cause__) if isinstance(error.__cause__, Exception) else str(error)
-        warn(f"entry {entry} of the token cache is damaged or incomplete ({reason}): tokenising again")
+        warn(str(error))
         return None
 
 

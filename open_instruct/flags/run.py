@@ -69,7 +69,7 @@ class RunFlags:
         "continue from this checkpoint; without a path, from the newest complete one of output_dir",
         optional_value="newest",
         in_study="decided",
-        check=lambda flags: "it contradicts --overwrite_output_dir: drop one" if flags.overwrite_output_dir else None,
+        check=checks.bad_resumption,
         on_resume="free",
     )
     dry_run: bool = flag(

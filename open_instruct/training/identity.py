@@ -131,6 +131,9 @@ def check_resumed(checkpoint: Checkpoint, current: Mapping[str, Any]) -> None:
             f"checkpoint {checkpoint.path} belongs to another run ({'; '.join(different)}): give the same values, or a "
             "new --output_dir"
         )
+    step, num_steps = checkpoint.state.step, current["num_steps"]
+    if step > num_steps:
+        raise InputError(f"checkpoint {checkpoint.path} is at step {step} of {num_steps}: resume from another one")
 
 
 def is_same(first: Any, second: Any) -> bool:

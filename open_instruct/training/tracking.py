@@ -19,6 +19,7 @@ from open_instruct.errors import InputError
 from open_instruct.training.state import TrainState
 
 METRICS = "metrics.jsonl"
+NUMBERS = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch")  # that plots and reports read
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,19 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the complete rows of a metrics file, without a last line that a killed run left incomplete."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """Return the rows of a metrics file, without what is none: a line that a killed run left incomplete, or damage."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [row for row in map(row_of, lines) if row is not None]
+
+
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """Return a line of a metrics file as a row, or None: it has a whole step, and what else is known are numbers."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    known = [row["step"], *(row[name] for name in NUMBERS if name in row)]
+    is_number = (type(number) is float or (type(number) is int and abs(number) < 2**62) for number in known)
+    return row if all(is_number) else None
