@@ -18,6 +18,7 @@ from open_instruct.data.reading import Row
 from open_instruct.errors import InputError
 
 DEFAULT_MAX_SEQ_LENGTH = 4096
+FEW_ROWS = 30  # fewer held-out rows hardly tell which parameters are best: their mean is off by a fifth of its spread
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,15 @@ class Data:
     def longest(self) -> int:
         """Tokens of the longest example."""
         return max(int(examples.lengths.max()) for examples in (self.train, self.held_out) if examples)
+
+    def too_few(self) -> str | None:
+        """Return a line where the held-out rows are too few to choose parameters by, or None."""
+        if self.held_out is None or len(self.held_out) >= FEW_ROWS:
+            return None
+        return (
+            f"held out: {len(self.held_out)} rows are few to choose the saved parameters by: raise "
+            "--validation_fraction, give a --validation_file, or save the last ones with --keep_best False"
+        )
 
     def describe(self) -> str:
         """Return a line of statistics for each set."""

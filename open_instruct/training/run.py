@@ -79,6 +79,8 @@ def run(
     if flags.cache_dataset_only:
         accelerator.print(data.cached())
         return None
+    if flags.keep_best and (line := data.too_few()):
+        accelerator.print(line)
     before.forward.check_rows(data.longest)
     plan = before.plan(len(data.train), accelerator.num_processes)
     own = identity.of_data(before, data, config, plan, accelerator.num_processes)
