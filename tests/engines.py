@@ -24,7 +24,15 @@ def use_deepspeed(engine: str) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ROOT / "configs" / "ds_configs" / f"{engine}.json")
+    config = ROOT / "configs" / "ds_configs" / f"{engine}.json"
+    if "TEST_ACCUMULATION" in os.environ:
+        content = {
+            **json.loads(config.read_text()),
+            "gradient_accumulation_steps": int(os.environ["TEST_ACCUMULATION"]),
+        }
+        config = Path(sys.argv[2]).with_name("config.json")
+        config.write_text(json.dumps(content))
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(config)
     PartialState(cpu=True)
 
 

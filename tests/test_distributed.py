@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from open_instruct.errors import InputError
 from open_instruct.finetune_peft import main
+from open_instruct.training import engines
 from tests.conftest import ROOT, TINY_MODEL, without_measurements
 
 SOFT = ["--num_virtual_tokens", "20"]
@@ -174,6 +177,109 @@ def test_bad_input_is_said_once_by_two_processes(tmp_path):
     )  # fmt: skip
     assert result.returncode != 0
     assert result.stderr.count("no such file: missing.jsonl") == 1
+
+
+def launched(ranks: list[list[str]], cwd: Path, **environment: str) -> list[subprocess.CompletedProcess]:
+    """One run whose processes are started by hand, each with its own flags."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = []
+    for rank, words in enumerate(ranks):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(ranks))}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "open_instruct" / "finetune_peft.py"), *words],
+                cwd=cwd, env={**os.environ, **common, **own, **environment}, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+    outputs = [process.communicate(timeout=600) for process in started]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *output)
+        for process, output in zip(started, outputs, strict=True)
+    ]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("seed", "--seed is 42 in process 0 and 7 in process 1"),
+        ("data", "training and held-out data is"),
+    ],
+)
+def test_processes_that_differ_are_refused_by_all(kind, says, tmp_path, data_file):
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(data_file.read_text().splitlines(keepends=True)[:-1]))
+    first = flags(tmp_path, data_file, "lora", "True")
+    second = [*first, "--seed", "7"] if kind == "seed" else flags(tmp_path, other, "lora", "True")
+    results = launched([first, second], tmp_path, ACCELERATE_USE_CPU="true")
+    assert [result.returncode for result in results] == [2, 2], results
+    for rank, result in enumerate(results):
+        (line,) = [line for line in result.stderr.splitlines() if "error: " in line]
+        assert says in line and line.startswith("error: process 1: ") == (rank == 1)
+        assert "Traceback" not in result.stderr
+    assert not (tmp_path / "lora-True").exists()
+
+
+@pytest.mark.distributed
+def test_processes_that_do_not_find_each_other_are_refused(tmp_path, data_file):
+    """Without ACCELERATE_USE_CPU, torchrun on CPUs starts as many runs as processes, all into one folder."""
+    words = flags(tmp_path, data_file, "lora", "True")
+    for result in launched([words, words], tmp_path, ACCELERATE_USE_CPU="false"):
+        assert result.returncode == 2 and "WORLD_SIZE=2 says that 2 processes" in result.stderr, result.stderr
+        assert "set ACCELERATE_USE_CPU=true" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "lora-True").exists()
+
+
+@pytest.mark.parametrize("variables, refused", [
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2"),
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=4"),
+    ({"PMI_SIZE": "2"}, "PMI_SIZE=2"),
+    ({"WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "4"}, None),
+    ({"WORLD_SIZE": "text"}, None),
+    ({"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, None),
+    ({"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}, None),
+    (
+        {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+        "torchrun --nproc_per_node N",
+    ),
+])  # fmt: skip
+def test_a_launch_of_one_process_is_told_from_a_failed_one_of_several(variables, refused, monkeypatch):
+    for name in (*engines.LAUNCHED, "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if refused is None:
+        engines.check_launch(1)
+        return
+    with pytest.raises(InputError, match=refused):
+        engines.check_launch(1)
+
+
+@pytest.mark.distributed
+def test_accumulation_in_a_deepspeed_file_divides_nothing(tmp_path, data_file, monkeypatch):
+    """The number would divide the gradient once more. accelerate's own variable for it is set in both runs."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("TEST_ACCUMULATION", "4")
+    two = flags(tmp_path, data_file, "lora", "True", "--per_device_train_batch_size", "3", "--max_train_steps", "2")
+    result = launch("zero2", [two], tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    one = flags(
+        tmp_path / "one", data_file, "lora", "True", "--per_device_train_batch_size", "6", "--max_train_steps", "2"
+    )
+    assert main(one) == 0
+    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([*one, "--overwrite_output_dir", "--output_dir", str(tmp_path / "plain")]) == 0
+    norms = [[row["grad_norm"] for row in rows_of(path) if "loss" in row] for path in (
+        tmp_path / "lora-True", tmp_path / "one" / "lora-True", tmp_path / "plain"
+    )]  # fmt: skip
+    assert norms[0] == pytest.approx(norms[2], rel=1e-3) and norms[1] == norms[2]
 
 
 SHARES = """

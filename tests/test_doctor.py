@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -73,6 +74,41 @@ def test_answers_that_are_cut_away_are_named(train, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = train("run", "--use_lora", *RUN, "--max_train_steps", "2", data=path)
     assert names(run) == {"labels"} and "of the training tokens are labelled" in run.out
+
+
+def test_rows_that_are_cut_or_dropped_are_named_with_figures(train, tmp_path):
+    """From a twentieth of the rows on; that the held-out rows are few is a line."""
+    rows = [{"prompt": "red " * (2 if number % 5 else 60), "completion": "red blue green"} for number in range(60)]
+    path = tmp_path / "ragged.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = train("run", "--use_lora", *RUN, "--max_train_steps", "2", "--max_seq_length", "40", data=path)
+    assert names(run) == {"cut"}, run.out
+    assert "of 60 conversations 12 (20%) are longer than 40 tokens and were cut, and 12 (20%) were dropped" in run.out
+    assert "--max_seq_length" in run.out and "held out: 10 rows are few to choose the saved parameters by" in run.out
+    last = train("last", "--use_lora", *RUN, "--max_train_steps", "2", "--keep_best", "False", data=path)
+    assert names(last) == set() and "are few to choose" not in last.out
+    limit = replace(HEALTHY, num_read=100, num_truncated=5, num_skipped=5)
+    assert Doctor(limit, History()).before() == []
+    assert [f.name for f in Doctor(replace(limit, num_skipped=6), History()).before()] == ["cut"]
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--use_prompt_tuning", "--learning_rate", "30"], {"drift", "rate too high"}),
+    (["--use_lora", "--learning_rate", "1e-7", "--clip_grad_norm", "1e-3"], {"rate too low"}),
+])  # fmt: skip
+def test_the_findings_of_a_killed_run_are_those_of_the_uninterrupted_one(flags, expected, train):
+    """Killed at several steps, and resumed from the checkpoint before: the same findings at the same steps."""
+    flags = [*RUN, *flags, "--checkpointing_steps", "7", "--keep_last_n_checkpoints", "-1", "--eval_steps", "10"]
+    full = train("full", *flags)
+    assert names(full) >= expected, full.out
+    for step in (7, 42):
+        part = full.folder.parent / f"part{step}"
+        shutil.copytree(full.folder, part)
+        (part / "summary.json").unlink()
+        saved = str(part / "checkpoints" / f"step_{step}")
+        resumed = train(f"part{step}", *flags, "--resume_from_checkpoint", saved)
+        assert resumed.code == 0, resumed.err
+        assert resumed.summary["findings"] == full.summary["findings"], step
 
 
 def test_examples_learned_by_heart_are_a_gap():

@@ -96,6 +96,25 @@ def test_an_evaluation_agrees_with_the_run_and_the_reference_libraries(trained, 
     assert evaluate_main([*words, "--output_dir", str(out)]) == 2 and "holds an evaluation" in capsys.readouterr().err
 
 
+def test_rows_without_a_label_in_the_context_are_left_out_and_counted(trained, tmp_path, capsys):
+    """Of two rows a quarter of the draws hold only the one without a label: no interval may be made of such a draw."""
+    path, out = tmp_path / "long.jsonl", tmp_path / "evaluated"
+    rows = [{"prompt": "red green " * length, "completion": "blue"} for length in (2000, 2, 3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--adapter", str(trained / "lora"), "--file", str(path), "--metrics", "loss", "--output_dir", str(out)]
+    assert evaluate_main(words) == 0
+    assert "1 rows have no labelled token in the context" in capsys.readouterr().out
+    result = json.loads((out / "evaluation.json").read_text())
+    assert (result["rows"], result["unlabelled"]) == (3, 1)
+    loss, difference = result["figures"]["lora"]["loss"], result["differences_from_base"]["lora"]["loss"]
+    assert all(math.isfinite(bound) for bound in (*loss["interval"], *difference["interval"]))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    assert evaluate_main([*words[:-1], str(tmp_path / "short")]) == 0
+    short = json.loads((tmp_path / "short" / "evaluation.json").read_text())
+    alone = short["figures"]["lora"]["loss"]
+    assert alone["interval"] == pytest.approx(loss["interval"], rel=1e-5) and short["unlabelled"] == 0
+
+
 def test_a_file_without_answers_can_not_be_evaluated(trained, tmp_path, capsys):
     path = tmp_path / "questions.jsonl"
     path.write_text('{"prompt": "red green"}\n{"prompt": "blue", "completion": "blue"}\n')

@@ -92,20 +92,23 @@ def measure(
     references = [str(question.reference) for question in rows]
     models = [BASE, *served.names]
     max_length = served.max_length(*models)  # the same for all, so that all score the same tokens
-    figures, answers = {}, {}
-    num_truncated = num_unanswered = 0
+    figures: dict[str, dict[str, dict[str, Any]]] = {}
+    answers = {}
+    num_truncated = num_unlabelled = num_unanswered = 0
     for name in models:
         statistics: dict[str, Statistic] = {}
+        figures[name] = {}
         if "loss" in names:
-            losses, num_truncated = loss_statistics(served, name, rows, max_length, batch_size)
-            statistics |= losses
+            losses, num_truncated, num_unlabelled = loss_statistics(served, name, rows, max_length, batch_size)
+            num_labelled = len(rows) - num_unlabelled
+            figures[name] = answer_metrics.figures(losses, num_labelled, answer_metrics.resamples(num_labelled, seed))
         if set(names) - {"loss"}:
             prompts = [questions.prompt_ids(served.tokenizer, question.messages) for question in rows]
             num_unanswered = sum(len(prompt) >= max_length for prompt in prompts) if max_length else 0
             answer_of = dict(served.stream(prompts, name, Sampling(max_new_tokens=max_new_tokens), batch_size))
             answers[name] = [answer_of[i][0] for i in range(len(rows))]
             statistics |= answer_statistics(answers[name], references, names, answer_regex, normaliser)
-        figures[name] = answer_metrics.figures(statistics, len(rows), draws)
+        figures[name] |= answer_metrics.figures(statistics, len(rows), draws)
     differences = {name: answer_metrics.differences(figures[name], figures[BASE]) for name in served.names}
     for by_metric in figures.values():
         for figure in by_metric.values():
@@ -115,6 +118,7 @@ def measure(
         "adapters": {name: str(folder.path) for name, folder in served.adapters.folders.items()},
         "rows": len(rows),
         "truncated": num_truncated,
+        "unlabelled": num_unlabelled,
         "unanswered": num_unanswered,
         "answer_regex": answer_regex,
         "normaliser": normaliser,
@@ -130,10 +134,13 @@ def measure(
 
 def loss_statistics(
     served: Served, name: str, rows: Sequence[Question], max_length: int | None, batch_size: int
-) -> tuple[dict[str, Statistic], int]:
-    """Return loss and perplexity per labelled token, and how many rows were cut to `max_length` tokens.
+) -> tuple[dict[str, Statistic], int, int]:
+    """Return loss and perplexity per labelled token, as statistics of the rows that have a labelled token.
 
     All of the assistant's turns are labelled, as in training.
+
+    Returns:
+        The statistics, how many rows were cut to `max_length` tokens, and how many of these have no label left.
 
     Raises:
         InputError: nothing is labelled within `max_length` tokens.
@@ -148,14 +155,17 @@ def loss_statistics(
             f"no row has a labelled token within the model's maximum of {max_length} tokens: give shorter rows"
         )
 
+    labelled = sums[sums[:, 1] > 0]
+
     def loss(indices: np.ndarray) -> float:
-        total = sums[indices].sum(0)
-        return float(total[0] / total[1]) if total[1] else math.nan
+        total = labelled[indices].sum(0)
+        return float(total[0] / total[1])
 
     def perplexity(indices: np.ndarray) -> float:
         return math.exp(min(loss(indices), 700.0))  # above, float64 overflows
 
-    return {"loss": loss, "perplexity": perplexity}, sum(len(row) == max_length for row in ids)
+    num_truncated = sum(len(row) == max_length for row in ids)
+    return {"loss": loss, "perplexity": perplexity}, num_truncated, len(rows) - len(labelled)
 
 
 def answer_statistics(

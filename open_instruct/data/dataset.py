@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.data import chat
+from open_instruct.data import chat, token_cache
 from open_instruct.data.bad_rows import BadRows
+from open_instruct.data.token_cache import SCHEMA
 from open_instruct.errors import InputError
 from open_instruct.files import sha256
 
-TOKENISATION_VERSION = 1  # raise it whenever the same conversation gives other ids or spans
-SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32()))])
+TOKENISATION_VERSION = 2  # raise it whenever the same conversation gives other ids or spans
+TOKENISERS = ("tokenizers", "transformers", "jinja2")  # packages that decide them, too
 BATCH_ROWS = 1000
 NO_LIMIT = 2**31  # tokens of a row: what is too long is cut, and counted, after it is tokenised
 
@@ -41,6 +41,8 @@ class Examples:
     num_truncated: int = 0  # conversations
     num_skipped: int = 0  # conversations without a label left
     bad_rows: str = ""  # how many rows were left out because they can't be used, and the first of them
+    table_content: str = ""  # hash of the table's values; empty: computed when it is needed
+    entry: Path | None = None  # folder of the token cache that holds the table; None: it is in memory
     lengths: np.ndarray = field(init=False)  # [N]: tokens of each example
     label_counts: np.ndarray = field(init=False)  # [N]: labelled tokens of each example that are predicted
 
@@ -72,15 +74,14 @@ class Examples:
 
     def subset(self, indices: np.ndarray) -> Examples:
         """Return the examples at `indices`, in that order."""
-        return Examples(
-            self.table,
-            self.rows[indices],
-            self.fingerprint,
-            self.num_read,
-            self.num_truncated,
-            self.num_skipped,
-            self.bad_rows,
-        )
+        return replace(self, rows=self.rows[indices])
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of the examples' ids and spans, in their order, whatever they were read from."""
+        table = self.table_content or token_cache.content_of(self.table)
+        rows = hashlib.sha256(np.ascontiguousarray(self.rows, dtype=np.int64).data)
+        return hashlib.sha256(f"{table} {rows.hexdigest()}".encode()).hexdigest()[:16]
 
     def describe(self, name: str) -> str:
         """Return one line of statistics; `name` begins it."""
@@ -119,17 +120,13 @@ def build(
     """
     parts = [TOKENISATION_VERSION, source_key, tokenizer_key(tokenizer), str(tokenizer.chat_template), max_length]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    entry = cache_dir / fingerprint if cache_dir else None
-    if entry is None:
-        counts = new_counts()
-        table = pa.concat_tables(
-            [SCHEMA.empty_table(), *tokenize_all(named_conversations, tokenizer, max_length, counts, bad)]
-        )
+    counts = new_counts()
+    tables = tokenize_all(named_conversations, tokenizer, max_length, counts, bad)
+    if cache_dir is None:
+        tokenised = token_cache.in_memory(tables, counts)
     else:
-        if overwrite_cache or not (entry / "counts.json").exists():
-            fill_cache(entry, named_conversations, tokenizer, max_length, bad)
-        counts = json.loads((entry / "counts.json").read_text())
-        table = pa.ipc.open_stream(pa.memory_map(str(entry / "tokens.arrow"))).read_all()
+        tokenised = token_cache.load_or_fill(cache_dir / fingerprint, tables, counts, overwrite_cache)
+    table, counts = tokenised.table, tokenised.counts
     if table.num_rows == 0:
         if counts["num_read"] == 0:
             raise InputError("the data holds no conversation: nothing can be trained on")
@@ -146,6 +143,8 @@ def build(
         counts["num_truncated"],
         counts["num_skipped"],
         counts["bad_rows"],
+        tokenised.content,
+        tokenised.entry,
     )
 
 
@@ -233,34 +232,11 @@ def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of everything that decides how text becomes ids."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-
-
-def fill_cache(
-    entry: Path,
-    named_conversations: Iterable[tuple[str, list[dict[str, Any]]]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    bad: BadRows | None = None,
-) -> None:
-    """Tokenise into a folder of its own and rename it, so that processes that start together can't see half a cache."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(prefix=f".{entry.name}-", dir=entry.parent))
-    counts = new_counts()
-    try:
-        with pa.OSFile(str(working / "tokens.arrow"), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-            for table in tokenize_all(named_conversations, tokenizer, max_length, counts, bad):
-                writer.write_table(table)
-        (working / "counts.json").write_text(json.dumps(counts))
-        if entry.exists():
-            shutil.rmtree(entry)
-        os.replace(working, entry)
-    except OSError:
-        if not (entry / "counts.json").exists():  # else another process was faster with the same content
-            raise
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
+    """Return a hash of everything that decides how text becomes ids, and which special tokens a template writes."""
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    versions = [importlib.metadata.version(name) for name in TOKENISERS]
+    parts = [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), special, versions]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def hold_out(examples: Examples, fraction: float, max_held_out: int, seed: int) -> tuple[Examples, Examples | None]:

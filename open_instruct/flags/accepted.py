@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-from open_instruct.flags.declare import flag
+from open_instruct.flags import declare
+
+flag = partial(declare.flag, on_resume="free")  # what has no effect changes no run
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,13 @@ def bad_checkpointing_steps(text: str) -> str | None:
     return "it is neither a positive number of steps nor `epoch`"
 
 
+def bad_resumption(flags: Any) -> str | None:
+    """Refuse to resume a run that is to be replaced, and a path that is empty, as of an unset variable."""
+    if flags.overwrite_output_dir:
+        return "it contradicts --overwrite_output_dir: drop one"
+    return None if flags.resume_from_checkpoint else "its path is empty: name a checkpoint, or give the flag alone"
+
+
 def without_upload(flags: Any) -> str | None:
     """Refuse an upload's setting where nothing is uploaded."""
     return None if flags.push_to_hub else "it has no effect without --push_to_hub: remove it, or set that flag"

@@ -25,16 +25,20 @@ class DataFlags:
         None,
         "training conversations: one or several JSON Lines, JSON array, Arrow or Parquet files, folders or globs",
         in_study="same",
+        on_resume="content",
     )
     dataset_name: str | None = flag(
-        None, "data set on the Hub, or a local folder that `datasets` can load", in_study="same"
+        None, "data set on the Hub, or a local folder that `datasets` can load", in_study="same", on_resume="content"
     )
-    dataset_config_name: str | None = flag(None, "configuration of dataset_name", needs="dataset_name", in_study="same")
+    dataset_config_name: str | None = flag(
+        None, "configuration of dataset_name", needs="dataset_name", in_study="same", on_resume="content"
+    )
     dataset_mixer: str | None = flag(
         None,
         "JSON object that maps data sets or files to rows (2000) or shares (0.5): '{\"a.jsonl\": 0.5}'",
         in_study="same",
         check=lambda flags: checks.not_an_object("dataset_mixer", flags.dataset_mixer),
+        on_resume="content",
     )
     dataset_mixer_list: list[str] | None = flag(
         None,
@@ -42,6 +46,7 @@ class DataFlags:
         in_study="same",
         check=lambda flags: checks.odd_pairs(flags.dataset_mixer_list),
         differs="no data set is downloaded unless named",
+        on_resume="content",
     )
     dataset_mixer_list_splits: list[str] = flag(
         ["train"],
@@ -50,11 +55,17 @@ class DataFlags:
         check=lambda flags: (
             None if flags.dataset_mixer_list or flags.dataset_mixer else "it needs a mixture: remove it"
         ),
+        on_resume="content",
     )
-    sft_messages_key: str = flag("messages", "column that holds the conversation", in_study="same", differs="the same")
-    bad_rows: Literal["error", "skip"] = flag("error", BAD_ROWS, in_study="same")
+    sft_messages_key: str = flag(
+        "messages", "column that holds the conversation", in_study="same", differs="the same", on_resume="content"
+    )
+    bad_rows: Literal["error", "skip"] = flag("error", BAD_ROWS, in_study="same", on_resume="content")
     validation_file: str | None = flag(
-        None, "held-out conversations, a file or folder like train_file; never trained on", in_study="same"
+        None,
+        "held-out conversations, a file or folder like train_file; never trained on",
+        in_study="same",
+        on_resume="content",
     )
     validation_fraction: float = flag(
         0.02,
@@ -67,23 +78,32 @@ class DataFlags:
             if flags.validation_file and flags.validation_fraction
             else None
         ),
+        on_resume="content",
     )
-    max_eval_samples: int = flag(500, "largest number of held-out rows used", at_least=1, in_study="same")
+    max_eval_samples: int = flag(
+        500, "largest number of held-out rows used", at_least=1, in_study="same", on_resume="content"
+    )
     max_train_samples: int | None = flag(
-        None, "largest number of training rows used, drawn by seed", at_least=1, in_study="same"
+        None, "largest number of training rows used, drawn by seed", at_least=1, in_study="same", on_resume="content"
     )
     max_seq_length: int | None = flag(
         None,
         "tokens kept of a conversation, without virtual tokens; unset: 4096, or as many as the context allows",
         at_least=2,
         in_study="same",
+        on_resume="content",
     )
-    preprocessing_num_workers: int | None = flag(None, "threads that tokenise; unset: all cores", at_least=1)
-    cache_dataset_only: bool = flag(False, "tokenise, fill the cache, and stop", in_study="decided")
-    overwrite_cache: bool = flag(False, "tokenise again even if the cache holds the result")
+    preprocessing_num_workers: int | None = flag(
+        None, "threads that tokenise; unset: all cores", at_least=1, on_resume="free"
+    )
+    cache_dataset_only: bool = flag(False, "tokenise, fill the cache, and stop", in_study="decided", on_resume="free")
+    overwrite_cache: bool = flag(False, "tokenise again even if the cache holds the result", on_resume="free")
     dataset_skip_cache: bool = flag(
         False,
         "neither read nor write the cache of tokenised data",
         check=checks.contradicts_cache,
+        on_resume="free",
     )
-    dataset_local_cache_dir: str = flag("local_dataset_cache", "folder of the cache of tokenised data")
+    dataset_local_cache_dir: str = flag(
+        "local_dataset_cache", "folder of the cache of tokenised data", on_resume="free"
+    )

@@ -24,7 +24,7 @@ def flag(
     needs: str | None = None,
     warns_without: str | None = None,
     check: Callable[[Any], str | None] | None = None,
-    same_on_resume: bool = False,
+    on_resume: Literal["same", "content", "free"] | None = None,
     in_study: Literal["free", "same", "decided"] = "free",
     shown: bool = False,
     differs: str | None = None,
@@ -45,7 +45,9 @@ def flag(
         needs: flag without which this one has no effect, and is refused.
         warns_without: flag without which this one has no effect, as a warning says: commands of open-instruct give it.
         check: called with all flags if this one was given; returns what is wrong with the combination, or None.
-        same_on_resume: a resumed run must have the same value.
+        on_resume: "same": a resumed run must have the same value, as the recipe resolves it; "content": its value may
+            change, but not what comes of it (rows, weights, rate, number of steps, attention), which is compared
+            instead; "free": it changes results by no more than rounding and draws of dropout. Each flag needs one.
         in_study: "same": all trials of a fair study share it; "decided": the study sets it; "free": it may differ.
         shown: printed with its origin before the first step.
         differs: why the default is not open-instruct's.

@@ -18,51 +18,66 @@ LORA = ("lora", "qlora")
 class MethodFlags:
     """The fine-tuning method. Without any of the use_ flags it is full fine-tuning."""
 
-    use_lora: bool = flag(False, "LoRA: low-rank updates of the linear layers", chooses="lora", in_study="decided")
+    use_lora: bool = flag(
+        False, "LoRA: low-rank updates of the linear layers", chooses="lora", in_study="decided", on_resume="content"
+    )
     use_qlora: bool = flag(
         False,
         "LoRA on a base quantised to 4 bits (needs the quant extra)",
         chooses="qlora",
         includes="use_lora",
         in_study="decided",
+        on_resume="content",
     )
     use_prefix_tuning: bool = flag(
         False,
         "prefix tuning: trained keys and values before every layer's own",
         chooses="prefix_tuning",
         in_study="decided",
+        on_resume="content",
     )
     use_prompt_tuning: bool = flag(
-        False, "prompt tuning: trained embeddings before the input", chooses="prompt_tuning", in_study="decided"
+        False,
+        "prompt tuning: trained embeddings before the input",
+        chooses="prompt_tuning",
+        in_study="decided",
+        on_resume="content",
     )
     use_p_tuning: bool = flag(
         False,
         "P-tuning: prompt tuning whose embeddings come from a small trained network",
         chooses="p_tuning",
         in_study="decided",
+        on_resume="content",
     )
     use_ia3: bool = flag(
-        False, "IA3: trained scaling of keys, values and feed-forward activations", chooses="ia3", in_study="decided"
+        False,
+        "IA3: trained scaling of keys, values and feed-forward activations",
+        chooses="ia3",
+        in_study="decided",
+        on_resume="content",
     )
     use_vera: bool = flag(
         False,
         "VeRA: trained vectors that scale frozen random matrices beside the linear layers",
         chooses="vera",
         in_study="decided",
+        on_resume="content",
     )
     adapter_name_or_path: str | None = flag(
         None,
         "trained adapter in PEFT's format whose training continues; unset: a new adapter. Its method, size and base "
         "are used where no flag names them",
         in_study="decided",
+        on_resume="content",
     )
     num_virtual_tokens: int | None = flag(
         None,
         "length of the soft prompt, in tokens; unset or 0: the recipe's",
         at_least=1,
         methods=SOFT_PROMPTS,
-        same_on_resume=True,
         shown=True,
+        on_resume="same",
     )
     prompt_tuning_init: PROMPT_INITS | None = flag(
         None,
@@ -72,12 +87,14 @@ class MethodFlags:
         methods=("prompt_tuning",),
         check=checks.starts_from_adapter,
         shown=True,
+        on_resume="same",
     )
     prompt_tuning_init_text: str | None = flag(
         None,
         "text that a soft prompt or a prefix starts from",
         methods=("prompt_tuning", "prefix_tuning"),
         check=checks.unused_init_text,
+        on_resume="same",
     )
     prefix_init: PREFIX_INITS | None = flag(
         None,
@@ -94,34 +111,35 @@ class MethodFlags:
                 else None
             )
         ),
+        on_resume="same",
     )
     prefix_projection: bool = flag(
         False,
         "compute the prefix by a trained two-layer network (Li and Liang 2021)",
         methods=("prefix_tuning",),
-        same_on_resume=True,
         shown=True,
+        on_resume="same",
     )
     encoder_hidden_size: int | None = flag(
         None,
         "width of the network of P-tuning or prefix_projection; unset: the model's hidden size",
         at_least=1,
         methods=("p_tuning", "prefix_tuning"),
-        same_on_resume=True,
         check=lambda flags: (
             "a prefix has a network only with --prefix_projection: add that flag, or remove this one"
             if flags.use_prefix_tuning and not flags.prefix_projection
             else None
         ),
+        on_resume="same",
     )
-    lora_rank: int = flag(64, "rank of the LoRA update", at_least=1, methods=LORA, same_on_resume=True, shown=True)
+    lora_rank: int = flag(64, "rank of the LoRA update", at_least=1, methods=LORA, shown=True, on_resume="same")
     lora_alpha: float = flag(
         16,
         "LoRA's scale: the update is multiplied by alpha / rank",
         above=0,
         methods=LORA,
-        same_on_resume=True,
         shown=True,
+        on_resume="same",
     )
     lora_dropout: float = flag(
         0.1,
@@ -129,11 +147,11 @@ class MethodFlags:
         at_least=0,
         below=1,
         methods=LORA,
-        same_on_resume=True,
         shown=True,
+        on_resume="same",
     )
     vera_rank: int = flag(
-        256, "rank of VeRA's shared random matrices", at_least=1, methods=("vera",), same_on_resume=True, shown=True
+        256, "rank of VeRA's shared random matrices", at_least=1, methods=("vera",), shown=True, on_resume="same"
     )
     vera_dropout: float = flag(
         0.0,
@@ -141,6 +159,6 @@ class MethodFlags:
         at_least=0,
         below=1,
         methods=("vera",),
-        same_on_resume=True,
         shown=True,
+        on_resume="same",
     )

@@ -14,11 +14,13 @@ class ModelFlags:
     """Base model and tokenizer."""
 
     model_name_or_path: str | None = flag(
-        None, "base model: a local folder or a name on the Hugging Face Hub", in_study="same"
+        None, "base model: a local folder or a name on the Hugging Face Hub", in_study="same", on_resume="content"
     )
-    config_name: str | None = flag(None, "model configuration, if not the one beside the weights", in_study="same")
+    config_name: str | None = flag(
+        None, "model configuration, if not the one beside the weights", in_study="same", on_resume="content"
+    )
     model_revision: str | None = flag(
-        None, "branch, tag or commit of the model on the Hub", same_on_resume=True, in_study="same"
+        None, "branch, tag or commit of the model on the Hub", in_study="same", on_resume="same"
     )
     additional_model_arguments: str | None = flag(
         None,
@@ -26,46 +28,56 @@ class ModelFlags:
         in_study="same",
         check=lambda flags: checks.not_an_object("additional_model_arguments", flags.additional_model_arguments),
         differs="a JSON object",
+        on_resume="content",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto",
         "precision of the frozen base; auto: bfloat16 on a GPU that supports it, float32 elsewhere. "
         "Adapters are always float32",
-        same_on_resume=True,
         in_study="same",
+        on_resume="same",
     )
     load_in_4bit: bool = flag(
         False,
         "load the frozen base in 4-bit NormalFloat (needs the quant extra); adapters stay float32",
-        same_on_resume=True,
         check=lambda flags: "it excludes --load_in_8bit: choose one" if flags.load_in_8bit else None,
+        on_resume="same",
     )
     load_in_8bit: bool = flag(
-        False, "load the frozen base in 8 bits (needs the quant extra); adapters stay float32", same_on_resume=True
+        False, "load the frozen base in 8 bits (needs the quant extra); adapters stay float32", on_resume="same"
     )
     use_flash_attn: bool | None = flag(
         None,
         "use the package flash-attn (needs the flash extra and a GPU); unset: where it is installed; False: never",
         optional_value=True,
         differs="used where it is installed",
+        on_resume="content",
     )
-    use_liger_kernel: bool = flag(False, "use Liger's fused kernels (needs liger-kernel and a GPU)")
+    use_liger_kernel: bool = flag(False, "use Liger's fused kernels (needs liger-kernel and a GPU)", on_resume="same")
     allow_pickle: bool = flag(
-        False, "load weights that exist only as pickle files; loading one can run code that it contains"
+        False,
+        "load weights that exist only as pickle files; loading one can run code that it contains",
+        on_resume="free",
     )
-    tokenizer_name_or_path: str | None = flag(None, "tokenizer, if not the one beside the model", in_study="same")
+    tokenizer_name_or_path: str | None = flag(
+        None, "tokenizer, if not the one beside the model", in_study="same", on_resume="content"
+    )
     tokenizer_name: str | None = flag(
         None,
         "older name of tokenizer_name_or_path",
         in_study="same",
         check=lambda flags: checks.another_name(flags, "tokenizer_name", "tokenizer_name_or_path"),
+        on_resume="content",
     )
-    tokenizer_revision: str | None = flag(None, "branch, tag or commit of the tokenizer on the Hub", in_study="same")
-    trust_remote_code: bool = flag(False, "run Python code that comes with the model")
+    tokenizer_revision: str | None = flag(
+        None, "branch, tag or commit of the tokenizer on the Hub", in_study="same", on_resume="content"
+    )
+    trust_remote_code: bool = flag(False, "run Python code that comes with the model", on_resume="free")
     add_bos: bool = flag(
         False,
         "put the beginning-of-sequence token before every conversation, unless the template does",
         in_study="same",
+        on_resume="content",
     )
     chat_template_name: str = flag(
         "tulu",
@@ -73,4 +85,5 @@ class ModelFlags:
         "file",
         in_study="same",
         differs="the default of the 2024 snapshot",
+        on_resume="content",
     )

@@ -27,17 +27,22 @@ class OptimizationFlags:
         "examples of one process in a micro-batch. Packed rows hold more or fewer, but a step holds the same number",
         at_least=1,
         in_study="same",
+        on_resume="content",
     )
-    gradient_accumulation_steps: int = flag(1, "micro-batches of one process in a step", at_least=1, in_study="same")
-    num_train_epochs: int = flag(2, "passes over the data", at_least=1, in_study="same")
-    max_train_steps: int | None = flag(None, "optimizer steps; overrides num_train_epochs", at_least=1, in_study="same")
+    gradient_accumulation_steps: int = flag(
+        1, "micro-batches of one process in a step", at_least=1, in_study="same", on_resume="content"
+    )
+    num_train_epochs: int = flag(2, "passes over the data", at_least=1, in_study="same", on_resume="content")
+    max_train_steps: int | None = flag(
+        None, "optimizer steps; overrides num_train_epochs", at_least=1, in_study="same", on_resume="content"
+    )
     learning_rate: float | None = flag(
         None,
         "peak learning rate; unset: the recipe's",
         above=0,
-        same_on_resume=True,
         shown=True,
         differs="the method's recipe: 2e-5 is right for full fine-tuning only",
+        on_resume="same",
     )
     learning_rate_factor: float = flag(
         1.0,
@@ -48,26 +53,27 @@ class OptimizationFlags:
             if flags.learning_rate is not None and flags.learning_rate_factor != 1
             else None
         ),
+        on_resume="content",
     )
     auto_lr: bool = flag(
         False,
         "choose the learning rate by short trainings on the first micro-batches before the run (not for full "
         "fine-tuning)",
         check=checks.bad_auto_lr,
+        on_resume="same",
     )
     lr_scheduler_type: SCHEDULES | None = flag(
         None,
         "schedule of the learning rate after the warm-up; unset: the recipe's",
-        same_on_resume=True,
         shown=True,
         differs="the method's recipe (linear)",
+        on_resume="same",
     )
     warmup_ratio: float | None = flag(
         None,
         "share of the steps in which the rate rises from 0; unset: the recipe's",
         at_least=0,
         at_most=1,
-        same_on_resume=True,
         shown=True,
         check=lambda flags: (
             "the constant schedule has no warm-up: use constant_with_warmup"
@@ -75,45 +81,49 @@ class OptimizationFlags:
             else None
         ),
         differs="the method's recipe",
+        on_resume="same",
     )
     final_lr_ratio: float | None = flag(
         None,
         "final learning rate as a share of the peak (linear and cosine schedules); unset: 0",
         at_least=0,
         at_most=1,
-        same_on_resume=True,
         check=lambda flags: (
             f"it works with the linear and the cosine schedule, not with {flags.lr_scheduler_type}: drop one of them"
             if flags.final_lr_ratio and flags.lr_scheduler_type not in (None, "linear", "cosine")
             else None
         ),
+        on_resume="same",
     )
     weight_decay: float | None = flag(
         None,
         "AdamW's weight decay per unit of learning rate; unset: the recipe's",
         at_least=0,
-        same_on_resume=True,
         shown=True,
         differs="the method's recipe (0)",
+        on_resume="same",
     )
     clip_grad_norm: float | None = flag(
         None,
         "bound of the gradient's L2 norm; -1: none; unset: the recipe's",
         at_least=-1,
-        same_on_resume=True,
         shown=True,
         differs="the method's recipe (1.0)",
+        on_resume="same",
     )
-    fused_optimizer: bool = flag(True, "compute AdamW in one fused kernel")
-    use_8bit_optimizer: bool = flag(False, "AdamW with 8-bit state (needs the quant extra)", same_on_resume=True)
+    fused_optimizer: bool = flag(True, "compute AdamW in one fused kernel", on_resume="free")
+    use_8bit_optimizer: bool = flag(False, "AdamW with 8-bit state (needs the quant extra)", on_resume="same")
     gradient_checkpointing: bool = flag(
-        False, "recompute activations in the backward pass: less memory, about a third more time; with every method"
+        False,
+        "recompute activations in the backward pass: less memory, about a third more time; with every method",
+        on_resume="free",
     )
     packing: bool = flag(
         True,
         "compute a micro-batch as one row without padding, with the virtual tokens once; False: PEFT's own padded "
         "forward pass",
         differs="micro-batches are one row without padding, exact for soft prompts too",
+        on_resume="content",
     )
     max_tokens_per_microbatch: int | None = flag(
         None,
@@ -121,34 +131,43 @@ class OptimizationFlags:
         "max_seq_length, but at most a full padded micro-batch",
         at_least=2,
         check=checks.needs_packing,
+        on_resume="free",
     )
     attn_backend: ATTENTION_BACKENDS | None = flag(
         None,
         "attention of packed rows; unset: blocked on CPU, flash_attn or varlen on a GPU in 16 bits, else sdpa",
         check=checks.needs_packing,
+        on_resume="content",
     )
     compile: bool = flag(
         False,
         "compile the decoder layers (packed forward pass only; the first steps take minutes)",
         check=checks.needs_packing,
+        on_resume="free",
     )
     reduce_loss: Literal["mean", "sum"] = flag(
         "mean",
         "mean: mean over the step's labelled tokens; sum: sum over tokens, mean over micro-batches",
-        same_on_resume=True,
         in_study="same",
+        on_resume="same",
     )
-    sync_each_batch: bool = flag(False, "exchange gradients after each micro-batch instead of once a step")
+    sync_each_batch: bool = flag(
+        False, "exchange gradients after each micro-batch instead of once a step", on_resume="free"
+    )
     timeout: int = flag(
-        1800, "seconds that a process waits for the others before it gives up", at_least=1, at_most=10**8
+        1800,
+        "seconds that a process waits for the others before it gives up",
+        at_least=1,
+        at_most=10**8,
+        on_resume="free",
     )
     seed: int = flag(
         42,
         "seed of the initialisation, the order of examples and dropout, and the default of split_seed",
         at_least=0,
         at_most=MAX_SEED,
-        same_on_resume=True,
         in_study="decided",
+        on_resume="same",
     )
     split_seed: int | None = flag(
         None,
@@ -156,4 +175,5 @@ class OptimizationFlags:
         at_least=0,
         at_most=MAX_SEED,
         in_study="same",
+        on_resume="content",
     )

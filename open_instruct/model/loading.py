@@ -357,17 +357,35 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 
 def weights_key(name: str, config: PretrainedConfig) -> str:
-    """Return a key that identifies a base model: its name on the Hub, or a hash for a local folder.
+    """Return a key that identifies a base model: its name and commit on the Hub, or a hash for a local folder.
 
     The hash covers the configuration, the sizes of the weight files, and samples spread over them: reading all of a
     large model would take minutes.
     """
-    digest = hashlib.sha256(json.dumps(config.to_diff_dict(), sort_keys=True, default=str).encode())
-    for path in sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []:
+    if not Path(name).is_dir():
+        commit = getattr(config, "_commit_hash", None)
+        return f"{name}@{commit}" if commit else name
+    digest = hashlib.sha256(config_key(config).encode())
+    for path in weight_files(name):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
             for offset in range(0, size, max(1 << 16, size // 256)):
                 file.seek(offset)
                 digest.update(file.read(1 << 16))
-    return digest.hexdigest()[:16] if Path(name).is_dir() else name
+    return digest.hexdigest()[:16]
+
+
+def weight_files(name: str) -> list[Path]:
+    """Return the files that hold the weights of a local folder: pickled ones only where there are no others."""
+    folder = Path(name)
+    return sorted(folder.glob("*.safetensors")) or sorted(
+        path for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
+    )
+
+
+def config_key(config: PretrainedConfig) -> str:
+    """Return a hash of a configuration, without the version of transformers that reads it."""
+    values = config.to_diff_dict()
+    values.pop("transformers_version", None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

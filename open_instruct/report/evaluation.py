@@ -44,6 +44,8 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["", f"ROUGE and BLEU: {kinds} (docs/use.md says how they are counted)."]
     if result.get("truncated"):
         lines += ["", f"{result['truncated']} rows were cut to the model's context."]
+    if result.get("unlabelled"):
+        lines += ["", f"{result['unlabelled']} rows have no labelled token in the context: the loss leaves them out."]
     if result.get("unanswered"):
         lines += ["", f"{result['unanswered']} questions fill the model's context and have no answer."]
     for name, differences in result.get("differences_from_base", {}).items():

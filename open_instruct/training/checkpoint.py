@@ -1,7 +1,7 @@
-"""Resumable state on disk: every trained parameter, the optimizer, the schedule, and the run's `TrainState`.
+"""Resumable state on disk: every trained parameter, the optimizer's moments, and the run's `TrainState`.
 
 PEFT's own save keeps only what inference needs: P-tuning's network and a prefix's projection would be lost. Random
-numbers and the order of examples are functions of seed and step, so they need no state.
+numbers, the order of examples and the learning rate are functions of seed and step, so they need no state.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from open_instruct.errors import InputError, one_line, warn
+from open_instruct.errors import InputError, input_faults, one_line, reason_of, warn
 from open_instruct.files import flush, sha256, write_json
-from open_instruct.model.weights import check_finite
-from open_instruct.training import sharding
-from open_instruct.training.state import History, TrainState
+from open_instruct.training import sharding, stored
+from open_instruct.training.optimizer import first_state, set_step
+from open_instruct.training.state import TrainState
 
 COMPLETED = "COMPLETED"  # marks a finished checkpoint, and holds the checksums of its files
 TRAINED, BEST, STATE, OPTIMIZER = "trained.safetensors", "best.safetensors", "state.json", "optimizer.pt"
@@ -37,14 +37,12 @@ class Checkpoint:
 
     path: Path
     state: TrainState  # without its best parameters
-    schedule: dict[str, Any]
 
 
 def save(
     folder: Path,
     model: nn.Module,
     optimizer: Any,
-    schedule: Any,
     state: TrainState,
     keep: int,
     accelerator: Accelerator,
@@ -58,7 +56,6 @@ def save(
         folder: folder of the run's checkpoints.
         model: model with the trained parameters, sharded or not.
         optimizer: optimizer as the engine prepared it.
-        schedule: schedule of the learning rate.
         state: counters, losses and best parameters to save.
         keep: number of checkpoints to keep, -1: all.
         accelerator: joins the run's processes.
@@ -74,13 +71,13 @@ def save(
     problem = None
     try:
         if rank == 0:
-            shutil.rmtree(working, ignore_errors=True)
+            for unfinished in folder.glob(".step_*.writing"):  # of a process that was killed while it saved
+                shutil.rmtree(unfinished, ignore_errors=True)
             working.mkdir(parents=True)
             save_file(tensors, working / TRAINED)
             if state.best:
                 save_file(state.best, working / BEST)
-            content = {"progress": state_values(state), "schedule": schedule.state_dict()}
-            (working / STATE).write_text(json.dumps(content, default=str))
+            (working / STATE).write_text(json.dumps({"progress": state_values(state)}, default=str))
             if optimizer_state is not None:
                 torch.save(optimizer_state, working / OPTIMIZER)
     except WRITE_ERRORS as error:
@@ -97,7 +94,9 @@ def save(
     if rank == 0 and not num_failed:
         try:
             _finish(working, folder / f"step_{state.step}")
-            for old in complete_checkpoints(folder)[: -max(keep, 1)] if keep >= 0 else []:
+            # Later ones, from which the run went back to an earlier one, don't count: this one must stay.
+            own = [path for path in complete_checkpoints(folder) if step_of(path) <= state.step]
+            for old in own[: -max(keep, 1)] if keep >= 0 else []:
                 shutil.rmtree(old)
         except WRITE_ERRORS as error:
             problem = one_line(error)
@@ -124,29 +123,24 @@ def _finish(working: Path, final: Path) -> None:
     flush(final.parent)
 
 
+def step_of(path: Path) -> int:
+    """Return the number in a checkpoint's name; -1 where another name is, as of a user's own copy."""
+    number = path.name.removeprefix("step_")
+    return int(number) if number.isascii() and number.isdecimal() else -1
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the finished checkpoints of a folder, oldest first. `damage` says whether their files are still intact."""
-    finished = [
-        path
-        for path in folder.glob("step_*")
-        if path.name.removeprefix("step_").isdecimal() and (path / COMPLETED).exists()
-    ]
-    return sorted(finished, key=lambda path: int(path.name.removeprefix("step_")))
+    """Return the finished checkpoints of a folder, oldest first. `damage` says whether they are still intact."""
+    finished = [path for path in folder.glob("step_*") if step_of(path) >= 0 and (path / COMPLETED).exists()]
+    return sorted(finished, key=step_of)
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files, judged by their checksums; None if it is intact."""
+    """Return what is wrong with a checkpoint: with its checksums, or with the run's state; None if it is intact."""
     try:
-        sums = json.loads((path / COMPLETED).read_text())
-    except (OSError, ValueError):
-        return "it was never finished"
-    if not isinstance(sums, dict):
-        return f"its file {COMPLETED} is damaged"
-    for name, expected in sums.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if sha256(path / name) != expected:
-            return f"{name} does not match its checksum"
+        read_checkpoint(path)
+    except InputError as error:
+        return reason_of(error.__cause__ or error)
     return None
 
 
@@ -158,71 +152,59 @@ def find(requested: str, output_dir: Path) -> Checkpoint | None:
         output_dir: folder of the run.
 
     Raises:
-        InputError: the path is no complete checkpoint, or its state can't be read.
+        InputError: the path is no complete checkpoint, or all are damaged.
     """
     folder = output_dir / "checkpoints"
+    finished = complete_checkpoints(folder)
     if requested == "newest":
-        for path in reversed(complete_checkpoints(folder)):
-            reason = damage(path)
-            if reason is None:
+        for path in reversed(finished):
+            try:
                 return read_checkpoint(path)
-            warn(f"checkpoint {path} is damaged ({reason}): using the one before it")
-        if complete_checkpoints(folder):
+            except InputError as error:
+                warn(f"checkpoint {path} is damaged ({reason_of(error.__cause__ or error)}): using the one before it")
+        if finished:
             raise InputError(
                 f"all checkpoints in {folder} are damaged: drop --resume_from_checkpoint and start anew with "
                 "--overwrite_output_dir"
             )
         return None
     path = Path(requested)
-    reason = damage(path) if path.is_dir() else "it does not exist"
+    with input_faults(f"checkpoint {requested}", "name another one"):
+        reason = damage(path) if path.is_dir() else "it does not exist"
     if reason:
-        known = ", ".join(p.name for p in complete_checkpoints(folder) if damage(p) is None) or "none"
+        known = ", ".join(path.name for path in finished if damage(path) is None) or "none"
         raise InputError(f"checkpoint {path} can't be used ({reason}): intact ones in {folder}: {known}")
     return read_checkpoint(path)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read the state of a checkpoint.
+    """Read the state of a checkpoint whose checksums are right.
 
     Raises:
-        InputError: it can't be read.
+        InputError: it is damaged, or holds no state that a run can have.
     """
-    try:
-        content = json.loads((path / STATE).read_text())
-        values = dict(content["progress"])
-        history = History(**values.pop("history", history_of_old(values)))
-        history.evaluations = [(step, loss) for step, loss in history.evaluations]
-        return Checkpoint(path, TrainState(**values, history=history), content["schedule"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"checkpoint {path} can't be read ({error}): resume from an earlier one") from None
+    with input_faults(f"checkpoint {path}", "resume from an earlier one"):
+        check_sums(path)
+        content = json.loads((path / STATE).read_text(encoding="utf-8"))
+        return Checkpoint(path, stored.train_state(content["progress"]))
 
 
-def history_of_old(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the counters of a checkpoint without a history say of it: versions before 0.1 wrote none."""
-    losses = {"base": values.get("base_eval_loss"), "initial": values.get("initial_eval_loss")}
-    known = {name: loss for name, loss in losses.items() if loss is not None}
-    return {**known, "reported": [finding["name"] for finding in values.get("findings", [])]}
-
-
-def check_identity(checkpoint: Checkpoint, current: Mapping[str, Any]) -> None:
-    """Refuse to resume another run.
-
-    Values that the checkpoint lacks, because an older version wrote it, are not compared.
+def check_sums(path: Path) -> None:
+    """Compare a checkpoint's files with their checksums.
 
     Raises:
-        InputError: naming what differs, with both values.
+        ValueError: a file is missing or differs.
     """
-    saved = checkpoint.state.identity
-    different = [
-        f"{name} was {saved[name]!r} and is now {value!r}"
-        for name, value in current.items()
-        if name in saved and saved[name] != value
-    ]
-    if different:
-        raise InputError(
-            f"checkpoint {checkpoint.path} belongs to another run ({'; '.join(different)}): give the same values, or a "
-            "new --output_dir"
-        )
+    if not (path / COMPLETED).exists():
+        raise ValueError("it was never finished")
+    sums = json.loads((path / COMPLETED).read_text(encoding="utf-8"))
+    if not isinstance(sums, dict) or not {TRAINED, STATE} <= sums.keys():
+        raise ValueError(f"its file {COMPLETED} is damaged")
+    for name, expected in sums.items():
+        if Path(name).name != name or not (path / name).is_file():
+            raise ValueError(f"{name[:60]} is missing")
+        if sha256(path / name) != expected:
+            raise ValueError(f"{name} does not match its checksum")
 
 
 def restore(
@@ -230,17 +212,17 @@ def restore(
     model: nn.Module,
     optimizer: Any,
     schedule: Any,
-    identity: Mapping[str, Any],
     accelerator: Accelerator,
 ) -> TrainState:
     """Restore everything as it was when the checkpoint was written: the one way to resume.
+
+    The optimizer's hyperparameters and the schedule are functions of flags and step: nothing of them is read.
 
     Args:
         checkpoint: the checkpoint to resume from.
         model: model with the adapter, as the engine prepared it.
         optimizer: optimizer as the engine prepared it.
         schedule: schedule of the learning rate.
-        identity: what the run must share with the one that wrote the checkpoint.
         accelerator: joins the run's processes.
 
     Returns:
@@ -250,7 +232,6 @@ def restore(
         InputError: the files are damaged, or belong to another run or engine.
     """
     path, state = checkpoint.path, checkpoint.state
-    check_identity(checkpoint, identity)
     part = sharding.part_name(accelerator)
     if not (path / (part or OPTIMIZER)).exists():
         written = ", ".join(sorted(file.name for file in path.glob("optimizer*")))
@@ -260,23 +241,24 @@ def restore(
             "each other's checkpoints"
         )
     parameters = sharding.trained_parameters(model)
-    try:
-        values = load_file(path / TRAINED)
-        optimizer_state = torch.load(path / (part or OPTIMIZER), weights_only=True, map_location="cpu")
-        state.best = load_file(path / BEST) if state.best_step is not None and accelerator.is_main_process else {}
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"checkpoint {path} is damaged ({one_line(error)}): resume from an earlier one") from None
-    check_finite([*values.items(), *state.best.items()], f"checkpoint {path}", "resume from an earlier one")
     shapes = {name: sharding.full_shape(parameter) for name, parameter in parameters.items()}
-    if shapes != {name: tuple(tensor.shape) for name, tensor in values.items()}:
-        raise InputError(
-            f"checkpoint {path} holds other parameters than those that this run trains: give the same method and sizes"
-        )
-    sharding.load_full(parameters, values)
-    if part is None:
-        sharding.load_optimizer_state(optimizer, optimizer_state)
-    else:
-        sharding.load_zero_state(sharding.zero_optimizer(optimizer), optimizer_state)
-    schedule.load_state_dict(checkpoint.schedule)
+    with input_faults(f"checkpoint {path}", "resume from an earlier one"):
+        values = load_file(path / TRAINED)
+        stored.check_parameters(values, shapes, TRAINED)
+        if state.best_step is not None:
+            best = load_file(path / BEST)
+            stored.check_parameters(best, shapes, BEST)
+            state.best = best if accelerator.is_main_process else {}
+        kept = torch.load(path / (part or OPTIMIZER), weights_only=True, map_location="cpu")
+        if part is None:
+            ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            own_shapes = [sharding.full_shape(parameter) for parameter in ordered]
+            moments = stored.check_moments(kept, own_shapes, partial(first_state, optimizer))
+            groups = optimizer.state_dict()["param_groups"]
+            sharding.load_optimizer_state(optimizer, {"state": moments, "param_groups": groups})
+        else:
+            sharding.load_zero_state(sharding.zero_optimizer(optimizer), kept)
+        sharding.load_full(parameters, values)
+        set_step(schedule, state.step)
     accelerator.print(f"resuming after step {state.step} from {path}")
     return state

@@ -12,6 +12,8 @@ from statistics import fmean, median
 
 from open_instruct.training.state import History
 
+MAX_CUT = 0.05  # share of the conversations that may be cut or dropped without a finding
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -36,6 +38,10 @@ class RunInfo:
     warmup_steps: int
     clip_grad_norm: float  # bound of the L2 norm; none where not positive
     labelled_share: float  # share of the training tokens that are labelled
+    num_read: int = 0  # conversations of the training data
+    num_truncated: int = 0  # of these, longer than max_length
+    num_skipped: int = 0  # of these, dropped because no label is left
+    max_length: int = 0  # tokens kept of a conversation
     trains_prompt_directly: bool = False  # the virtual tokens' own numbers are trained (prompt tuning)
     has_network: bool = False  # a network computes the virtual tokens (P-tuning)
     embedding_std: float = math.nan  # standard deviation of the entries of the token embeddings
@@ -61,7 +67,7 @@ class Doctor:
 
     def before(self) -> list[Finding]:
         """Check the data and the hyperparameters alone."""
-        return self._new(self._labels(), self._reach())
+        return self._new(self._labels(), self._cut(), self._reach())
 
     def first(self, base: float, initial: float) -> list[Finding]:
         """Check the start.
@@ -94,6 +100,19 @@ class Doctor:
             f"only {share:.2%} of the training tokens are labelled",
             "the chat template assigns few tokens to the assistant, or --max_seq_length cuts the answers off",
             "a larger --max_seq_length, or another --chat_template_name",
+        )
+
+    def _cut(self) -> Finding | None:
+        p = self.info
+        if max(p.num_truncated, p.num_skipped) <= MAX_CUT * p.num_read:
+            return None
+        return Finding(
+            "cut",
+            f"of {p.num_read:,} conversations {p.num_truncated:,} ({p.num_truncated / p.num_read:.0%}) are longer than "
+            f"{p.max_length:,} tokens and were cut, and {p.num_skipped:,} ({p.num_skipped / p.num_read:.0%}) were "
+            "dropped, as no label was left",
+            "--max_seq_length, or the model's context, is shorter than the data, or rows have no answer",
+            "a larger --max_seq_length, fewer virtual tokens, a base with a longer context, or shorter conversations",
         )
 
     def _reach(self) -> Finding | None:

@@ -5,19 +5,24 @@ Where the engine keeps weights and optimizer is the subject of `sharding.py`.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers import set_seed
 
-from open_instruct.errors import InputError
+from open_instruct.errors import InputError, one_line
 from open_instruct.methods import Feature
 from open_instruct.model.memory import Sharing
+
+# Variables in which launchers say how many processes there are, in the order in which accelerate reads them.
+LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ def make_accelerator(settings: ProcessSettings) -> Accelerator:
     """Start processes, devices and trackers, and seed the generators.
 
     Raises:
-        InputError: a tracker is not installed, or accelerate is configured for FSDP1.
+        InputError: a tracker is not installed, accelerate is configured for FSDP1, or it does not see all processes.
     """
     try:
         accelerator = Accelerator(
@@ -50,6 +55,9 @@ def make_accelerator(settings: ProcessSettings) -> Accelerator:
         raise InputError(
             f"--report_to {' '.join(settings.trackers)} can't be used ({error}): install the tracker, or name another"
         ) from None
+    check_launch(accelerator.num_processes)
+    # Each step divides its own loss (`loop.step_gradient`): what a launcher's flag or variable sets would divide again.
+    accelerator.gradient_accumulation_steps = 1
     set_seed(settings.seed)
     if engine_of(accelerator) == Feature.ZERO_3:
         from transformers.integrations import unset_hf_deepspeed_config
@@ -60,6 +68,58 @@ def make_accelerator(settings: ProcessSettings) -> Accelerator:
     if plugin is not None and plugin.fsdp_version != 2:  # flat parameters can't hold frozen and trained ones
         raise InputError("only FSDP2 is supported: set fsdp_version: 2 in the accelerate configuration")
     return accelerator
+
+
+def check_launch(num_processes: int) -> None:
+    """Refuse a launch whose processes don't find each other: each would be a run of its own in the same folder.
+
+    Raises:
+        InputError: naming the variable to set.
+    """
+    sizes = {name: os.environ[name] for name in LAUNCHED if os.environ.get(name, "").isdecimal()}
+    name, size = next(iter(sizes.items()), ("", str(num_processes)))
+    if int(size) != num_processes:
+        raise InputError(
+            f"{name}={size} says that {size} processes were launched, and accelerate joins {num_processes}: on CPUs "
+            f"set ACCELERATE_USE_CPU=true; for a run of one process, unset {name}"
+        )
+    # With --cpu, `accelerate launch` starts one process whatever --num_processes says; only these variables tell.
+    is_cpu_launch = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if not sizes and is_cpu_launch and {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise InputError(
+            "`accelerate launch --cpu` starts one process, whatever --num_processes says: use ACCELERATE_USE_CPU=true "
+            "torchrun --nproc_per_node N; for a run of one process, pass --num_processes 1 and unset MASTER_ADDR"
+        )
+
+
+def check_agreement(accelerator: Accelerator, values: Mapping[str, Any]) -> None:
+    """Refuse to start processes that would not train the same. Every process calls this, and every one raises.
+
+    Args:
+        accelerator: joins the run's processes.
+        values: what all must share, by a name that users know.
+
+    Raises:
+        InputError: naming what differs, and in which processes.
+    """
+    if accelerator.num_processes == 1:
+        return
+    everyone: list[dict[str, Any]] = gather_object([dict(values)])
+    different = []
+    for name in dict.fromkeys(name for each in everyone for name in each):
+        ranks: dict[str, list[int]] = {}
+        for rank, each in enumerate(everyone):
+            ranks.setdefault(one_line(repr(each.get(name)), 80), []).append(rank)
+        if len(ranks) > 1:
+            different.append(f"{name} is {' and '.join(f'{value} in {numbers(of)}' for value, of in ranks.items())}")
+    if different:
+        raise InputError(f"the processes of this run differ: {'; '.join(different)}: start all with the same")
+
+
+def numbers(ranks: Sequence[int]) -> str:
+    """Return "process 3", or "processes 0, 1, 2 …"."""
+    shown = ", ".join(map(str, ranks[:4])) + (" …" if len(ranks) > 4 else "")
+    return f"process{'es' if len(ranks) > 1 else ''} {shown}"
 
 
 def describe(accelerator: Accelerator, dtype: torch.dtype, quantise: str | None) -> str:
@@ -129,6 +189,7 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any, clip_gra
         # adapter, which stays in float32 under every engine: the forward pass is cast instead.
         plugin.deepspeed_config["gradient_clipping"] = max(clip_grad_norm, 0.0)
         plugin.deepspeed_config["bf16"] = {"enabled": False}
+        plugin.deepspeed_config["gradient_accumulation_steps"] = 1  # another number divides the gradient once more
     sharded_or_zero = engine in (Feature.ZERO_2, Feature.ZERO_3, Feature.FSDP)
     if sharded_or_zero and accelerator.mixed_precision == "bf16":
         cast: Any = torch.autocast(accelerator.device.type, torch.bfloat16)

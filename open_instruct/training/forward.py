@@ -85,6 +85,7 @@ class Forward:
     model: TrainingModel
     training: Batching
     evaluation: Batching
+    attention: str  # which forward pass, and what computes its attention
     description: str
 
     def __enter__(self) -> Forward:
@@ -143,7 +144,8 @@ def choose_forward(
             packed = PackedModel(model, soft_prompt, backends.BACKENDS[name], head)
             bound = settings.max_row_tokens
             rows = Packing(bound - settings.num_virtual_tokens)
-            return Forward(packed, rows, rows, f"packed, rows of at most {bound:,} tokens, attention by {name}")
+            description = f"packed, rows of at most {bound:,} tokens, attention by {name}"
+            return Forward(packed, rows, rows, f"packed, by {name}", description)
         if settings.packing_requested:
             raise InputError(f"--packing is not possible ({reason}): use --packing False")
     unpacked_checkpointing = method.obstacles.get(Feature.PADDED_CHECKPOINTING)
@@ -161,6 +163,7 @@ def choose_forward(
         PaddedModel(model),
         Padding(settings.train_batch_size, pad_token_id),
         Padding(settings.eval_batch_size, pad_token_id),
+        f"padded, by {causal_of(model).config._attn_implementation}",
         f"padded, {settings.train_batch_size} rows; {why}",
     )
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from open_instruct.data.reading import Row
 from open_instruct.errors import InputError
 
 DEFAULT_MAX_SEQ_LENGTH = 4096
+FEW_ROWS = 30  # fewer held-out rows hardly tell which parameters are best: their mean is off by a fifth of its spread
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,36 @@ class Data:
             del sets["held out"]
         return {name: examples.bad_rows for name, examples in sets.items() if examples and examples.bad_rows}
 
+    def contents(self) -> dict[str, Any]:
+        """Return hashes of the tokens and labels of both sets, in their order: what a resumed run must share."""
+        return {"train": self.train.content, "held_out": self.held_out and self.held_out.content}
+
+    def cached(self) -> str:
+        """Return a line on where the tokenised data is.
+
+        Raises:
+            InputError: it is not in the cache.
+        """
+        if self.train.entry is None:
+            raise InputError(
+                "--cache_dataset_only fills the token cache, and nothing could be cached: name a folder that can be "
+                "written with --dataset_local_cache_dir, and data whose files are known before they are read"
+            )
+        return f"tokenised data is in {self.train.entry}"
+
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
         return max(int(examples.lengths.max()) for examples in (self.train, self.held_out) if examples)
+
+    def too_few(self) -> str | None:
+        """Return a line where the held-out rows are too few to choose parameters by, or None."""
+        if self.held_out is None or len(self.held_out) >= FEW_ROWS:
+            return None
+        return (
+            f"held out: {len(self.held_out)} rows are few to choose the saved parameters by: raise "
+            "--validation_fraction, give a --validation_file, or save the last ones with --keep_best False"
+        )
 
     def describe(self) -> str:
         """Return a line of statistics for each set."""
@@ -108,6 +135,7 @@ def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTr
     """
     if settings.num_workers:
         os.environ["RAYON_NUM_THREADS"] = str(settings.num_workers)  # the Rust tokenizer reads it
+    settings = replace(settings, overwrite_cache=settings.overwrite_cache and accelerator.is_main_process)
     with accelerator.main_process_first():
         bad = BadRows(settings.skip_bad_rows)
         rows, key = training_rows(settings, bad)

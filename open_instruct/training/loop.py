@@ -277,6 +277,6 @@ def save_checkpoint(job: TrainingJob, state: TrainState) -> None:
     """Write a checkpoint. If that fails, warn and continue: the last good one is still there."""
     folder, keep = job.settings.checkpoints, job.settings.keep_checkpoints
     model = job.forward.model.model
-    problem = checkpoint.save(folder, model, job.optimizer, job.schedule, state, keep, job.accelerator)
+    problem = checkpoint.save(folder, model, job.optimizer, state, keep, job.accelerator)
     if problem and job.accelerator.is_main_process:
         warn(f"checkpoint of step {state.step} could not be written ({problem})")

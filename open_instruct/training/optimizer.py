@@ -68,3 +68,24 @@ def make_schedule(optimizer: Any, settings: OptimizerSettings, num_steps: int) -
     return get_scheduler(
         name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps, scheduler_specific_kwargs=specific
     )
+
+
+def set_step(schedule: Any, step: int) -> None:
+    """Put a schedule where it is after `step` steps: the rate is a function of the step alone."""
+    schedule.load_state_dict({**schedule.state_dict(), "last_epoch": step - 1, "_step_count": step + 1})
+    schedule.step()
+
+
+def first_state(optimizer: Any, shape: tuple[int, ...]) -> Any:
+    """Return what an optimizer of this kind keeps of a parameter of this shape after its first step.
+
+    torch's own computes that without memory; bitsandbytes' runs on real tensors only.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper
+    is_torch = isinstance(inner, torch.optim.AdamW)
+    device = "meta" if is_torch else inner.param_groups[0]["params"][0].device
+    parameter = torch.nn.Parameter(torch.zeros(shape, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    scratch = type(inner)([parameter], **({"foreach": False} if is_torch else {}))
+    scratch.step()
+    return scratch.state_dict()["state"][0]

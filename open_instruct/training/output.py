@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,17 +119,20 @@ def check_folder(settings: OutputSettings) -> Checkpoint | None:
     return None
 
 
-def environment() -> dict[str, Any]:
-    """Return the entries of run.json about the code and the machine."""
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that change numbers."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    return versions
+
+
+def environment() -> dict[str, Any]:
+    """Return the entries of run.json about the code and the machine."""
     return {
         "command": sys.argv,
-        "versions": versions,
+        "versions": package_versions(),
         "git_commit": git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

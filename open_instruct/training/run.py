@@ -18,6 +18,7 @@ from open_instruct.training import (
     dry_run,
     engines,
     forward,
+    identity,
     output,
     sample_answers,
     settings,
@@ -68,6 +69,7 @@ def run(
     accelerator = engines.make_accelerator(before.processes)
     engine = engines.engine_of(accelerator)
     before.check_engine(engine)
+    engines.check_agreement(accelerator, identity.of_processes(before, saved))
     is_sharded, method = engines.is_sharded(engine), before.method
     accelerator.print(f"{method.title}: {engines.describe(accelerator, before.model.dtype, before.model.quantise)}")
 
@@ -75,9 +77,16 @@ def run(
     tokenizer = base_model.load_base_tokenizer(before.tokenizer, adapter)
     data = load_data(before.data, accelerator, tokenizer)
     if flags.cache_dataset_only:
-        accelerator.print(f"tokenised data is in {before.data.cache_dir}/{data.train.fingerprint}")
+        accelerator.print(data.cached())
         return None
+    if flags.keep_best and (line := data.too_few()):
+        accelerator.print(line)
     before.forward.check_rows(data.longest)
+    plan = before.plan(len(data.train), accelerator.num_processes)
+    own = identity.of_data(before, data, config, plan, accelerator.num_processes)
+    engines.check_agreement(accelerator, own)
+    if saved:
+        identity.check_resumed(saved, own)
 
     # Model
     base = (bases.take if bases else base_model.load_base)(before.model, config, tokenizer, accelerator)
@@ -95,7 +104,6 @@ def run(
     pad = tokenizer.pad_token_id
     chosen = forward.choose_forward(model, method, before.forward, accelerator, before.compute_dtype, pad)
     accelerator.print(f"forward pass: {chosen.description}")
-    plan = before.plan(len(data.train), accelerator.num_processes)
     with chosen:
         start.search_init(method, candidates, accelerator, chosen, data.train, plan)
         resolved, rates = start.search_rate(resolved, saved, accelerator, chosen, data.train, plan)
@@ -113,12 +121,14 @@ def run(
         clip = resolved.optimizer.clip_grad_norm
         optimizer, schedule = make_optimizer(method, chosen.model, resolved.optimizer, plan.num_steps)
         prepared, optimizer = engines.prepare(accelerator, chosen.model, optimizer, clip)
-        identity = engines.broadcast(resolved.identity(data, config, plan))
-        state = TrainState(identity=identity, history=History(prompt_norm=median_norm(vectors)))
+        own = engines.broadcast(identity.of_run(own, resolved, chosen.attention))
+        state = TrainState(history=History(prompt_norm=median_norm(vectors)))
         if saved:
-            state = checkpoint.restore(saved, model, optimizer, schedule, identity, accelerator)
+            identity.check_resumed(saved, own)
+            state = checkpoint.restore(saved, model, optimizer, schedule, accelerator)
         elif flags.resume_from_checkpoint:
             accelerator.print(f"no complete checkpoint in {before.output.checkpoints} yet: starting at step 0")
+        state.identity = own
         record = resolved.record(data, accelerator.num_processes, engine, saved) | output.environment()
         output.open_folder(before.output, accelerator, record, vectors, rates, resumed=saved is not None)
         tracking.start_trackers(before.tracking, accelerator, resolved.values())

@@ -62,6 +62,11 @@ class Settings:
         num_steps = flags.max_train_steps or flags.num_train_epochs * -(-num_examples // per_step)
         return Plan(num_examples, per_step, num_steps, flags.seed)
 
+    def eval_steps(self, plan: Plan) -> int:
+        """Return the steps between held-out evaluations; 0: none between start and end."""
+        given = self.flags.eval_steps
+        return max(1, plan.num_steps // 5) if given is None else given
+
     def check_engine(self, engine: Feature | None) -> None:
         """Refuse combinations of method, engine and base that don't work.
 
@@ -148,22 +153,6 @@ class Resolved(Settings):
             "resumed_from": saved and str(saved.path),
         }
 
-    def identity(self, data: Data, config: PretrainedConfig, plan: Plan) -> dict[str, Any]:
-        """Return what a resumed run must share with the run that wrote the checkpoint."""
-        values, name = self.values(), self.method.name
-        names = [item for item in names_with("same_on_resume") if name in (FIELDS[item].metadata["methods"] or (name,))]
-        return {
-            "method": name,
-            "model": loading.weights_key(self.model.name, config),
-            "data": data.fingerprints(),
-            "examples": len(data.train),
-            "examples_per_step": plan.examples_per_step,
-            "num_steps": plan.num_steps,
-            **{item: values[item] for item in names},
-            "dtype": str(self.compute_dtype),
-            "split_seed": self.data.seed,
-        }
-
     def run_info(self, data: Data, plan: Plan, facts: ModelFacts) -> RunInfo:
         """Return what the loss doctor knows of the run before its first step."""
         return RunInfo(
@@ -172,6 +161,10 @@ class Resolved(Settings):
             warmup_steps=self.optimizer.warmup_steps(plan.num_steps),
             clip_grad_norm=self.optimizer.clip_grad_norm,
             labelled_share=float(data.train.label_counts.sum() / data.train.lengths.sum()),
+            num_read=data.train.num_read,
+            num_truncated=data.train.num_truncated,
+            num_skipped=data.train.num_skipped,
+            max_length=self.data.max_length,
             trains_prompt_directly=self.method.trains_prompt_directly,
             has_network=self.method.keeps_network(self.method_settings),
             embedding_std=facts.embedding_std,
@@ -187,7 +180,7 @@ class Resolved(Settings):
             clip_grad_norm=self.optimizer.clip_grad_norm,
             seed=flags.seed,
             logging_steps=flags.logging_steps,
-            eval_steps=max(1, plan.num_steps // 5) if flags.eval_steps is None else flags.eval_steps,
+            eval_steps=self.eval_steps(plan),
             checkpoint_every=plan.steps_per_epoch if checkpoint_every is None else checkpoint_every,
             checkpoints=self.output.checkpoints,
             keep_checkpoints=flags.keep_last_n_checkpoints,

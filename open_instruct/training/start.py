@@ -23,10 +23,11 @@ from transformers import PreTrainedTokenizerBase
 from open_instruct.data.dataset import Examples
 from open_instruct.data.packing import Batching, to_device
 from open_instruct.data.plan import Plan
+from open_instruct.errors import input_faults
 from open_instruct.methods import Method
 from open_instruct.model.evaluation_mode import evaluating
 from open_instruct.ranking import finite_or_inf
-from open_instruct.training import engines
+from open_instruct.training import engines, stored
 from open_instruct.training.forward import Forward, switch_on
 
 if TYPE_CHECKING:
@@ -103,7 +104,11 @@ def search_rate(
     if not flags.auto_lr or flags.dry_run:
         return resolved, None
     if saved:
-        return resolved.with_learning_rate(saved.state.identity["learning_rate"]), None
+        with input_faults(f"learning rate of checkpoint {saved.path}", "resume from another one"):
+            rate = stored.typed(saved.state.identity["learning_rate"], float, "it")
+            if not 0 < rate < math.inf:
+                raise ValueError(f"it is {rate}")
+            return resolved.with_learning_rate(rate), None
     switch_on(forward, flags.gradient_checkpointing, compile_layers=False)
     test = None
     if accelerator.is_main_process:

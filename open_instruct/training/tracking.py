@@ -21,6 +21,7 @@ from open_instruct.files import json_text
 from open_instruct.training.state import TrainState
 
 METRICS = "metrics.jsonl"
+NUMBERS = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch")  # that plots and reports read
 
 
 @dataclass(frozen=True)
@@ -155,14 +156,23 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the complete rows of a metrics file, without a last line that a killed run left incomplete.
+    """Return the rows of a metrics file, without what is none: a line that a killed run left incomplete, or damage.
 
     A number that was not finite, null in the file, is nan.
     """
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append({name: math.nan if value is None else value for name, value in json.loads(line).items()})
-        except json.JSONDecodeError:
-            break
-    return rows
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [row for row in map(row_of, lines) if row is not None]
+
+
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """Return a line of a metrics file as a row, or None: it has a whole step, and what else is known are numbers."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    row = {name: math.nan if value is None else value for name, value in row.items()}
+    known = [row["step"], *(row[name] for name in NUMBERS if name in row)]
+    is_number = (type(number) is float or (type(number) is int and abs(number) < 2**62) for number in known)
+    return row if all(is_number) else None
