@@ -183,7 +183,7 @@ def load_adapted_base(
     config = loading.load_config(name, **options)
     stored = getattr(config.get_text_config(), "dtype", None) or torch.float32
     precision = stored if dtype == "stored" else loading.choose_dtype(dtype)
-    attention = loading.choose_attention(None)
+    attention = loading.choose_attention(None, precision, precision)
     model = loading.load_model(name, config, precision, attention, quantise, allow_pickle, **options)
     if not quantise:
         model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -30,6 +30,7 @@ class BaseModelSettings:
     revision: str | None
     arguments: str  # JSON object of further arguments
     dtype: torch.dtype  # precision of the stored weights
+    compute_dtype: torch.dtype  # precision in which they are used
     quantise: str | None  # "4bit", "8bit" or None
     trains_base: bool  # the run changes the base's weights
     use_flash_attn: bool | None
@@ -103,7 +104,7 @@ def load_base(
             settings.name,
             config,
             settings.dtype,
-            loading.choose_attention(settings.use_flash_attn),
+            loading.choose_attention(settings.use_flash_attn, settings.dtype, settings.compute_dtype),
             quantise=settings.quantise,
             allow_pickle=settings.allow_pickle,
             use_liger_kernel=settings.use_liger_kernel,
@@ -120,7 +121,7 @@ def load_base(
 
 def skeleton(settings: BaseModelSettings, config: PretrainedConfig) -> Any:
     """Build the base without values, on the meta device. Its buffers, which the configuration decides, are real."""
-    attention = loading.choose_attention(settings.use_flash_attn)
+    attention = loading.choose_attention(settings.use_flash_attn, settings.dtype, settings.compute_dtype)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config,

@@ -69,7 +69,8 @@ def run(
     engine = engines.engine_of(accelerator)
     before.check_engine(engine)
     is_sharded, method = engines.is_sharded(engine), before.method
-    accelerator.print(f"{method.title}: {engines.describe(accelerator, before.model.dtype, before.model.quantise)}")
+    described = engines.describe(accelerator, before.model.dtype, before.model.quantise, before.compute_dtype)
+    accelerator.print(f"{method.title}: {described}")
 
     # Data
     tokenizer = base_model.load_base_tokenizer(before.tokenizer, adapter)
