@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --nproc_per_node 2 --standalone tests/engines.py ENGINE RUNS.json
 
-ENGINE is ddp, fsdp2, or a DeepSpeed configuration: a path, or the name of a file in configs/ds_configs; RUNS.json holds a list of command lines. The exit
-code is 0 if it is 0 for all of them.
+ENGINE is ddp, fsdp2, or a DeepSpeed configuration: a path, or the name of a file in configs/ds_configs. RUNS.json holds
+a list of command lines. The exit code is 0 if it is 0 for all of them.
 """
 
 from __future__ import annotations

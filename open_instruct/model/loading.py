@@ -143,8 +143,8 @@ def choose_attention(use_flash_attn: bool | None, dtype: torch.dtype, compute_dt
     available = importlib.util.find_spec("flash_attn") is not None and gpu
     if use_flash_attn and not available:
         raise InputError(
-            "--use_flash_attn needs a GPU (Ampere or newer) and the flash extra (pip install '.[flash]'): drop the flag "
-            "to use SDPA"
+            "--use_flash_attn needs a GPU (Ampere or newer) and the flash extra (pip install '.[flash]'): drop the "
+            "flag to use SDPA"
         )
     if use_flash_attn and compute_dtype == torch.float32:
         raise InputError(

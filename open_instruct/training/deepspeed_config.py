@@ -35,7 +35,7 @@ REMEDY = "see configs/ds_configs for files that work"
 
 
 def make_plugin(hidden_size: int | None) -> DeepSpeedPlugin | None:
-    """Return accelerate's plugin for the DeepSpeed configuration that `accelerate launch` names; None where there is none.
+    """Return accelerate's plugin for the DeepSpeed configuration of the launch, or None where it uses no DeepSpeed.
 
     Raises:
         InputError: DeepSpeed is not installed, or it can't use the configuration.
