@@ -16,6 +16,7 @@ from tests.conftest import ROOT, TINY_MODEL
 
 ENTRY_POINTS = [
     *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("open_instruct/*_peft.py")),
+    "open_instruct/merge_lora.py",
     "arrow2json.py",
     "sample_subsets.py",
 ]

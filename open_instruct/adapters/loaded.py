@@ -154,6 +154,7 @@ def load_adapted_base(
     folders: Sequence[AdapterFolder] = (),
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    quantised_in_training: str | None = None,
 ) -> Any:
     """Return the base model in the revision and quantisation on which its adapters were trained, in evaluation mode.
 
@@ -165,6 +166,7 @@ def load_adapted_base(
         folders: the adapters.
         trust_remote_code: run Python code that comes with the model.
         allow_pickle: load weights that exist only as pickle files.
+        quantised_in_training: the form of the base, for adapters that don't record it; see `folders.quantisation`.
 
     Raises:
         InputError: the adapters were trained on different revisions, or the base can't be loaded.
@@ -179,7 +181,7 @@ def load_adapted_base(
         "trust_remote_code": trust_remote_code,
         "revision": revisions.pop() if revisions else None,
     }
-    quantise = quantisation(folders)
+    quantise = quantisation(folders, quantised_in_training)
     config = loading.load_config(name, **options)
     stored = getattr(config.get_text_config(), "dtype", None) or torch.float32
     precision = stored if dtype == "stored" else loading.choose_dtype(dtype)

@@ -33,6 +33,7 @@ class ModelFlags:
         "Adapters are always float32",
         same_on_resume=True,
         in_study="same",
+        check=checks.float16_weights,
     )
     load_in_4bit: bool = flag(
         False,

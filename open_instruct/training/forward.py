@@ -90,6 +90,11 @@ class Forward:
     evaluation: Batching
     description: str
 
+    @property
+    def caches_masks(self) -> bool:
+        """Whether attention keeps masks on the device."""
+        return isinstance(self.model, PackedModel) and self.model.backend in (backends.blocked, backends.sdpa)
+
     def __enter__(self) -> Forward:
         """Give the model the run's attention."""
         if isinstance(self.model, PackedModel):

@@ -193,6 +193,7 @@ class Resolved(Settings):
             keep_best=flags.keep_best,
             sum_loss=flags.reduce_loss == "sum",
             sync_each_batch=flags.sync_each_batch,
+            in_float16=self.compute_dtype == torch.float16,
         )
 
     def with_learning_rate(self, rate: float) -> Resolved:
