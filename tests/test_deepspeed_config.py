@@ -123,7 +123,7 @@ def test_a_configuration_that_is_no_file_is_one_line(name, tmp_path, monkeypatch
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["stage2_accelerate", "own"])
 def test_such_files_train_as_one_process_does(name, tmp_path, data_file):
-    """The same losses and gradient norms, whatever the file says of batches and clipping; and from a checkpoint that holds offloaded moments."""
+    """The same losses and norms, whatever the file says of batches and clipping; offloaded moments are restored."""
     engine = name if name != "own" else str(write(tmp_path / "own.conf", OWN))
     common = ["--max_train_steps", "4", "--eval_steps", "2", "--checkpointing_steps", "2"]
     common += ["--keep_last_n_checkpoints", "-1", "--clip_grad_norm", "2"]

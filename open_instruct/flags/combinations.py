@@ -44,7 +44,7 @@ def bad_auto_lr(flags: Any) -> str | None:
 
 
 def float16_weights(flags: Any) -> str | None:
-    """Refuse to train all weights in float16: they are float32, and only bfloat16 computes them without a scaled loss."""
+    """Refuse float16 in full fine-tuning: the weights are float32, and only bfloat16 computes them without scaling."""
     if flags.dtype != "float16" or flags.method != "full" or flags.adapter_name_or_path:
         return None
     return "full fine-tuning does not compute in float16: choose bfloat16, float32, or an adapter method"

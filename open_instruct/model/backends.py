@@ -39,7 +39,7 @@ def sdpa(inputs: AttentionInputs) -> torch.Tensor:
         # `is_causal` is faster than a mask, but aligns the first query with the first key.
         masked = num_shared or (inputs.window and inputs.window < end - start)
         mask = visibility_mask(end - start, keys.shape[2], inputs.window, keys.device) if masked else None
-        if keys.is_cuda and (masked or keys.dtype == torch.float32):
+        if on_gpu(keys) and (masked or keys.dtype == torch.float32):
             # Flash takes neither masks nor float32. Of the other kernels of a GPU, the one that never holds all scores
             # takes no grouped heads, and copies of the keys are smaller than the scores.
             groups = queries.shape[1] // keys.shape[1]
@@ -56,6 +56,11 @@ def sdpa(inputs: AttentionInputs) -> torch.Tensor:
             )
         )
     return torch.cat(outputs, 2).transpose(1, 2).contiguous()
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies on a GPU."""
+    return tensor.is_cuda
 
 
 BACKENDS: dict[str, Backend] = {

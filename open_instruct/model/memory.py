@@ -61,8 +61,8 @@ def estimate_mb(
         sharing: how several processes shard the model.
 
     Returns:
-        weights, gradients, optimizer, activations, logits, masks, with sharded weights those that are gathered at a time,
-        total; in MB of 10⁶ bytes.
+        weights, gradients, optimizer, activations, logits, masks, with sharded weights those that are gathered at a
+        time, total; in MB of 10⁶ bytes.
     """
     text = config.get_text_config()
     weights = bytes_of(model)

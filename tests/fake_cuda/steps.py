@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from open_instruct.data import packing
 from open_instruct.flags import default_values
-from open_instruct.methods import METHODS
+from open_instruct.methods import METHODS, ModelFacts, p_tuning
 from open_instruct.model import attention_blocked, attention_masks, attention_varlen
 from open_instruct.model.backends import BACKENDS, missing
 from open_instruct.model.precision import autocast
@@ -73,6 +73,7 @@ def pretend_cuda() -> None:
     for module in (torch.cuda.amp.common, torch.cuda.amp.autocast_mode):
         module.amp_definitely_not_available = lambda: False
     torch.nn.Module._apply = replace_parameters  # type: ignore[assignment, method-assign]
+    p_tuning.model_facts = lambda *args: ModelFacts(SHAPE.hidden_size, 0.02, 1.0)  # fake weights can't be measured
     package = types.ModuleType("flash_attn")
     package.flash_attn_varlen_func = flash_attention  # type: ignore[attr-defined]
     package.__spec__ = SimpleNamespace(loader=None)  # type: ignore[assignment]
@@ -209,4 +210,3 @@ def make(model: Any, method: Any, backend: str, mistake: str) -> PackedModel:
 
     soft_prompt = lambda: method.soft_prompt(model)  # noqa: E731
     return PackedModel(model, soft_prompt, mistaken if mistake else compute, "linear")
-
