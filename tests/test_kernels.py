@@ -196,6 +196,47 @@ def test_unusual_families_train_packed_or_padded(kind):
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("kind", ["llama4_text", "phimoe"])
+def test_routers_that_are_linear_layers_of_their_own_kind_are_left_alone(kind):
+    """They return pairs, which PEFT's layers don't expect."""
+    options = {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model, method = wrap("lora", of_kind(kind, **options))
+    choose(model, method, forward_settings())  # the adapter runs
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and not any("router" in name for name in trained)
+    model, method = wrap("vera", of_kind(kind, **options))  # PEFT has no exceptions for VeRA
+    with pytest.raises(InputError, match="does not run on a"):
+        choose(model, method, forward_settings())
+
+
+def test_a_method_that_can_not_be_put_on_a_model_is_said():
+    from open_instruct.methods import METHODS
+    from open_instruct.training.continuing import put_adapter_on
+    from tests.tiny_models import VALUES
+
+    method = METHODS["lora"]
+    with pytest.raises(InputError, match=r"LoRA can't be put on a mamba model .*: choose another method"):
+        put_adapter_on(of_kind("mamba"), None, method, method.settings(VALUES), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_model_that_an_adapter_does_not_run_on_is_said_padded_too(packing):
+    """CodeGen with half of its rotary dimensions missing."""
+    model, method = wrap("prompt_tuning", of_kind("codegen", n_head=4, n_embd=32, n_layer=2, rotary_dim=64))
+    with pytest.raises(InputError, match="does not run on a codegen model"):
+        choose(model, method, forward_settings(packing=packing))
+
+
+def test_heads_of_different_sizes_are_no_shape():
+    class Config(SimpleNamespace):
+        @property
+        def head_dim(self) -> int:
+            raise RuntimeError("'head_dim' is a per-layer attribute")
+
+    text = Config(num_attention_heads=4, hidden_size=32)
+    assert backends.head_shape(SimpleNamespace(get_text_config=lambda: text)) is None
+
+
 @pytest.mark.parametrize("max_length, packs", [(64, True), (65, False)])
 def test_a_window_in_the_mask_alone_bounds_what_is_packed(max_length, packs):
     """PhiMoE and Doge cut by their mask, which packed rows don't have."""

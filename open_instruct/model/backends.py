@@ -80,17 +80,20 @@ class HeadShape:
     size: int  # E
 
 
-def head_shape(config: Any) -> HeadShape:
-    """Return the shape of a model's heads as its configuration tells; layers may differ from it, which `trial` misses.
+def head_shape(config: Any) -> HeadShape | None:
+    """Return the shape of a model's heads as its configuration tells; None where layers have different ones.
 
     Args:
         config: configuration of a causal language model.
     """
     text = config.get_text_config()
-    num_heads = getattr(text, "num_attention_heads", None) or 1
-    num_key_heads = getattr(text, "num_key_value_heads", None) or num_heads
-    size = getattr(text, "head_dim", None) or getattr(text, "hidden_size", num_heads) // num_heads
-    return HeadShape(num_heads, num_key_heads, size)
+    try:
+        num_heads = int(getattr(text, "num_attention_heads", None) or 1)
+        num_key_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
+        size = int(getattr(text, "head_dim", None) or getattr(text, "hidden_size", num_heads) // num_heads)
+    except (ValueError, TypeError, AttributeError, RuntimeError):  # transformers refuses to name one for all layers
+        return None
+    return HeadShape(num_heads, num_key_heads, size) if min(num_heads, num_key_heads, size) > 0 else None
 
 
 def missing(name: str, device: torch.device, dtype: torch.dtype, head_size: int | None = None) -> str | None:

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from open_instruct.adapters import folders
 from open_instruct.adapters.folders import WEIGHTS, AdapterFolder
 from open_instruct.adapters.loaded import check_shapes
-from open_instruct.errors import InputError
+from open_instruct.errors import BUGS, InputError, one_line
 from open_instruct.flags import Flags, check_flags
 from open_instruct.methods import METHODS, Method
 from open_instruct.methods.base import TrainedAdapter
@@ -90,15 +90,20 @@ def put_adapter_on(
         folder: folder of the trained adapter, or None.
 
     Raises:
-        InputError: the trained adapter does not fit the base.
+        InputError: the trained adapter does not fit the base, or PEFT can't put a new one on it.
     """
     if folder is None:
         try:
             return method.wrap(model, tokenizer, settings)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise InputError(f"there is no memory for an adapter with {settings}: give a smaller one") from None
+        except (InputError, *BUGS):
+            raise
+        except Exception as error:  # PEFT's refusals of a model have many types
+            if is_out_of_memory(error):
+                raise InputError(f"there is no memory for an adapter with {settings}: give a smaller one") from None
+            kind = model.config.model_type
+            raise InputError(
+                f"{method.title} can't be put on a {kind} model ({one_line(error, 200)}): choose another method"
+            ) from error
     weights: dict[str, Tensor] | None = None
     network: dict[str, Tensor] | None = None
     if model.device.type != "meta":

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from open_instruct.data import packing
 from open_instruct.data.packing import Batching, Packing, Padding
-from open_instruct.errors import InputError, one_line
+from open_instruct.errors import BUGS, InputError, one_line
 from open_instruct.methods import Feature, Method
 from open_instruct.model import backends
 from open_instruct.model.evaluation_mode import evaluating
@@ -147,6 +147,9 @@ def choose_forward(
             return Forward(in_precision(packed, accelerator, dtype), rows, rows, description)
         if settings.packing_requested:
             raise InputError(f"--packing is not possible ({reason}): use --packing False")
+    elif causal_of(model).device.type != "meta":
+        with evaluating(model), autocast(causal_of(model).device.type, dtype):
+            own_loss(model, probe_rows(model))  # says in a line what PEFT can't run
     unpacked_checkpointing = method.obstacles.get(Feature.PADDED_CHECKPOINTING)
     if settings.gradient_checkpointing and unpacked_checkpointing:
         raise InputError(
@@ -191,9 +194,10 @@ def choose_packed(
     """
     device, causal = accelerator.device, causal_of(model)
     probe_device, shape = causal.device.type, backends.head_shape(causal.config)
-    names = backends.candidates(settings.attn_backend, device, dtype, settings.use_flash_attn, shape.size)
+    size = shape.size if shape else None
+    names = backends.candidates(settings.attn_backend, device, dtype, settings.use_flash_attn, size)
     for name in names:
-        problem = "" if device.type == "cpu" else backends.trial(name, device, dtype, shape)
+        problem = backends.trial(name, device, dtype, shape) if shape and device.type != "cpu" else ""
         head, structure = None, ""
         if not problem and probe_device != "meta":
             # Before weights are sharded, they lie on the main process's CPU.
@@ -238,17 +242,13 @@ def probe(
         CannotPack: no back end would be exact.
         InputError: PEFT can't run this method on this model at all.
     """
-    causal = causal_of(model)
-    if not getattr(causal, "_supports_attention_backend", False):
-        kind = causal.config.model_type
-        raise CannotPack(f"the attention of a {kind} model does not go through transformers' AttentionInterface")
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = causal.get_input_embeddings().weight.shape[0]
-    draws = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (5, 16, 9)]
-    rows = [{"input_ids": ids, "spans": [1, len(ids)]} for ids in draws]
+    causal, rows = causal_of(model), probe_rows(model)
     tolerance = 5e-2 if getattr(causal, "is_quantized", False) else TOLERANCE[dtype]
     with evaluating(model):
         own = own_loss(model, rows)
+        if not getattr(causal, "_supports_attention_backend", False):
+            kind = causal.config.model_type
+            raise CannotPack(f"the attention of a {kind} model does not go through transformers' AttentionInterface")
         try:
             packed = PackedModel(model, soft_prompt, backends.BACKENDS[backend])
             with packed:
@@ -258,7 +258,7 @@ def probe(
                 model.train()  # so that attention dropout shows
                 unlabelled = [{**rows[0], "spans": []}, *rows[1:]]
                 leak, within = sensitivity(packed, packing.to_device(packing.pack(unlabelled), causal.device))
-        except (CannotPack, InputError, AssertionError, NameError):
+        except (CannotPack, InputError, *BUGS):
             raise
         except Exception as error:  # whatever an unusual structure or a kernel raises, the padded way is still there
             if is_out_of_memory(error):
@@ -293,6 +293,16 @@ def unseen_window(config: Any, windows: set[int]) -> int | None:
     return min((window for window in named if isinstance(window, int) and window > 0), default=None)
 
 
+def probe_rows(model: Any) -> list[dict[str, Any]]:
+    """Return three short examples of random tokens, all of them labelled."""
+    generator = torch.Generator().manual_seed(0)
+    causal = causal_of(model)
+    rows = causal.get_input_embeddings().weight.shape[0]
+    vocabulary = min(rows, getattr(causal.config.get_text_config(), "vocab_size", None) or rows)
+    draws = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (5, 16, 9)]
+    return [{"input_ids": ids, "spans": [1, len(ids)]} for ids in draws]
+
+
 @torch.no_grad()
 def own_loss(model: Any, rows: list[dict[str, Any]]) -> float:
     """Return the summed loss in nats of examples, each computed alone by PEFT's forward pass.
@@ -304,7 +314,11 @@ def own_loss(model: Any, rows: list[dict[str, Any]]) -> float:
     try:
         batches = [packing.to_device(packing.pad([row], 0), next(model.parameters()).device) for row in rows]
         return sum(padded(**batch)[0].item() for batch in batches)
-    except (ValueError, RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+    except BUGS:
+        raise
+    except Exception as error:  # models and PEFT refuse each other in many ways
+        if is_out_of_memory(error):
+            raise
         kind = causal_of(model).config.model_type
         raise InputError(
             f"the adapter does not run on a {kind} model ({one_line(error, 200)}): choose another method"
