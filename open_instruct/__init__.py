@@ -20,4 +20,5 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: a tool that only reads files needs no torch."""
     if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module("open_instruct.quiet")  # before the libraries that it silences
     return getattr(importlib.import_module(PUBLIC[name]), name)

@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --nproc_per_node 2 --standalone tests/engines.py ENGINE RUNS.json
 
-ENGINE is ddp, fsdp2, or the name of a file in configs/ds_configs; RUNS.json holds a list of command lines. The exit
-code is 0 if it is 0 for all of them.
+ENGINE is ddp, fsdp2, or a DeepSpeed configuration: a path, or the name of a file in configs/ds_configs. RUNS.json holds
+a list of command lines. The exit code is 0 if it is 0 for all of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def use_deepspeed(engine: str) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    config = ROOT / "configs" / "ds_configs" / f"{engine}.json"
+    shipped = ROOT / "configs" / "ds_configs"
+    named = [shipped / f"{engine}.json", shipped / f"{engine}.conf", Path(engine)]
+    config = next(path for path in named if path.exists())
     if "TEST_ACCUMULATION" in os.environ:
         content = {
             **json.loads(config.read_text()),
@@ -48,12 +50,12 @@ def use_fsdp2() -> None:
 
 def make_run(engine: str) -> Callable[[list[str]], int]:
     """Start an engine; gives what trains once with a command line and returns the exit code."""
-    if engine.startswith("zero"):
-        use_deepspeed(engine)
+    if engine == "ddp":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     elif engine == "fsdp2":
         use_fsdp2()
     else:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+        use_deepspeed(engine)
     from accelerate import Accelerator, DistributedType, PartialState
     from accelerate.state import AcceleratorState
 

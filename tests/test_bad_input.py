@@ -66,6 +66,7 @@ CASES = {
         ["--use_lora", "--load_in_4bit", "--load_in_8bit"],
         "--load_in_4bit: it excludes --load_in_8bit",
     ),
+    "float16 weights": (["--dtype", "float16"], "--dtype float16: full fine-tuning does not compute in float16"),
     "final rate": (
         ["--final_lr_ratio", "0.1", "--lr_scheduler_type", "polynomial"],
         "--final_lr_ratio 0.1: it works with",

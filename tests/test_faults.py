@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -276,6 +277,27 @@ def test_steps_that_stay_infinite_end_the_run(train, monkeypatch):
 
 def out_of_memory(loss: torch.Tensor) -> torch.Tensor:
     raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_rows_of_an_evaluation_are_halved_when_memory_runs_out(train, monkeypatch):
+    """The result is that of longer rows."""
+    flags = ["--use_prompt_tuning", *SHORT, "--per_device_train_batch_size", "8"]
+    full = train("full", *flags)
+    measured, failures = loop.held_out_loss, iter([True, False, True])
+
+    def short_of_memory(*arguments: Any, **options: Any) -> tuple[float, int]:
+        if next(failures, False):
+            out_of_memory(torch.zeros(()))
+        return measured(*arguments, **options)
+
+    monkeypatch.setattr(loop, "held_out_loss", short_of_memory)
+    run = train("run", *flags)
+    assert run.code == 0 and run.out.count("out of memory: continuing with rows of") == 2
+    for a, b in zip(without_measurements(run.metrics), without_measurements(full.metrics), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    failures = iter([True] * 20)
+    run = train("padded", *flags, "--packing", "False")
+    assert run.code == 2 and "out of memory in step 1 on process 0: set --gradient_checkpointing" in run.err
 
 
 def test_rows_are_halved_once_when_memory_runs_out(train, monkeypatch):

@@ -29,6 +29,7 @@ import open_instruct
 from open_instruct import InputError, Sampling
 from open_instruct.adapters import prompt_tokens
 from open_instruct.flags import default_values
+from open_instruct.merge_lora import main as merge_lora_main
 from open_instruct.merge_peft import main as merge_main
 from open_instruct.methods import METHODS
 from tests.conftest import TINY_MODEL
@@ -230,6 +231,56 @@ def test_verification_notices_a_wrong_row(tmp_path, monkeypatch, capsys):
         "adapter",
         "base",
     ]
+
+
+@pytest.mark.parametrize("words", [
+    ["--base_model_name_or_path", "{base}", "--output_dir", "{out}/", "--save_tokenizer", "--use_fast_tokenizer"],
+    ["--tokenizer_name_or_path", "{base}", "--output_dir", "{out}", "--pad_to_multiple_of", "8", "--seed", "1"],
+])  # fmt: skip
+def test_the_flags_of_open_instruct_lead_to_the_same_checkpoint(words, tmp_path, capsys):
+    base = make_base(tmp_path / "base", "untied")
+    adapter, out = make_adapter(tmp_path / "adapter", base, "lora"), tmp_path / "out"
+    named = ["--lora_model_name_or_path", str(adapter)]
+    assert merge_lora_main([*named, *(word.format(base=base, out=out) for word in words)]) == 0
+    assert "3 of 3 greedy texts are equal" in capsys.readouterr().out
+    assert merge_main(["--adapter", str(adapter), "--output", str(tmp_path / "plain")]) == 0
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (out / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    assert merge_lora_main(named) == 0 and (tmp_path / "adapter_merged" / "config.json").exists()
+    assert merge_lora_main(named) == 2
+    assert "adapter_merged exists already" in capsys.readouterr().err
+
+
+def test_a_training_configuration_names_base_and_adapter(tmp_path):
+    base = make_base(tmp_path / "base", "untied")
+    adapter, config = make_adapter(tmp_path / "adapter", base, "lora"), tmp_path / "train.yaml"
+    config.write_text(f"model_name_or_path: {base}\noutput_dir: {adapter}\nuse_lora: true\ntrain_file: t.jsonl\n")
+    assert merge_lora_main(["--config_file", str(config)]) == 0
+    assert (tmp_path / "adapter_merged" / "model.safetensors").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_base_is_not_saved(tmp_path, capsys):
+    base, larger = make_base(tmp_path / "base", "untied"), tmp_path / "larger"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save_pretrained(larger)
+    words = ["--lora_model_name_or_path", str(make_adapter(tmp_path / "adapter", base, "lora"))]
+    assert merge_lora_main([*words, "--tokenizer_name_or_path", str(larger)]) == 2
+    assert "has ids up to 907, and the base embeds 907 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "adapter_merged").exists()
+
+
+def test_an_adapter_without_a_record_is_merged_as_stated(tmp_path, train):
+    """As one is that open-instruct trained; the base is dequantised, because that is what the adapter corrects."""
+    pytest.importorskip("bitsandbytes")
+    run = train("run", "--use_qlora", "--use_lora", "--max_train_steps", "2", "--report_to", "none")
+    assert run.code == 0, run.err
+    assert merge_lora_main(["--lora_model_name_or_path", str(run.folder), "--output_dir", str(tmp_path / "known")]) == 0
+    (run.folder / "run.json").unlink()
+    words = ["--lora_model_name_or_path", str(run.folder), "--qlora", "--output_dir", str(tmp_path / "stated")]
+    assert merge_lora_main(words) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("known", "stated")]
+    assert weights[0] == weights[1]
 
 
 def test_qlora_is_merged_onto_the_base_that_it_was_trained_on(tmp_path, train):

@@ -16,6 +16,7 @@ from tests.conftest import ROOT, TINY_MODEL
 
 ENTRY_POINTS = [
     *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("open_instruct/*_peft.py")),
+    "open_instruct/merge_lora.py",
     "arrow2json.py",
     "sample_subsets.py",
 ]
@@ -98,6 +99,13 @@ WRONG = {
     "merge: adapter": ("merge", "--adapter ./missing --output out", "no such adapter folder: ./missing"),
     "merge: output": ("merge", f"{ADAPTER} --output .", "--output . exists already"),
     "merge: method": ("merge", "--adapter {prefix} --output out", "is a prefix of keys and values"),
+    "merge_lora: value": ("merge_lora", "--lora_model_name_or_path a --lora_model_name_or_path b", "name one adapter"),
+    "merge_lora: adapter": ("merge_lora", "--lora_model_name_or_path ./missing", "no such adapter folder: ./missing"),
+    "merge_lora: quantised": (
+        "merge_lora",
+        "--lora_model_name_or_path {recorded} --output_dir out --qlora",
+        "was trained on a base in full precision, not in 4bit",
+    ),
     "merge: base": ("merge", f"{ADAPTER} --output out --model_name_or_path x/y", "was trained on"),
 }
 
@@ -110,8 +118,12 @@ def test_wrong_values_and_missing_files_are_one_line_before_heavy_imports(case, 
         name: write_adapter(tmp_path / name, peft_type=peft_type, base_model_name_or_path=str(TINY_MODEL))
         for name, peft_type in (("adapter", "PROMPT_TUNING"), ("lora", "LORA"), ("prefix", "PREFIX_TUNING"))
     }
+    folders["recorded"] = write_adapter(
+        tmp_path / "recorded", peft_type="LORA", base_model_name_or_path=str(TINY_MODEL)
+    )
+    (folders["recorded"] / "run.json").write_text('{"flags": {"use_qlora": {"value": false, "origin": "default"}}}')
     tool, words, text = WRONG[case]
-    script = f"open_instruct/{tool}_peft.py"
+    script = f"open_instruct/{tool}.py" if tool == "merge_lora" else f"open_instruct/{tool}_peft.py"
     result, modules = start(script, *words.format(**folders).split(), cwd=tmp_path)
     check_error(result, text)
     check_imports(script, modules)

@@ -301,15 +301,28 @@ def same_base(first: str, second: str) -> bool:
     return folders[0].name.lower() == folders[1].name.lower()
 
 
-def quantisation(folders: Sequence[AdapterFolder]) -> str | None:
+def quantisation(folders: Sequence[AdapterFolder], stated: str | None = None) -> str | None:
     """Return the form of the base on which all adapters were trained: "4bit", "8bit", or None for full precision.
 
     Where they differ it is None, with a warning.
+
+    Args:
+        folders: the adapters.
+        stated: the form that the user names, which holds for adapters that record none.
+
+    Raises:
+        InputError: an adapter records another form than the stated one.
     """
     forms = set()
     for folder in folders:
         four_bits = folder.trained_on("use_qlora") or folder.trained_on("load_in_4bit")
-        forms.add("4bit" if four_bits else "8bit" if folder.trained_on("load_in_8bit") else None)
+        recorded = "4bit" if four_bits else "8bit" if folder.trained_on("load_in_8bit") else None
+        if stated and folder.record and recorded != stated:
+            raise InputError(
+                f"adapter {folder.name} was trained on a base in {recorded or 'full precision'}, not in {stated}: "
+                "drop the flag that says so (--qlora)"
+            )
+        forms.add(recorded or stated)
     if len(forms) > 1:
         names = ", ".join(folder.name for folder in folders)
         warn(f"{names} were trained on differently quantised bases, and share one in full precision here")

@@ -238,7 +238,7 @@ def runnable(text: str | None) -> str | None:
     """Return the arguments of a base without a FlashAttention that was there in training and is not here."""
     arguments = parse_arguments(text)
     attention = str(arguments.get("attn_implementation"))
-    if "flash" in attention and loading.choose_attention(None) is None:
+    if "flash" in attention and loading.choose_attention(None, torch.bfloat16, torch.bfloat16) is None:
         warn(f"the adapter was trained with the attention {attention}, which can't run here: using the default")
         del arguments["attn_implementation"]
     return json.dumps(arguments) if arguments else None
@@ -250,6 +250,7 @@ def load_adapted_base(
     folders: Sequence[AdapterFolder] = (),
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    quantised_in_training: str | None = None,
 ) -> Any:
     """Return the base model as its adapters were trained on it, in evaluation mode.
 
@@ -261,6 +262,7 @@ def load_adapted_base(
         folders: the adapters.
         trust_remote_code: run Python code that comes with the model.
         allow_pickle: load weights that exist only as pickle files.
+        quantised_in_training: the form of the base, for adapters that don't record it; see `folders.quantisation`.
 
     Raises:
         InputError: the adapters were trained on different forms of the base, or it can't be loaded.
@@ -268,7 +270,7 @@ def load_adapted_base(
     changes = shared_changes(folders)
     arguments = runnable(changes.additional_model_arguments)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": changes.model_revision}
-    quantise = quantisation(folders)
+    quantise = quantisation(folders, quantised_in_training)
     if changes.config_name and Path(changes.config_name).is_absolute() and not Path(changes.config_name).is_dir():
         raise InputError(
             f"the adapter was trained with the configuration in {changes.config_name} (--config_name), which is not "
@@ -277,7 +279,7 @@ def load_adapted_base(
     config = loading.load_config(changes.config_name or name, arguments, **options)
     stored = getattr(config.get_text_config(), "dtype", None) or torch.float32
     precision = stored if dtype == "stored" else loading.choose_dtype(dtype)
-    attention = loading.choose_attention(None)
+    attention = loading.choose_attention(None, precision, precision)
     model = loading.load_model(
         name, config, precision, attention, quantise, allow_pickle, arguments=arguments, **options
     )

@@ -43,6 +43,7 @@ def merge(
     any_base: bool = False,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    quantised_in_training: str | None = None,
 ) -> dict[str, Any]:
     """Merge adapters into a plain checkpoint and verify it.
 
@@ -54,6 +55,8 @@ def merge(
         any_base: accept a base under another name than the adapters'.
         trust_remote_code: run Python code that comes with the model.
         allow_pickle: load a base whose weights exist only as pickle files.
+        quantised_in_training: "4bit" or "8bit", for adapters that don't record on which form of the base they were
+            trained.
 
     Returns:
         Content of `merged.json`: adapters, their tokens, largest relative difference of a logit, leaked probability.
@@ -65,7 +68,7 @@ def merge(
     folders = parse_adapters(adapter)
     check_mergeable(folders, output)
     name = base_name(model_name_or_path, folders, any_base)
-    base = loaded.load_adapted_base(name, dtype, folders, trust_remote_code, allow_pickle)
+    base = loaded.load_adapted_base(name, dtype, folders, trust_remote_code, allow_pickle, quantised_in_training)
     if getattr(base, "is_quantized", False):
         base = base.dequantize()  # an adapter corrects the base that it was trained on, rounding included
     check_length(base, folders)
@@ -98,7 +101,7 @@ def merge(
                 new.adapter: {"first": new.ids[0], "number": len(new.ids), "text": new.text} for new in new_tokens
             },
             "vocabulary_rows": reloaded.get_input_embeddings().weight.shape[0],
-            "quantised_in_training": quantisation(folders),
+            "quantised_in_training": quantisation(folders, quantised_in_training),
             "dtype": str(precision).removeprefix("torch."),
             **figures,
         }

@@ -43,6 +43,13 @@ def bad_auto_lr(flags: Any) -> str | None:
     return None
 
 
+def float16_weights(flags: Any) -> str | None:
+    """Refuse float16 in full fine-tuning: the weights are float32, and only bfloat16 computes them without scaling."""
+    if flags.dtype != "float16" or flags.method != "full" or flags.adapter_name_or_path:
+        return None
+    return "full fine-tuning does not compute in float16: choose bfloat16, float32, or an adapter method"
+
+
 def needs_packing(flags: Any) -> str | None:
     """Refuse a flag of the packed forward pass beside the padded one."""
     return None if flags.packing else "it belongs to the packed forward pass: remove it, or drop --packing False"

@@ -36,6 +36,7 @@ class ModelFlags:
         "Adapters are always float32",
         in_study="same",
         on_resume="same",
+        check=checks.float16_weights,
     )
     load_in_4bit: bool = flag(
         False,

@@ -222,6 +222,20 @@ class EmbeddingPrompt(Method):
             return model.get_prompt(batch_size=1)[0].detach().float().cpu()
 
 
+def unusual_linears(model: Any) -> list[str]:
+    """Return the names of a model's own kinds of linear layers, such as the routers of Llama 4 and PhiMoE.
+
+    They return more than a product, which PEFT's "all-linear" does not expect.
+    """
+    from torch import nn
+
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+    ]
+
+
 def load_network(wrapped: nn.Module, network: Mapping[str, torch.Tensor]) -> None:
     """Restore the trained parameters of a soft prompt's network.
 

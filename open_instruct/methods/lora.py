@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from open_instruct.methods.base import LayerMethod, Recipe
+from open_instruct.methods.base import LayerMethod, Recipe, unusual_linears
 from open_instruct.methods.facts import ModelFacts, between
 from open_instruct.methods.features import Feature
 
@@ -54,6 +54,7 @@ class Lora(LayerMethod):
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,
             target_modules="all-linear",
+            exclude_modules=unusual_linears(model) or None,
         )
         return get_peft_model(model, config)
 

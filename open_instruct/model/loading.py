@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from open_instruct.errors import InputError, input_faults, one_line
+from open_instruct.model.backends import FLASH_CAPABILITY
 from open_instruct.model.configuration import check_causal, loader_arguments, with_arguments
 from open_instruct.model.weights import check_finite, misfit, scales_of, some_of
 
@@ -154,30 +155,44 @@ def readable(what: str) -> Iterator[None]:
 
 
 def choose_dtype(name: str) -> torch.dtype:
-    """Return the type of this name; "auto" is bfloat16 where a GPU computes it, and float32 elsewhere."""
+    """Return the type of this name; "auto" is bfloat16 where a GPU computes it itself, and float32 elsewhere.
+
+    GPUs before Ampere emulate it, slowly (`torch.cuda.is_bf16_supported` counts that, too).
+    """
     if name == "auto":
-        name = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+        native = torch.cuda.is_available() and torch.cuda.get_device_capability() >= FLASH_CAPABILITY
+        name = "bfloat16" if native else "float32"
     return getattr(torch, name)
 
 
-def choose_attention(use_flash_attn: bool | None) -> str | None:
+def choose_attention(use_flash_attn: bool | None, dtype: torch.dtype, compute_dtype: torch.dtype) -> str | None:
     """Return the name of FlashAttention-2 where it can run, unless it is switched off, or None.
 
     None leaves the choice to transformers: SDPA, or plain matrix products for models whose scores SDPA can't compute
-    (Gemma 2).
+    (Gemma 2). The package computes in 16 bits only. A base that is held in float32, as in full fine-tuning, would give
+    it float32 wherever no autocast is active, so such a base keeps SDPA; packed rows use the package all the same.
 
     Args:
         use_flash_attn: True: required; False: switched off; None: used if it is installed and there is a GPU.
+        dtype: precision in which the base is held.
+        compute_dtype: precision in which it computes.
 
     Raises:
         InputError: it is required and can't run.
     """
-    available = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
+    gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() >= FLASH_CAPABILITY
+    available = importlib.util.find_spec("flash_attn") is not None and gpu
     if use_flash_attn and not available:
         raise InputError(
-            "--use_flash_attn needs a GPU and the flash extra (pip install '.[flash]'): drop the flag to use SDPA"
+            "--use_flash_attn needs a GPU (Ampere or newer) and the flash extra (pip install '.[flash]'): drop the "
+            "flag to use SDPA"
         )
-    return "flash_attention_2" if available and use_flash_attn is not False else None
+    if use_flash_attn and compute_dtype == torch.float32:
+        raise InputError(
+            "--use_flash_attn computes in 16 bits, and this run in float32: add --dtype bfloat16, or drop it"
+        )
+    in_16_bits = dtype in (torch.float16, torch.bfloat16)
+    return "flash_attention_2" if available and in_16_bits and use_flash_attn is not False else None
 
 
 def load_model(

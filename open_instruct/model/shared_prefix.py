@@ -121,6 +121,7 @@ class PackedContext:
         keys_values: a prefix of keys and values [1, K, P, E] of each layer, or None.
         backend: computes the attention of one layer.
         layers_seen: indices of the layers whose attention was computed here.
+        windows: windows that layers were called with.
         segments_by_num_shared: the boundaries that were made already.
     """
 
@@ -129,6 +130,7 @@ class PackedContext:
     keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]] | None
     backend: Backend
     layers_seen: set[int] = field(default_factory=set)
+    windows: set[int] = field(default_factory=set)
     segments_by_num_shared: dict[int, Segments] = field(default_factory=dict)
 
     def segments(self, num_shared: int) -> Segments:
@@ -184,6 +186,8 @@ def attention(
     if unknown or dropout or others.get("is_causal") is False:
         raise CannotPack(f"its attention uses {', '.join(unknown) or ('dropout' if dropout else 'no causal order')}")
     packed_context.layers_seen.add(module.layer_idx)
+    if sliding_window:
+        packed_context.windows.add(sliding_window)
     query, key = query.to(value), key.to(value)  # under autocast, rotation leaves them in float32
     if packed_context.keys_values is None:
         num_shared = packed_context.num_prefix_tokens

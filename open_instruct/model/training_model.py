@@ -83,6 +83,7 @@ class PackedModel(TrainingModel):
         self.backend = backend
         self.head_name = find_head(self.causal) if head == "find" else head
         self.head = head_forms(self.causal)[self.head_name] if self.head_name else None
+        self.windows: set[int] = set()  # that layers have called their attention with
         self._own_attention: str | None = None  # the model's, while it is replaced
 
     @property
@@ -174,6 +175,7 @@ class PackedModel(TrainingModel):
         packed_context = PackedContext(tuple(lengths), num_prefix_tokens, prompt.keys_values, self.backend)
         inputs["packed_context"] = packed_context
         loss = self._loss(inputs, target_positions + num_prefix_tokens, targets)
+        self.windows |= packed_context.windows
         if not packed_context.layers_seen:
             raise CannotPack("its attention does not go through transformers' AttentionInterface")
         return loss, torch.tensor(len(targets), device=targets.device)

@@ -34,13 +34,14 @@ def summary_lines(
         output_dir: the run's folder.
     """
     share = summary["trainable_parameters"] / summary["total_parameters"]
+    saved = "model size  " if share == 1 else "adapter size"
     lines = [
         "",
         f"held-out loss       base {loss_text(summary['base_eval_loss'])} | "
         f"first {loss_text(summary['initial_eval_loss'])} | "
         f"final {loss_text(summary['final_eval_loss'])} nats per token",
         f"trained parameters  {summary['trainable_parameters']:,} of {summary['total_parameters']:,} ({share:.3%})",
-        f"adapter size        {summary['adapter_bytes'] / 1e3:,.1f} kB",
+        f"{saved}        {summary['adapter_bytes'] / 1e3:,.1f} kB",
         f"time                {summary['wall_seconds']:.1f} s for {summary['steps']} steps, "
         f"{summary['tokens']:,} tokens ({summary['tokens_per_second']:,.0f} tokens/s), "
         f"peak memory {summary['peak_memory_mb']:,.0f} MB",

@@ -30,6 +30,7 @@ class BaseModelSettings:
     revision: str | None
     arguments: str | None  # JSON object of further arguments
     dtype: torch.dtype  # precision of the stored weights
+    compute_dtype: torch.dtype  # precision in which they are used
     quantise: str | None  # "4bit", "8bit" or None
     trains_base: bool  # the run changes the base's weights
     use_flash_attn: bool | None
@@ -105,7 +106,7 @@ def load_base(
             settings.name,
             config,
             settings.dtype,
-            loading.choose_attention(settings.use_flash_attn),
+            loading.choose_attention(settings.use_flash_attn, settings.dtype, settings.compute_dtype),
             quantise=settings.quantise,
             allow_pickle=settings.allow_pickle,
             use_liger_kernel=settings.use_liger_kernel,
@@ -123,8 +124,8 @@ def load_base(
 
 def skeleton(settings: BaseModelSettings, config: PretrainedConfig) -> Any:
     """Build the base without values, on the meta device. Its buffers, which the configuration decides, are real."""
-    own = {"attn_implementation": loading.choose_attention(settings.use_flash_attn)}
-    own |= loader_arguments(settings.arguments)
+    attention = loading.choose_attention(settings.use_flash_attn, settings.dtype, settings.compute_dtype)
+    own = {"attn_implementation": attention} | loader_arguments(settings.arguments)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             config, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, **own

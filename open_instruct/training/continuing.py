@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from open_instruct.adapters import folders
 from open_instruct.adapters.folders import AdapterFolder, BaseChanges
 from open_instruct.adapters.loaded import check_patterns, needed_packages, read_weights
-from open_instruct.errors import InputError, input_faults, warn
+from open_instruct.errors import BUGS, InputError, input_faults, one_line, warn
 from open_instruct.flags import Flags, check_flags
 from open_instruct.methods import METHODS, Method
 from open_instruct.methods.base import TrainedAdapter
@@ -133,15 +133,20 @@ def put_adapter_on(
         revision: branch, tag or commit of the base; the adapter records it, so that plain PEFT loads the same one.
 
     Raises:
-        InputError: the trained adapter does not fit the base.
+        InputError: the trained adapter does not fit the base, or PEFT can't put a new one on it.
     """
     if folder is None:
         try:
             wrapped: Any = method.wrap(model, tokenizer, settings)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise InputError(f"there is no memory for an adapter with {settings}: give a smaller one") from None
+        except (InputError, *BUGS):
+            raise
+        except Exception as error:  # PEFT's refusals of a model have many types
+            if is_out_of_memory(error):
+                raise InputError(f"there is no memory for an adapter with {settings}: give a smaller one") from None
+            kind = model.config.model_type
+            raise InputError(
+                f"{method.title} can't be put on a {kind} model ({one_line(error, 200)}): choose another method"
+            ) from error
         set_revision(wrapped, revision)
         return wrapped
     weights: dict[str, Tensor] | None = None

@@ -7,11 +7,12 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 
-from open_instruct.data.packing import Batching, Packing
+from open_instruct.data.packing import Packing
 from open_instruct.data.plan import Plan
-from open_instruct.model import memory
+from open_instruct.model import attention_masks, memory
 from open_instruct.model.chunked_loss import rows_at_once
 from open_instruct.training import engines
+from open_instruct.training.forward import Forward
 from open_instruct.training.load_data import Data
 from open_instruct.training.settings import Resolved
 
@@ -24,7 +25,7 @@ def plan_text(
     plan: Plan,
     model: Any,
     config: PretrainedConfig,
-    batching: Batching,
+    forward: Forward,
     accelerator: Accelerator,
 ) -> str:
     """Return the text of the plan: steps, tokens per step, parameters, and memory in MB.
@@ -35,11 +36,12 @@ def plan_text(
         plan: the examples of each step.
         model: base with adapter.
         config: the base's configuration.
-        batching: makes micro-batches.
+        forward: makes micro-batches and computes them.
         accelerator: joins the processes that share weights and optimizer.
     """
     sizes, lengths, flags = memory.counts(model), data.train.lengths, settings.flags
     vocab_size, device = config.get_text_config().vocab_size, next(model.parameters()).device
+    batching = forward.training
     steps = [plan.examples(step).tolist() for step in range(min(plan.num_steps, STEPS_MEASURED))]
     rows = [row for indices in steps for row in batching.micro_batches(indices, lengths, 0, 1)]
     largest = max(batching.positions(row, lengths, settings.num_virtual_tokens) for row in rows)
@@ -56,6 +58,7 @@ def plan_text(
         settings.compute_dtype.itemsize,
         settings.method.memory_kind,
         dropout=settings.method.drops_inputs(settings.method_settings),
+        mask_bytes=mask_bytes(forward, rows, lengths, settings),
         sharing=engines.sharing(engines.engine_of(accelerator), accelerator.num_processes),
     )
     parts = ", ".join(f"{name} {value:,.1f}" for name, value in estimate.items() if name != "total")
@@ -71,3 +74,12 @@ def plan_text(
             f"  memory per process   about {estimate['total']:,.0f} MB ({parts})",
         ]
     )
+
+
+def mask_bytes(forward: Forward, rows: list[list[int]], lengths: Any, settings: Resolved) -> int:
+    """Return the bytes of the masks that stay on the device, at most: one for each length of an example."""
+    if not forward.caches_masks:
+        return 0
+    different = {int(lengths[index]) for row in rows for index in row}
+    needed = sum(length * (length + settings.num_virtual_tokens) for length in different)
+    return min(needed * settings.compute_dtype.itemsize, attention_masks.MAX_CACHED_BYTES)

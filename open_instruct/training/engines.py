@@ -17,9 +17,20 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers import set_seed
 
-from open_instruct.errors import InputError, one_line
+from open_instruct.errors import InputError, one_line, warn
 from open_instruct.methods import Feature
 from open_instruct.model.memory import Sharing
+from open_instruct.training import deepspeed_config
+
+# What `accelerate launch` sets for a run, with the values that it sets where nobody asked for anything.
+LAUNCH_DEFAULTS = {
+    "MIXED_PRECISION": ("no",),
+    "GRADIENT_ACCUMULATION_STEPS": ("1", "auto"),
+    "GRADIENT_CLIPPING": ("auto",),
+    "DYNAMO_BACKEND": ("no",),
+    "USE_DEEPSPEED": ("false",),
+    "USE_FSDP": ("false",),
+}
 
 # Variables in which launchers say how many processes there are, in the order in which accelerate reads them.
 LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -34,17 +45,22 @@ class ProcessSettings:
     timeout: int  # seconds
     trackers: tuple[str, ...]  # names that accelerate knows; empty: none
     output_dir: str
+    hidden_size: int | None = None  # of the base, for the "auto" sizes of a DeepSpeed configuration
 
 
 def make_accelerator(settings: ProcessSettings) -> Accelerator:
     """Start processes, devices and trackers, and seed the generators.
 
     Raises:
-        InputError: a tracker is not installed, accelerate is configured for FSDP1, or it does not see all processes.
+        InputError: a tracker is not installed, DeepSpeed can't use its configuration, accelerate is configured for
+            FSDP1, or it does not see all processes.
     """
+    plugin: Any = deepspeed_config.make_plugin(settings.hidden_size)
     try:
         accelerator = Accelerator(
-            mixed_precision="bf16" if settings.compute_dtype == torch.bfloat16 else "no",
+            mixed_precision="no",  # `forward.choose_forward` casts, under every engine alike
+            dynamo_backend="no",
+            deepspeed_plugin=plugin,
             log_with=("all" if settings.trackers == ("all",) else list(settings.trackers)) or None,
             project_dir=settings.output_dir,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=settings.timeout))],
@@ -67,6 +83,8 @@ def make_accelerator(settings: ProcessSettings) -> Accelerator:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:  # flat parameters can't hold frozen and trained ones
         raise InputError("only FSDP2 is supported: set fsdp_version: 2 in the accelerate configuration")
+    if accelerator.is_main_process:
+        warn_of_overridden(accelerator, settings.compute_dtype)
     return accelerator
 
 
@@ -122,12 +140,45 @@ def numbers(ranks: Sequence[int]) -> str:
     return f"process{'es' if len(ranks) > 1 else ''} {shown}"
 
 
-def describe(accelerator: Accelerator, dtype: torch.dtype, quantise: str | None) -> str:
+def warn_of_overridden(accelerator: Accelerator, compute_dtype: torch.dtype) -> None:
+    """Name on one line the settings of `accelerate launch` that this run does not follow, and what decides instead.
+
+    Values that are accelerate's defaults can't be told from those that nobody gave, and are not named.
+    """
+    value = {name: os.environ.get(f"ACCELERATE_{name}", "").lower() for name in LAUNCH_DEFAULTS}
+    given = {name for name, defaults in LAUNCH_DEFAULTS.items() if value[name] not in ("", "none", *defaults)}
+    engine, problems = engine_of(accelerator), []
+    if (
+        "MIXED_PRECISION" in given
+        and {"bf16": torch.bfloat16, "fp16": torch.float16}.get(value["MIXED_PRECISION"]) != compute_dtype
+    ):
+        problems.append(f"--mixed_precision {value['MIXED_PRECISION']} (--dtype decides: {dtype_name(compute_dtype)})")
+    if "GRADIENT_ACCUMULATION_STEPS" in given:
+        problems.append("--gradient_accumulation_steps before the script (give it after the script)")
+    if "GRADIENT_CLIPPING" in given:
+        problems.append("--gradient_clipping (--clip_grad_norm decides)")
+    if "DYNAMO_BACKEND" in given:
+        problems.append("--dynamo_backend (--compile decides)")
+    for name, engines in (("DEEPSPEED", (Feature.ZERO_2, Feature.ZERO_3)), ("FSDP", (Feature.FSDP,))):
+        if f"USE_{name}" in given and engine not in engines:
+            device = accelerator.device.type
+            problems.append(f"--use_{name.lower()} (not on {device}: this run is {engine or 'one process without it'})")
+    if problems:
+        warn(f"of accelerate's settings, without effect are {'; '.join(problems)}")
+
+
+def describe(accelerator: Accelerator, dtype: torch.dtype, quantise: str | None, compute_dtype: torch.dtype) -> str:
     """Return one line on processes, engine, device and precision."""
     count, engine = accelerator.num_processes, engine_of(accelerator)
-    processes = f"{count} processes ({engine})" if engine else "1 process"
-    base = {"4bit": "4-bit", "8bit": "8-bit", None: str(dtype).removeprefix("torch.")}[quantise]
-    return f"{processes} on {accelerator.device.type}, base in {base}"
+    processes = f"{count} {'processes' if count > 1 else 'process'}" + (f" ({engine})" if engine else "")
+    base = {"4bit": "4-bit", "8bit": "8-bit", None: dtype_name(dtype)}[quantise]
+    computed = "" if quantise is None and dtype == compute_dtype else f", computed in {dtype_name(compute_dtype)}"
+    return f"{processes} on {accelerator.device.type}, base in {base}{computed}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a type's name as --dtype takes it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def engine_of(accelerator: Accelerator) -> Feature | None:
@@ -182,16 +233,8 @@ def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Any, clip_gra
         optimizer: optimizer of its trained parameters.
         clip_grad_norm: bound of the gradient's norm; none where not positive.
     """
-    engine = engine_of(accelerator)
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None:
-        # DeepSpeed clips at 1.0 if its configuration says nothing; 0 is no clipping. Its own bfloat16 would round the
-        # adapter, which stays in float32 under every engine: the forward pass is cast instead.
+    if plugin is not None:  # DeepSpeed clips at 1.0 if its configuration says nothing; 0 is no clipping
         plugin.deepspeed_config["gradient_clipping"] = max(clip_grad_norm, 0.0)
-        plugin.deepspeed_config["bf16"] = {"enabled": False}
-        plugin.deepspeed_config["gradient_accumulation_steps"] = 1  # another number divides the gradient once more
-    sharded_or_zero = engine in (Feature.ZERO_2, Feature.ZERO_3, Feature.FSDP)
-    if sharded_or_zero and accelerator.mixed_precision == "bf16":
-        cast: Any = torch.autocast(accelerator.device.type, torch.bfloat16)
-        model.forward = cast(model.forward)  # as accelerate does for DDP
-    return (model, optimizer) if engine == Feature.FSDP else accelerator.prepare(model, optimizer)
+    is_sharded_already = engine_of(accelerator) == Feature.FSDP
+    return (model, optimizer) if is_sharded_already else accelerator.prepare(model, optimizer)

@@ -16,17 +16,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from open_instruct.data import packing
 from open_instruct.data.packing import Batching, Packing, Padding
-from open_instruct.errors import InputError, one_line
+from open_instruct.errors import BUGS, InputError, one_line
 from open_instruct.methods import Feature, Method
 from open_instruct.model import backends
 from open_instruct.model.evaluation_mode import evaluating
+from open_instruct.model.precision import autocast
 from open_instruct.model.shared_prefix import CannotPack, SoftPrompt
 from open_instruct.model.training_model import PackedModel, PaddedModel, TrainingModel, causal_of
 from open_instruct.training import engines
+from open_instruct.training.faults import is_out_of_memory
 
 ROW_TOKENS = 4096  # tokens that keep a GPU busy, and make 200 virtual tokens 5 % of a row
 
-CPU = torch.device("cpu")
+# Under which configurations name the positions that a token sees. (Llama 4's chunks: `longest_exact_row`.)
+WINDOW_NAMES = ("sliding_window", "sliding_window_size", "window_size", "attention_window_size", "local_attention")
 
 # Largest difference of the probe's loss from the model's own, relative to its size. Attention to a neighbour or a wrong
 # position changes the loss by tenths; rounding in float32, in 16 bits and in quantised products by less than this.
@@ -88,6 +91,11 @@ class Forward:
     attention: str  # which forward pass, and what computes its attention
     description: str
 
+    @property
+    def caches_masks(self) -> bool:
+        """Whether attention keeps masks on the device."""
+        return isinstance(self.model, PackedModel) and self.model.backend in (backends.blocked, backends.sdpa)
+
     def __enter__(self) -> Forward:
         """Give the model the run's attention."""
         if isinstance(self.model, PackedModel):
@@ -126,28 +134,24 @@ def choose_forward(
     Raises:
         InputError: packing, a back end, or a feature that needs packing was requested and is not possible.
     """
-    device, engine, probe_device = accelerator.device, engines.engine_of(accelerator), causal_of(model).device.type
+    engine = engines.engine_of(accelerator)
     reason = "--packing False"
     if settings.packing:
-        name = backends.choose_backend(settings.attn_backend, device, dtype, settings.use_flash_attn)
-        soft_prompt = partial(method.soft_prompt, model)
-        reason, head = "", None
-        if probe_device != "meta":
-            probed = name if probe_device == device.type else backends.choose_backend(None, CPU, dtype, False)
-            with torch.autocast(probe_device, dtype, enabled=dtype == torch.bfloat16):
-                head, reason = probe(model, soft_prompt, probed, dtype)
-        if engines.is_sharded(engine):
-            reason, head = engines.broadcast((reason, head))
+        name, head, reason = choose_packed(model, partial(method.soft_prompt, model), settings, accelerator, dtype)
         if not reason:
             if engine == Feature.ZERO_3:
                 head = None  # each piece of the loss would gather it, and processes have different numbers of pieces
-            packed = PackedModel(model, soft_prompt, backends.BACKENDS[name], head)
+            packed = PackedModel(model, partial(method.soft_prompt, model), backends.BACKENDS[name], head)
             bound = settings.max_row_tokens
             rows = Packing(bound - settings.num_virtual_tokens)
             description = f"packed, rows of at most {bound:,} tokens, attention by {name}"
-            return Forward(packed, rows, rows, f"packed, by {name}", description)
+            ready = in_precision(packed, accelerator, dtype)
+            return Forward(ready, rows, rows, f"packed, by {name}", description)
         if settings.packing_requested:
             raise InputError(f"--packing is not possible ({reason}): use --packing False")
+    elif causal_of(model).device.type != "meta":
+        with evaluating(model), autocast(causal_of(model).device.type, dtype):
+            own_loss(model, probe_rows(model))  # says in a line what PEFT can't run
     unpacked_checkpointing = method.obstacles.get(Feature.PADDED_CHECKPOINTING)
     if settings.gradient_checkpointing and unpacked_checkpointing:
         raise InputError(
@@ -160,7 +164,7 @@ def choose_forward(
         )
     why = f"the packed one would not be exact for this model: {reason}" if settings.packing else "PEFT's own"
     return Forward(
-        PaddedModel(model),
+        in_precision(PaddedModel(model), accelerator, dtype),
         Padding(settings.train_batch_size, pad_token_id),
         Padding(settings.eval_batch_size, pad_token_id),
         f"padded, by {causal_of(model).config._attn_implementation}",
@@ -168,30 +172,88 @@ def choose_forward(
     )
 
 
+def in_precision(model: TrainingModel, accelerator: Accelerator, dtype: torch.dtype) -> TrainingModel:
+    """Make a module's forward pass compute in the run's precision, whatever wraps the module later."""
+    cast: Any = autocast(accelerator.device.type, dtype)
+    model.forward = cast(model.forward)
+    return model
+
+
+def choose_packed(
+    model: nn.Module,
+    soft_prompt: Callable[[], SoftPrompt | None],
+    settings: ForwardSettings,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+) -> tuple[str, str | None, str]:
+    """Find the fastest back end that runs here and is exact for a model.
+
+    Returns:
+        The back end's name, the form of the model's head (see `PackedModel`), and the reason against packing; "" if
+        there is none.
+
+    Raises:
+        InputError: a back end was requested and does not run here.
+    """
+    device, causal = accelerator.device, causal_of(model)
+    probe_device, shape = causal.device.type, backends.head_shape(causal.config)
+    size = shape.size if shape else None
+    names = backends.candidates(settings.attn_backend, device, dtype, settings.use_flash_attn, size)
+    for name in names:
+        problem = backends.trial(name, device, dtype, shape) if shape and device.type != "cpu" else ""
+        head, structure = None, ""
+        if not problem and probe_device != "meta":
+            # Before weights are sharded, they lie on the main process's CPU.
+            probed = name if probe_device == device.type else "blocked"
+            try:
+                with autocast(probe_device, dtype):
+                    head, problem = probe(model, soft_prompt, probed, dtype, settings.max_length)
+            except CannotPack as obstacle:
+                structure = str(obstacle)
+        if engines.is_sharded(engines.engine_of(accelerator)):
+            problem, head, structure = engines.broadcast((problem, head, structure))
+        if structure or not problem:
+            return name, head, structure
+        if name != names[-1]:
+            accelerator.print(f"attention by {name} is left out: {problem}")
+    return name, None, problem
+
+
 def probe(
-    model: Any, soft_prompt: Callable[[], SoftPrompt | None], backend: str, dtype: torch.dtype
+    model: Any,
+    soft_prompt: Callable[[], SoftPrompt | None],
+    backend: str,
+    dtype: torch.dtype,
+    max_length: int = ROW_TOKENS,
 ) -> tuple[str | None, str]:
     """Find out whether the packed forward pass is exact for a model. Call it under the run's autocast.
 
     The probe is a row of three examples: its loss must be the model's own for each example alone, and the last two
     examples' loss must have a gradient of exactly zero at the first one's tokens.
 
+    Args:
+        model: base with adapter.
+        soft_prompt: see `PackedModel`.
+        backend: a key of BACKENDS.
+        dtype: precision in which attention is computed.
+        max_length: tokens of the longest example.
+
     Returns:
-        The form of the model's head (see `PackedModel`), and the reason against packing; "" if there is none.
+        The form of the model's head (see `PackedModel`), and the reason against this back end; "" if there is none.
+
+    Raises:
+        CannotPack: no back end would be exact.
+        InputError: PEFT can't run this method on this model at all.
     """
-    causal = causal_of(model)
-    if not getattr(causal, "_supports_attention_backend", False):
-        kind = causal.config.model_type
-        return None, f"the attention of a {kind} model does not go through transformers' AttentionInterface"
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = causal.get_input_embeddings().weight.shape[0]
-    draws = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (5, 16, 9)]
-    rows = [{"input_ids": ids, "spans": [1, len(ids)]} for ids in draws]
+    causal, rows = causal_of(model), probe_rows(model)
     tolerance = 5e-2 if getattr(causal, "is_quantized", False) else TOLERANCE[dtype]
     with evaluating(model):
         own = own_loss(model, rows)
-        packed = PackedModel(model, soft_prompt, backends.BACKENDS[backend])
+        if not getattr(causal, "_supports_attention_backend", False):
+            kind = causal.config.model_type
+            raise CannotPack(f"the attention of a {kind} model does not go through transformers' AttentionInterface")
         try:
+            packed = PackedModel(model, soft_prompt, backends.BACKENDS[backend])
             with packed:
                 batch = packing.to_device(packing.pack(rows), causal.device)
                 with torch.no_grad():
@@ -199,13 +261,49 @@ def probe(
                 model.train()  # so that attention dropout shows
                 unlabelled = [{**rows[0], "spans": []}, *rows[1:]]
                 leak, within = sensitivity(packed, packing.to_device(packing.pack(unlabelled), causal.device))
-        except CannotPack as problem:
-            return None, str(problem)
+        except (CannotPack, InputError, *BUGS):
+            raise
+        except Exception as error:  # whatever an unusual structure or a kernel raises, the padded way is still there
+            if is_out_of_memory(error):
+                raise
+            kind = causal.config.model_type
+            return None, f"it does not run on this {kind} model ({type(error).__name__}: {one_line(error, 200)})"
     if not abs(together - own) < tolerance * own:
         return None, f"its packed loss on a probe differs from its own by {together / own - 1:+.1%}"
     if leak or not within:
         return None, "an example's loss depends on the example before it"
+    window = unseen_window(causal.config, packed.windows)
+    if window and max_length > window:
+        raise CannotPack(f"its window of {window:,} positions reaches the layers only through their mask")
     return packed.head_name, ""
+
+
+def unseen_window(config: Any, windows: set[int]) -> int | None:
+    """Return the window that a configuration names if no layer got one as an argument, else None.
+
+    The probe's examples are shorter than most windows, so it can't see whether a model applies its window; a model that
+    does so by its mask alone attends to everything in a packed row.
+
+    Args:
+        config: configuration of a causal language model.
+        windows: those that layers passed to their attention.
+    """
+    text = config.get_text_config()
+    types = getattr(text, "layer_types", None)
+    if windows or (types and set(types) == {"full_attention"}):
+        return None
+    named = [getattr(text, name, None) for name in WINDOW_NAMES]
+    return min((window for window in named if isinstance(window, int) and window > 0), default=None)
+
+
+def probe_rows(model: Any) -> list[dict[str, Any]]:
+    """Return three short examples of random tokens, all of them labelled."""
+    generator = torch.Generator().manual_seed(0)
+    causal = causal_of(model)
+    rows = causal.get_input_embeddings().weight.shape[0]
+    vocabulary = min(rows, getattr(causal.config.get_text_config(), "vocab_size", None) or rows)
+    draws = [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in (5, 16, 9)]
+    return [{"input_ids": ids, "spans": [1, len(ids)]} for ids in draws]
 
 
 @torch.no_grad()
@@ -219,7 +317,11 @@ def own_loss(model: Any, rows: list[dict[str, Any]]) -> float:
     try:
         batches = [packing.to_device(packing.pad([row], 0), next(model.parameters()).device) for row in rows]
         return sum(padded(**batch)[0].item() for batch in batches)
-    except (ValueError, RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
+    except BUGS:
+        raise
+    except Exception as error:  # models and PEFT refuse each other in many ways
+        if is_out_of_memory(error):
+            raise
         kind = causal_of(model).config.model_type
         raise InputError(
             f"the adapter does not run on a {kind} model ({one_line(error, 200)}): choose another method"

@@ -20,6 +20,7 @@ from open_instruct.errors import InputError, input_faults
 from open_instruct.files import sha256
 from open_instruct.flags import FIELDS, names_with
 from open_instruct.model import loading
+from open_instruct.model.configuration import parse_arguments
 from open_instruct.training.continuing import NETWORK
 from open_instruct.training.load_data import Data
 from open_instruct.training.output import package_versions
@@ -74,7 +75,7 @@ def of_data(settings: Settings, data: Data, config: PretrainedConfig, plan: Plan
         "method": method,
         "base model": loading.weights_key(settings.model.name, config),
         "configuration of the base": loading.config_key(config),
-        "further arguments of the base": json.loads(settings.model.arguments),
+        "further arguments of the base": parse_arguments(settings.model.arguments),
         "adapter to continue": settings.adapter and adapter_key(settings.adapter),
         "training and held-out data": data.contents(),
         "examples": len(data.train),

@@ -251,6 +251,8 @@ def upload(folder: Path, repository: str, revision: str | None) -> None:
     try:
         api = HfApi()
         repository = api.create_repo(repository, exist_ok=True, private=True).repo_id
+        if revision:
+            api.create_branch(repository, branch=revision, exist_ok=True)
         api.upload_folder(
             repo_id=repository, folder_path=folder, revision=revision, ignore_patterns=[f"{CHECKPOINTS}/*"]
         )

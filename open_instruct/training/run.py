@@ -10,6 +10,7 @@ import torch
 from open_instruct.flags import Flags
 from open_instruct.methods import model_facts
 from open_instruct.model import memory
+from open_instruct.model.precision import autocast
 from open_instruct.quiet import silence_transformers
 from open_instruct.report.summary import hyperparameter_lines, summary_lines
 from open_instruct.training import (
@@ -71,7 +72,8 @@ def run(
     before.check_engine(engine)
     engines.check_agreement(accelerator, identity.of_processes(before, saved))
     is_sharded, method = engines.is_sharded(engine), before.method
-    accelerator.print(f"{method.title}: {engines.describe(accelerator, before.model.dtype, before.model.quantise)}")
+    described = engines.describe(accelerator, before.model.dtype, before.model.quantise, before.compute_dtype)
+    accelerator.print(f"{method.title}: {described}")
 
     # Data
     tokenizer = base_model.load_base_tokenizer(before.tokenizer, adapter)
@@ -92,7 +94,8 @@ def run(
     base = (bases.take if bases else base_model.load_base)(before.model, config, tokenizer, accelerator)
     num_questions = 0 if is_sharded or flags.dry_run else flags.num_sample_answers
     questions = sample_answers.draw_questions(data.held_out, tokenizer, num_questions, before.data.seed)
-    samples = sample_answers.ask_base(base, tokenizer, questions, before.answer_length)
+    with autocast(accelerator.device.type, before.compute_dtype):
+        samples = sample_answers.ask_base(base, tokenizer, questions, before.answer_length)
 
     # Method
     facts = engines.broadcast(model_facts(base, tokenizer, method.wants_keys))
@@ -110,7 +113,7 @@ def run(
         shown, origins = resolved.shown(), resolved.origins
         accelerator.print(hyperparameter_lines(method.title, shown, origins, resolved.recipe_sources))
         if flags.dry_run:
-            accelerator.print(dry_run.plan_text(resolved, data, plan, model, config, chosen.training, accelerator))
+            accelerator.print(dry_run.plan_text(resolved, data, plan, model, config, chosen, accelerator))
             return None
 
         # Fit
@@ -178,7 +181,9 @@ def save_result(
         model = copy_for_saving(
             resolved.model, config, tokenizer, method, resolved.method_settings, resolved.adapter, trained
         )
-    answers, exact_match = samples.compare(model, tokenizer)
+    with autocast(accelerator.device.type, resolved.compute_dtype):
+        answers, exact_match = samples.compare(model, tokenizer)
+        measured = measure(model, tokenizer, job.data)
     keep_network = method.keeps_network(resolved.method_settings)
     num_bytes = output.save_somewhere(lambda path: output.save_model(model, tokenizer, path, keep_network), folder)
     summary = {
@@ -188,7 +193,7 @@ def save_result(
         "peak_memory_mb": tracking.peak_memory_mb(),
         "exact_match": exact_match,
         "samples": answers,
-        **measure(model, tokenizer, job.data),
+        **measured,
     }
     output.finish(resolved.output, state, summary, f"{method.name}: {folder.name}")
     print(summary_lines(summary, answers, exact_match, str(resolved.flags.output_dir)))

@@ -187,6 +187,7 @@ class Resolved(Settings):
             keep_best=flags.keep_best,
             sum_loss=flags.reduce_loss == "sum",
             sync_each_batch=flags.sync_each_batch,
+            in_float16=self.compute_dtype == torch.float16,
         )
 
     def with_learning_rate(self, rate: float) -> Resolved:
@@ -208,6 +209,7 @@ def base_model_settings(flags: Flags) -> BaseModelSettings:
         arguments=flags.additional_model_arguments,
         # Full fine-tuning trains float32 weights, whatever the precision in which it computes.
         dtype=torch.float32 if method.trains_base else loading.choose_dtype(flags.dtype),
+        compute_dtype=loading.choose_dtype(flags.dtype),
         quantise=quantise,
         trains_base=method.trains_base,
         use_flash_attn=flags.use_flash_attn,
@@ -238,7 +240,7 @@ def before_data(
         origins = {**origins, "num_virtual_tokens": "recipe"}
     length = conversation_length(context, num_virtual_tokens, flags.max_seq_length)
     seed = flags.seed if flags.split_seed is None else flags.split_seed
-    compute_dtype = loading.choose_dtype(flags.dtype)
+    compute_dtype = model.compute_dtype
     trackers = tuple(flags.report_to) if flags.with_tracking and flags.report_to != ["none"] else ()
     inputs = {
         "the base model": flags.model_name_or_path,
@@ -283,7 +285,14 @@ def before_data(
             cache_dir=None if flags.dataset_skip_cache else Path(flags.dataset_local_cache_dir),
             overwrite_cache=flags.overwrite_cache,
         ),
-        processes=ProcessSettings(compute_dtype, flags.seed, flags.timeout, trackers, flags.output_dir),
+        processes=ProcessSettings(
+            compute_dtype,
+            flags.seed,
+            flags.timeout,
+            trackers,
+            flags.output_dir,
+            getattr(config.get_text_config(), "hidden_size", None),
+        ),
         forward=ForwardSettings(
             packing=flags.packing,
             packing_requested="packing" in origins,

@@ -115,6 +115,9 @@ def local_part(parameter: Any) -> Any:
 
 def gather_full(parameters: Mapping[str, nn.Parameter], accelerator: Accelerator) -> dict[str, torch.Tensor]:
     """Return full values on the main process's CPU, and nothing on the others. Every process calls this."""
+    prepared = getattr(accelerator, "deepspeed_engine_wrapped", None)
+    if prepared is not None:  # after an evaluation, ZeRO-3 may be on its way to fetch a layer that nobody will use
+        prepared.engine.empty_partition_cache()
     gathered = {}
     for name, parameter in parameters.items():
         value = full_tensor(parameter)

@@ -149,11 +149,11 @@ def mean_loss(accelerator: Accelerator, model: torch.nn.Module, batches: Sequenc
     """Return the loss of micro-batches in nats per labelled token.
 
     Args:
-        accelerator: gives device and precision.
+        accelerator: gives the device.
         model: a `TrainingModel`, not prepared yet.
         batches: collated micro-batches.
     """
-    with evaluating(model), accelerator.autocast():
+    with evaluating(model):
         sums = [torch.stack(model(**to_device(batch, accelerator.device))).double() for batch in batches]
     total = torch.stack(sums).sum(0)
     return (total[0] / total[1]).item()
@@ -184,7 +184,7 @@ def range_test(
     """Try learning rates around the recipe's. Afterwards the parameters are as before, bit for bit.
 
     Args:
-        accelerator: gives device and precision.
+        accelerator: gives the device.
         model: a `TrainingModel`, not prepared yet.
         method: says which parameters the optimizer gets.
         examples: training examples.
@@ -241,8 +241,7 @@ def train_shortly(
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * (1 - number / len(steps))
         for batch in batches:
-            with accelerator.autocast():
-                loss, _ = model(**to_device(batch, accelerator.device))
+            loss, _ = model(**to_device(batch, accelerator.device))
             (loss / label_tokens).backward()
         if clip_grad_norm > 0:
             torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
