@@ -26,14 +26,13 @@ from open_instruct.adapters import folders
 from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
 from open_instruct.data import reading
-from open_instruct.errors import exit_code
+from open_instruct.errors import exit_code, visible
 from open_instruct.files import check_result_folder, write_result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit code 0: done; 2: wrong input, reported in one line; 130: interrupted."""
-    args = parse(argv)
-    return exit_code(lambda: run(args))
+    return exit_code(lambda: run(parse(argv)))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -120,8 +119,10 @@ def run(args: argparse.Namespace) -> None:
             **options,
         )
     text = report.markdown(result)
-    print(text)
-    write_result(args.output_dir, "evaluation", text, report.plot, result)
+    try:  # first the files: what was computed is not lost where nobody reads the output
+        write_result(args.output_dir, "evaluation", text, report.plot, result)
+    finally:
+        print(visible(text))
 
 
 if __name__ == "__main__":

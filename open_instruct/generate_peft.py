@@ -31,8 +31,7 @@ from open_instruct.errors import exit_code
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit code 0: done; 2: wrong input, reported in one line; 130: interrupted."""
-    args = parse(argv)
-    return exit_code(lambda: run(args), "interrupted: finished answers are kept, --resume continues")
+    return exit_code(lambda: run(parse(argv)), "interrupted: finished answers are kept, --resume continues")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

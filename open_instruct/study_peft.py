@@ -58,9 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a study. Exit code 0: done; 2: wrong input; 130: interrupted, can be continued."""
-    args = build_parser().parse_args(argv)
     return exit_code(
-        lambda: run(args), interrupted="interrupted: what is finished is kept, and the same command continues"
+        lambda: run(build_parser().parse_args(argv)),
+        interrupted="interrupted: what is finished is kept, and the same command continues",
+        without_reader=True,
     )
 
 
