@@ -24,7 +24,7 @@ if not __package__:  # started as a file, from a clone that need not be installe
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
 from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS
-from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
+from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least, seed
 from open_instruct.data import reading
 from open_instruct.errors import exit_code, visible
 from open_instruct.files import check_result_folder, write_result
@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
-    parser = OneLineArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineArgumentParser(
+        ("answer_regex",), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_model_flags(parser, dtype="auto")
     add = parser.add_argument
     add("--file", metavar="FILE", help="questions with answers, in any form that training reads")
@@ -54,8 +56,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--max_samples", type=at_least(1), help="number of rows, drawn by seed; unset: all")
     add("--max_new_tokens", type=at_least(1), default=256, help="largest number of tokens of an answer (default: 256)")
-    add("--batch_size", type=at_least(1), default=16, help="largest number of rows computed at once (default: 16)")
-    add("--seed", type=at_least(0), default=42, help="seed of the choice of rows and of the bootstrap (default: 42)")
+    add("--batch_size", type=at_least(1, 10**6), default=16, help="largest number of rows at once (default: 16)")
+    add("--seed", type=seed, default=42, help="seed of the choice of rows and of the bootstrap (default: 42)")
     add("--chat_template_name", help="as in finetune_peft.py; unset: the adapter's own")
     add(
         "--output_dir",

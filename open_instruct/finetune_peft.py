@@ -25,18 +25,13 @@ from open_instruct.streams import standard_streams
 from open_instruct.training.preemption import PREEMPTED, Preempted, ignore_signals
 
 
+@standard_streams(lasting=True)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Training goes on where nobody reads its output any more.
 
     Returns:
         The exit code. 0: done; 2: wrong input, reported in one line; 75: preempted, can be resumed; 130: interrupted.
     """
-    with standard_streams(lasting=True):
-        return train(argv)
-
-
-def train(argv: Sequence[str] | None) -> int:
-    """Check the command line and train; see `main`."""
     try:
         flags, origins = parse(sys.argv[1:] if argv is None else argv)
         check_flags(flags, origins)

@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, help="folder of the study (default: the one named in the file)")
     parser.add_argument(
         "--workers",
-        type=at_least(1),
+        type=at_least(1, 4096),
         default=1,
         help="number of trials that run at a time, each on its own GPU if there are any",
     )
@@ -89,10 +89,12 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_shard(text: str | None) -> tuple[int, int]:
     """Return (I, N) of `I/N`; (0, 1) of None."""
-    parts = (text or "0/1").split("/")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts) or not int(parts[0]) < int(parts[1]):
-        raise InputError(f"--shard {text} is not I/N with I from 0 to N - 1: 0/8 is the first of eight parts")
-    return int(parts[0]), int(parts[1])
+    index, _, number = (text or "0/1").partition("/")
+    try:
+        num_shards = at_least(1)(number)
+        return at_least(0, num_shards - 1)(index), num_shards
+    except argparse.ArgumentTypeError:
+        raise InputError(f"--shard {text} is not I/N with I from 0 to N - 1: 0/8 is the first of eight parts") from None
 
 
 def check(study: Study) -> Study:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from open_instruct.flags import combinations as checks
 from open_instruct.flags.declare import flag
 
+MAX_ROWS = 10**12
+
 
 @dataclass(frozen=True)
 class DataFlags:
@@ -28,13 +30,14 @@ class DataFlags:
         None,
         "JSON object that maps data sets or files to rows (2000) or shares (0.5): '{\"a.jsonl\": 0.5}'",
         in_study="same",
-        check=lambda flags: checks.not_an_object("dataset_mixer", flags.dataset_mixer),
+        check=lambda flags: checks.bad_mixer(flags.dataset_mixer),
+        form="json",
     )
     dataset_mixer_list: list[str] | None = flag(
         None,
         "the same as a list: NAME_OR_FILE COUNT_OR_SHARE NAME_OR_FILE …; 1.0 takes all rows",
         in_study="same",
-        check=lambda flags: checks.odd_pairs(flags.dataset_mixer_list),
+        check=lambda flags: checks.bad_mixture(flags.dataset_mixer_list),
         differs="no data set is downloaded unless named",
     )
     dataset_mixer_list_splits: list[str] = flag(
@@ -61,17 +64,22 @@ class DataFlags:
             else None
         ),
     )
-    max_eval_samples: int = flag(500, "largest number of held-out rows used", at_least=1, in_study="same")
+    max_eval_samples: int = flag(
+        500, "largest number of held-out rows used", at_least=1, at_most=MAX_ROWS, in_study="same"
+    )
     max_train_samples: int | None = flag(
-        None, "largest number of training rows used, drawn by seed", at_least=1, in_study="same"
+        None, "largest number of training rows used, drawn by seed", at_least=1, at_most=MAX_ROWS, in_study="same"
     )
     max_seq_length: int | None = flag(
         None,
         "tokens kept of a conversation, without virtual tokens; unset: 4096, or as many as the context allows",
         at_least=2,
+        at_most=10**9,
         in_study="same",
     )
-    preprocessing_num_workers: int | None = flag(None, "threads that tokenise; unset: all cores", at_least=1)
+    preprocessing_num_workers: int | None = flag(
+        None, "threads that tokenise; unset: all cores", at_least=1, at_most=1024
+    )
     cache_dataset_only: bool = flag(False, "tokenise, fill the cache, and stop", in_study="decided")
     overwrite_cache: bool = flag(False, "tokenise again even if the cache holds the result")
     dataset_skip_cache: bool = flag(

@@ -11,6 +11,7 @@ from open_instruct.flags.declare import flag
 PROMPT_INITS = Literal["screened", "text", "sample_vocab", "random"]
 PREFIX_INITS = Literal["screened", "text", "zero", "random"]
 SOFT_PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")
+MAX_SIZE = 10**6  # tokens, ranks, widths; what the machine's memory allows is checked with the model
 LORA = ("lora", "qlora")
 
 
@@ -60,6 +61,7 @@ class MethodFlags:
         None,
         "length of the soft prompt, in tokens; unset or 0: the recipe's",
         at_least=1,
+        at_most=MAX_SIZE,
         methods=SOFT_PROMPTS,
         same_on_resume=True,
         shown=True,
@@ -76,6 +78,7 @@ class MethodFlags:
     prompt_tuning_init_text: str | None = flag(
         None,
         "text that a soft prompt or a prefix starts from",
+        form="text",
         methods=("prompt_tuning", "prefix_tuning"),
         check=checks.unused_init_text,
     )
@@ -106,6 +109,7 @@ class MethodFlags:
         None,
         "width of the network of P-tuning or prefix_projection; unset: the model's hidden size",
         at_least=1,
+        at_most=MAX_SIZE,
         methods=("p_tuning", "prefix_tuning"),
         same_on_resume=True,
         check=lambda flags: (
@@ -114,11 +118,14 @@ class MethodFlags:
             else None
         ),
     )
-    lora_rank: int = flag(64, "rank of the LoRA update", at_least=1, methods=LORA, same_on_resume=True, shown=True)
+    lora_rank: int = flag(
+        64, "rank of the LoRA update", at_least=1, at_most=MAX_SIZE, methods=LORA, same_on_resume=True, shown=True
+    )
     lora_alpha: float = flag(
         16,
         "LoRA's scale: the update is multiplied by alpha / rank",
         above=0,
+        at_most=10**6,
         methods=LORA,
         same_on_resume=True,
         shown=True,
@@ -133,7 +140,13 @@ class MethodFlags:
         shown=True,
     )
     vera_rank: int = flag(
-        256, "rank of VeRA's shared random matrices", at_least=1, methods=("vera",), same_on_resume=True, shown=True
+        256,
+        "rank of VeRA's shared random matrices",
+        at_least=1,
+        at_most=MAX_SIZE,
+        methods=("vera",),
+        same_on_resume=True,
+        shown=True,
     )
     vera_dropout: float = flag(
         0.0,

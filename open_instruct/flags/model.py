@@ -24,7 +24,8 @@ class ModelFlags:
         None,
         "JSON object with further arguments for from_pretrained",
         in_study="same",
-        check=lambda flags: checks.not_an_object("additional_model_arguments", flags.additional_model_arguments),
+        check=lambda flags: checks.not_an_object(flags.additional_model_arguments),
+        form="json",
         differs="a JSON object",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(

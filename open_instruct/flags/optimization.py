@@ -26,15 +26,21 @@ class OptimizationFlags:
         8,
         "examples of one process in a micro-batch. Packed rows hold more or fewer, but a step holds the same number",
         at_least=1,
+        at_most=10**6,
         in_study="same",
     )
-    gradient_accumulation_steps: int = flag(1, "micro-batches of one process in a step", at_least=1, in_study="same")
-    num_train_epochs: int = flag(2, "passes over the data", at_least=1, in_study="same")
-    max_train_steps: int | None = flag(None, "optimizer steps; overrides num_train_epochs", at_least=1, in_study="same")
+    gradient_accumulation_steps: int = flag(
+        1, "micro-batches of one process in a step", at_least=1, at_most=10**6, in_study="same"
+    )
+    num_train_epochs: int = flag(2, "passes over the data", at_least=1, at_most=10**6, in_study="same")
+    max_train_steps: int | None = flag(
+        None, "optimizer steps; overrides num_train_epochs", at_least=1, at_most=10**9, in_study="same"
+    )
     learning_rate: float | None = flag(
         None,
         "peak learning rate; unset: the recipe's",
         above=0,
+        at_most=10**4,
         same_on_resume=True,
         shown=True,
         differs="the method's recipe: 2e-5 is right for full fine-tuning only",
@@ -43,6 +49,7 @@ class OptimizationFlags:
         1.0,
         "multiplies the recipe's learning rate",
         above=0,
+        at_most=10**6,
         check=lambda flags: (
             "it multiplies the recipe's rate, and --learning_rate replaces it: drop one"
             if flags.learning_rate is not None and flags.learning_rate_factor != 1
@@ -92,6 +99,7 @@ class OptimizationFlags:
         None,
         "AdamW's weight decay per unit of learning rate; unset: the recipe's",
         at_least=0,
+        at_most=10**4,
         same_on_resume=True,
         shown=True,
         differs="the method's recipe (0)",
@@ -120,6 +128,7 @@ class OptimizationFlags:
         "largest number of tokens of a packed row, virtual tokens included; unset: the larger of 4096 and "
         "max_seq_length, but at most a full padded micro-batch",
         at_least=2,
+        at_most=10**9,
         check=checks.needs_packing,
     )
     attn_backend: ATTENTION_BACKENDS | None = flag(

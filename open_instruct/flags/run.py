@@ -20,14 +20,15 @@ class RunFlags:
     run_name: str | None = flag(
         None, "name of the run, for trackers and uploads; unset: the experiment, method, seed and time"
     )
-    logging_steps: int = flag(1, "steps between rows of metrics.jsonl", at_least=1, differs="every step")
+    logging_steps: int = flag(1, "steps between rows of metrics.jsonl", at_least=1, at_most=10**9, differs="every step")
     eval_steps: int | None = flag(
         None,
         "steps between held-out evaluations; unset: a fifth of the run; 0: only at its start and end",
         at_least=0,
+        at_most=10**9,
     )
     per_device_eval_batch_size: int | None = flag(
-        None, "examples in a padded held-out micro-batch; unset: as in training", at_least=1
+        None, "examples in a padded held-out micro-batch; unset: as in training", at_least=1, at_most=10**6
     )
     keep_best: bool = flag(
         True,
@@ -39,13 +40,14 @@ class RunFlags:
         3,
         "held-out questions that the base and the tuned model answer (three are shown, exact match counts all)",
         at_least=0,
+        at_most=10**9,
     )
     checkpointing_steps: str | None = flag(
         None,
         "steps between checkpoints, or `epoch`; unset: none",
         check=lambda flags: checks.bad_checkpointing_steps(flags.checkpointing_steps),
     )
-    keep_last_n_checkpoints: int = flag(3, "number of checkpoints kept; -1: all", at_least=-1)
+    keep_last_n_checkpoints: int = flag(3, "number of checkpoints kept; -1: all", at_least=-1, at_most=10**9)
     clean_checkpoints_at_end: bool = flag(
         False,
         "delete the checkpoints when the run has finished",
