@@ -14,6 +14,7 @@ from open_instruct.adapters.folders import BASE
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.scoring import token_scores
 from open_instruct.adapters.served import Served
+from open_instruct.data.chat import render_texts
 from open_instruct.errors import InputError
 
 SHARES = ("acc", "acc_norm", "exact_match", "em", "f1")  # metrics from 0 to 1, and so are their intervals
@@ -158,11 +159,8 @@ def make_model(served: Served, name: str, batch_size: int) -> Any:
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             """Return a conversation as text."""
-            return str(
-                served.tokenizer.apply_chat_template(
-                    chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
+            (text,), _ = render_texts(served.tokenizer, [chat_history], add_generation_prompt=add_generation_prompt)
+            return text
 
     return Model()
 
