@@ -12,7 +12,6 @@ rows.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ if not __package__:  # started as a file, from a clone that need not be installe
 
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
-from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS
+from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS, check_regex
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least, seed
 from open_instruct.data import reading
 from open_instruct.errors import exit_code, visible
@@ -76,10 +75,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if bool(args.file) == bool(args.lm_eval_tasks):
         parser.error("give one of --file and --lm_eval_tasks")
     if args.answer_regex:
-        try:
-            re.compile(args.answer_regex)
-        except re.error as error:
-            parser.error(f"--answer_regex {args.answer_regex!r} is no regular expression ({error})")
+        check_regex(args.answer_regex)
     return args
 
 

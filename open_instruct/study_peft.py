@@ -111,10 +111,13 @@ def check(study: Study) -> Study:
             raise InputError(f"study {study.path}, {trial.spec_name} ({trial.label}): {error}") from None
 
     from open_instruct.data import reading
+    from open_instruct.study import other_text
 
     first = trial_flags[0]
     for source in [*(first.train_file or []), *([first.validation_file] if first.validation_file else [])]:
         reading.files_of(source)
+    if study.other_text:
+        other_text.check(study.other_text)
     if first.validation_fraction == 0 and not first.validation_file:
         raise InputError(
             f"study {study.path}: without held-out rows nothing can be compared: "
@@ -162,7 +165,7 @@ def run_all(study: Study, runner: workers.Runner, shard: tuple[int, int]) -> Non
     start, num_run = time.monotonic(), 0
     while stage := [trial for spec in specs for trial in search.next_trials(study, spec, losses)]:
         tasks = [trials.Task(study, trial) for trial in (shard_of(stage, shard) if is_grid else stage)]
-        missing = [task for task in tasks if trials.read_outcome(task) is None]
+        missing = [task for task in tasks if not trials.is_finished(task)]
         print(f"{len(tasks)} trials, {len(tasks) - len(missing)} of them done before", flush=True)
         for number, (task, outcome) in enumerate(runner(missing), start=1):
             num_run += 1

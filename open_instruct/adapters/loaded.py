@@ -5,6 +5,7 @@ Several adapters of any methods share one base in memory; one is active at a tim
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from open_instruct.adapters.folders import BASE, WEIGHTS, AdapterFolder, quantisation
 from open_instruct.errors import InputError, one_line
+from open_instruct.limits import evaluating_input
 from open_instruct.methods import METHODS
 from open_instruct.model import loading
 
@@ -50,6 +52,7 @@ class Adapters:
                     f"adapter {folder.name} is {folder.title}, which can't be used here: known are {known}"
                 )
             self.keys[folder.name] = f"adapter_{len(self.keys)}"
+            check_targets(folder, base)
             check_shapes(folder, base)
             try:
                 model = PeftModel.from_pretrained(base, str(folder.path), adapter_name=self.keys[folder.name])
@@ -84,6 +87,23 @@ class Adapters:
             module.enable_adapters(has_adapter)
             module.requires_grad_(False)
         return self.models[name]
+
+
+def check_targets(folder: AdapterFolder, base: nn.Module) -> None:
+    """Refuse regular expressions for layers that are malformed, or search for ever: PEFT matches each layer's name.
+
+    Raises:
+        InputError: naming the expression.
+    """
+    names = [name for name, _ in base.named_modules()]
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules"):
+        expression = folder.settings.get(key)
+        if isinstance(expression, str):
+            what = f"{key} {expression[:80]!r} of adapter {folder.name}"
+            with evaluating_input(what, "give the names of layers, or a regular expression of Python"):
+                pattern = re.compile(expression)
+                for name in names:
+                    pattern.fullmatch(name)
 
 
 def check_shapes(folder: AdapterFolder, base: Any) -> None:

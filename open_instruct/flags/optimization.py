@@ -40,7 +40,7 @@ class OptimizationFlags:
         None,
         "peak learning rate; unset: the recipe's",
         above=0,
-        at_most=10**4,
+        at_most=10**38,  # of float32
         same_on_resume=True,
         shown=True,
         differs="the method's recipe: 2e-5 is right for full fine-tuning only",
