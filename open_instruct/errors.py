@@ -107,6 +107,10 @@ def warn(text: str) -> None:
     print(f"warning: {one_line(text, LONGEST_LINE)}", file=sys.stderr, flush=True)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, but never meant for one answer alone."""
+
+
 def exit_code(
     work: Callable[[], None],
     interrupted: str = "interrupted: nothing half-written remains",
@@ -125,7 +129,7 @@ def exit_code(
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, end)
     try:

@@ -98,9 +98,10 @@ def run(args: argparse.Namespace) -> None:
         "allow_pickle": args.allow_pickle,
     }
     if args.lm_eval_tasks:
+        manager = harness.load_tasks(args.lm_eval_tasks, args.lm_eval_path)
         models = served.load(args.adapter, args.model_name_or_path, **options)
         result = harness.run_tasks(
-            models, args.lm_eval_tasks, args.lm_eval_path, args.limit, args.batch_size, args.apply_chat_template
+            models, args.lm_eval_tasks, manager, args.limit, args.batch_size, args.apply_chat_template
         )
     else:
         result = evaluation.evaluate(

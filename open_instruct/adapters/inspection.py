@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from open_instruct.adapters.folders import AdapterFolder, check_prompt
 from open_instruct.adapters.served import Served, load
 from open_instruct.data import questions, reading
+from open_instruct.errors import InputError, input_faults, warn
 from open_instruct.model.tokens import ordinary_tokens
 
 START = "soft_prompt_start.safetensors"  # beside the adapter: the vectors before the first step
@@ -79,13 +81,19 @@ def embedding_figures(served: Served, folder: AdapterFolder, num_neighbours: int
         "end": nearest_tokens(end, vocabulary, ids, served.tokenizer, num_neighbours),
         "similarity": similarity(end).tolist(),
     }
-    start = start_of(folder)
+    start, broken = None, []
+    try:
+        start = start_of(folder, end.shape)
+    except InputError as error:
+        broken.append(str(error))
     if start is not None:
         figures["norms"]["prompt at start"] = norms(start)
         figures["start"] = nearest_tokens(start, vocabulary, ids, served.tokenizer, num_neighbours)
         figures["moved"] = (end - start).norm(dim=1).tolist()
-        figures["drift"] = drift(folder, start)
-    return figures
+        figures["drift"] = drift(folder, start, broken)
+    for text in broken:
+        warn(text)
+    return figures | ({"broken": broken} if broken else {})
 
 
 @torch.no_grad()
@@ -95,30 +103,52 @@ def vocabulary_vectors(base: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[t
     return base.get_input_embeddings()(torch.tensor(ids, device=base.device)).float().cpu(), ids
 
 
-def start_of(folder: AdapterFolder) -> torch.Tensor | None:
-    """Return the soft prompt [P, D] before the first step, or None where the run did not keep it."""
+def start_of(folder: AdapterFolder, shape: torch.Size) -> torch.Tensor | None:
+    """Return the soft prompt [P, D] before the first step, or None where the run did not keep it.
+
+    Raises:
+        InputError: its file is damaged, or holds vectors of another shape.
+    """
     path = folder.path / START
-    return load_file(path)["embeddings"] if path.is_file() else None
+    if not path.exists():
+        return None
+    with input_faults(str(path), "delete it: what is known without it is shown"):
+        start = load_file(path)["embeddings"].float()
+        if start.shape != shape:
+            raise ValueError(f"it holds {tuple(start.shape)} numbers and the adapter {tuple(shape)}")
+        return start
 
 
-def drift(folder: AdapterFolder, start: torch.Tensor) -> list[dict[str, float]]:
+def drift(folder: AdapterFolder, start: torch.Tensor, broken: list[str]) -> list[dict[str, float]]:
     """Return how far each checkpoint's soft prompt is from the start: mean distance of a virtual token, and mean norm.
 
     Only a soft prompt that is trained itself can be read from its checkpoints. Where a network makes it (P-tuning), a
     checkpoint holds that network, which is several tensors.
+
+    Args:
+        folder: the adapter.
+        start: the soft prompt before the first step.
+        broken: receives what is wrong with checkpoints that can't be read; these are left out.
     """
     rows = []
-    for path in sorted(folder.path.glob("checkpoints/step_*/trained.safetensors"), key=step_of):
-        tensors = list(load_file(path).values())
+    found = [path for path in folder.path.glob("checkpoints/step_*/trained.safetensors") if step_of(path) is not None]
+    for path in sorted(found, key=lambda path: step_of(path) or 0):
+        try:
+            with input_faults(str(path), "its step is left out"):
+                tensors = [tensor.float() for tensor in load_file(path).values()]
+        except InputError as error:
+            broken.append(str(error))
+            continue
         if len(tensors) == 1 and tensors[0].shape == start.shape:
             distance = (tensors[0] - start).norm(dim=1).mean().item()
             rows.append({"step": step_of(path), "distance": distance, "norm": tensors[0].norm(dim=1).mean().item()})
     return rows
 
 
-def step_of(path: Path) -> int:
-    """Return the step of a checkpoint's file."""
-    return int(path.parent.name.removeprefix("step_"))
+def step_of(path: Path) -> int | None:
+    """Return the step of a checkpoint's file; None where its folder is named otherwise, as a user's copy is."""
+    digits = path.parent.name.removeprefix("step_")
+    return int(digits) if re.fullmatch(r"[0-9]{1,18}", digits) else None
 
 
 def nearest_tokens(

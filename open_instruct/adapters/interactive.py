@@ -15,7 +15,7 @@ from open_instruct.adapters.folders import BASE
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.served import Served
 from open_instruct.data.questions import prompt_ids
-from open_instruct.errors import InputError, one_line, visible
+from open_instruct.errors import InputError, Terminated, one_line, visible
 
 HELP = "/use NAME   /compare TEXT   /system TEXT   /reset   /quit"
 
@@ -82,6 +82,8 @@ def going_on() -> Iterator[None]:
     """Say what went wrong with one answer, or that Ctrl-C stopped it, and let the chat go on."""
     try:
         yield
+    except Terminated:
+        raise
     except KeyboardInterrupt:
         print("\n(stopped)")
     except InputError as error:
