@@ -20,6 +20,7 @@ from open_instruct.errors import InputError
 from open_instruct.flags import Flags, check_flags
 from open_instruct.methods import METHODS, Method
 from open_instruct.methods.base import TrainedAdapter
+from open_instruct.model.sizes import check_memory
 from open_instruct.model.training_model import causal_of
 from open_instruct.training.base_model import BaseModelSettings, skeleton
 from open_instruct.training.faults import is_out_of_memory
@@ -93,6 +94,8 @@ def put_adapter_on(
         InputError: the trained adapter does not fit the base.
     """
     if folder is None:
+        if model.device.type != "meta":
+            check_memory(method.num_numbers(model, settings), settings, model.device)
         try:
             return method.wrap(model, tokenizer, settings)
         except (RuntimeError, MemoryError) as error:
