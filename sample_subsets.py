@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from open_instruct.command_line import OneLineArgumentParser, at_least
+from open_instruct.command_line import OneLineArgumentParser, at_least, seed
 from open_instruct.data import lines, reading, shards
 from open_instruct.data.kinds import COMPRESSION, file_kind, is_table
 from open_instruct.data.texts import plain
@@ -290,7 +290,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sizes", type=at_least(1), nargs="+", default=[9000, 90000], help="rows of each subset (default 9000 90000)"
     )
-    parser.add_argument("--seed", type=int, default=42, help="seed of the draw (default 42)")
+    parser.add_argument("--seed", type=seed, default=42, help="seed of the draw (default 42)")
     parser.add_argument("--stratify", metavar="COLUMN", help="keep each value's share of this column")
     parser.add_argument("--count", metavar="COLUMN", help="column to count (default: source, where there is one)")
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
@@ -12,20 +13,30 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import yaml
-
 from open_instruct.errors import InputError, one_line, warn
 from open_instruct.flags import FIELDS, GROUPS, AcceptedFlags, Flags
+from open_instruct.flags.declare import MAX_INT, unusable_text
+from open_instruct.flags.optimization import MAX_SEED
+from open_instruct.small_files import read_yaml
 
 TRUE, FALSE = ("true", "yes", "1", "t", "y"), ("false", "no", "0", "f", "n")
 
 
 class OneLineArgumentParser(argparse.ArgumentParser):
-    """An argparse parser with one-line errors and no abbreviations."""
+    """An argparse parser with one-line errors, no abbreviations, and no texts that nothing could be named by."""
 
-    def __init__(self, **options: Any) -> None:
-        """Pass the options on to argparse."""
+    def __init__(self, several_lines: Sequence[str] = (), **options: Any) -> None:
+        """Pass the options on to argparse; `several_lines` names arguments that may have line breaks."""
         super().__init__(allow_abbrev=False, **options)
+        self.several_lines = several_lines
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse texts that are empty, hold a null character or a line break, or are not UTF-8."""
+        values = super().parse_args(args, namespace)
+        for name, value in vars(values).items():
+            if reason := unusable_text(value, name in self.several_lines):
+                self.error(f"{name if name in ('file', 'sources') else f'--{name}'} {reason}")
+        return values
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
@@ -54,16 +65,36 @@ def add_model_flags(parser: argparse.ArgumentParser, dtype: str = "stored") -> N
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
 
 
-def at_least(smallest: int) -> Callable[[str], int]:
-    """Return an argparse type for integers of at least `smallest`."""
+def at_least(smallest: int, largest: int = MAX_INT) -> Callable[[str], int]:
+    """Return an argparse type for integers from `smallest` to `largest`."""
 
     def integer(text: str) -> int:
         digits = text.removeprefix("-")
-        if not (digits.isascii() and digits.isdigit() and len(digits) < 19) or int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"{text[:80]} is not a whole number of at least {smallest}")
+        is_integer = digits.isascii() and digits.isdigit() and len(digits) < 20
+        if not is_integer or not smallest <= int(text) <= largest:
+            most = f" and at most {largest}" if largest < MAX_INT else ""
+            raise argparse.ArgumentTypeError(f"{text[:80]} is not a whole number of at least {smallest}{most}")
         return int(text)
 
     return integer
+
+
+seed = at_least(0, MAX_SEED)
+
+
+def between(smallest: float, largest: float) -> Callable[[str], float]:
+    """Return an argparse type for numbers from `smallest` to `largest`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not smallest <= value <= largest:
+            raise argparse.ArgumentTypeError(f"{text[:80]} is not a number from {smallest:g} to {largest:g}")
+        return value
+
+    return number
 
 
 def boolean(text: str) -> bool:
@@ -140,6 +171,7 @@ def parse(argv: Sequence[str]) -> tuple[Flags, dict[str, str]]:
     if unknown:
         parser.error(describe_unknown(unknown))
     values = {name: getattr(namespace, name) for name in FIELDS}
+    warn_of_lost_lists(argv)
     origins = dict.fromkeys(flags_in(from_config), "config") | dict.fromkeys(flags_in(argv), "flag")
     if values["save_to_hub"] and "push_to_hub" in origins and not values["push_to_hub"]:
         parser.error("--save_to_hub asks for an upload, and --push_to_hub False forbids it: drop one")
@@ -158,32 +190,44 @@ def without_aliases(values: dict[str, Any]) -> dict[str, Any]:
 
 def read_config(path: Path) -> list[str]:
     """Read the YAML (or JSON) mapping of a file as command-line words, so that both go through the same checks."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"configuration {path} can't be read: {one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"configuration {path} holds a {type(values).__name__}: it must map flag names to values")
     words: list[str] = []
-    for name, value in values.items():
-        if str(name).startswith("no_") and value is True:  # a negated flag takes no value
-            words.append(f"--{name}")
-        elif value is not None:
-            words += [f"--{name}", *config_words(value)]
+    for name, value in read_yaml(path, f"configuration {path}").items():
+        try:
+            words += flag_words(name, value)
+        except InputError as error:
+            raise InputError(f"configuration {path}: {error}") from None
     return words
+
+
+def flag_words(name: str, value: Any) -> list[str]:
+    """Return a key of a YAML file and its value as command-line words; none where the value is null.
+
+    Raises:
+        InputError: there is no such flag, or it can't have such a value.
+    """
+    (known,) = flags_in([f"--{name}"])
+    if known not in FIELDS or not name.replace("-", "_").removeprefix("no_").isidentifier():
+        raise InputError(describe_unknown([f"--{name}"]))
+    if isinstance(value, dict) and FIELDS[known].metadata["form"] != "json":
+        raise InputError(f"{name} has a mapping, which only flags of JSON take: give a value")
+    if name.replace("-", "_") != known and value is True:  # a negated flag takes no value
+        return [f"--{name}"]
+    return [] if value is None else [f"--{name}", *config_words(value)]
 
 
 def config_words(value: Any) -> list[str]:
     """Return one YAML value as command-line words.
 
     Raises:
-        InputError: a text would be read as another flag.
+        InputError: a text would be read as another flag, or a list holds what is no value.
     """
     if isinstance(value, str) and value.startswith("--"):
         raise InputError(f"the value {value!r} of a configuration looks like a flag: give the flag a line of its own")
     if isinstance(value, dict):
         return [json.dumps(value)]
     if isinstance(value, list):
+        if any(item is None or isinstance(item, (dict, list)) for item in value):
+            raise InputError(f"the list {str(value)[:80]} of a configuration must hold texts and numbers only")
         return [word for item in value for word in config_words(item)]
     return [str(value).lower() if isinstance(value, bool) else str(value)]
 
@@ -192,6 +236,14 @@ def flags_in(words: Sequence[str]) -> list[str]:
     """Return the names of the flags that a list of command-line words sets."""
     names = [word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")]
     return [name if name in FIELDS else name.removeprefix("no_") for name in names]
+
+
+def warn_of_lost_lists(words: Sequence[str]) -> None:
+    """Warn of a flag with several values that is given twice: as everywhere, the last one counts, not both."""
+    given = flags_in(words)
+    for name in dict.fromkeys(given):
+        if given.count(name) > 1 and name in FIELDS and "list[" in str(FIELDS[name].type):
+            warn(f"--{name} is given {given.count(name)} times, and only the last counts: put all values after one")
 
 
 def describe_unknown(unknown: Sequence[str]) -> str:

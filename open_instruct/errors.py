@@ -6,11 +6,16 @@ import errno
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from open_instruct.streams import standard_streams
+
 BUGS = (AssertionError, NameError, ImportError)  # no input raises them: they keep their traceback
+PANIC = "PanicException"  # of libraries in Rust, as tokenizers and safetensors are; it is no Exception
+LONGEST_LINE = 4000  # characters of an error on the terminal
 REMEDIES = {
     errno.ENOSPC: "free disk space, or name another place",
     errno.EDQUOT: "free disk space, or name another place",
@@ -25,9 +30,26 @@ class InputError(ValueError):
     """Wrong input; the message names the value, the reason and the remedy. Entry points print it and exit with 2."""
 
 
+def visible(text: str) -> str:
+    """Return a text whose control characters, and halves of surrogate pairs, are written as escapes.
+
+    A file's name or a model's answer could otherwise move the cursor, or rename the window of a terminal. Line breaks
+    and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs")
+        else character.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for character in text
+    )
+
+
 def one_line(error: BaseException | str, longest: int = 300) -> str:
-    """Return an error's text without line breaks, cut at `longest` characters."""
-    return " ".join(str(error).split())[:longest]
+    """Return an error's text without line breaks and control characters, cut at `longest` characters."""
+    text = visible(" ".join(str(error).split()))
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def reason_of(error: BaseException) -> str:
@@ -43,6 +65,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"{error} is missing"
     text = one_line(error)
+    if type(error).__name__ == PANIC:
+        return f"its reader gave up: {text}"
     return text if text and isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
@@ -64,7 +88,9 @@ def input_faults(what: str, remedy: str) -> Iterator[None]:
         yield
     except (InputError, *BUGS):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         raise InputError(f"{what} can't be used ({reason_of(error)}): {remedy}") from error
 
 
@@ -78,15 +104,24 @@ def system_fault(error: OSError | MemoryError) -> str:
 
 def warn(text: str) -> None:
     """Print a warning on the error stream."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {one_line(text, LONGEST_LINE)}", file=sys.stderr, flush=True)
 
 
-def exit_code(work: Callable[[], None], interrupted: str = "interrupted: nothing half-written remains") -> int:
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, but never meant for one answer alone."""
+
+
+def exit_code(
+    work: Callable[[], None],
+    interrupted: str = "interrupted: nothing half-written remains",
+    without_reader: bool = False,
+) -> int:
     """Do a tool's work.
 
     Args:
         work: the work.
         interrupted: line printed after an interruption (Ctrl-C or SIGTERM).
+        without_reader: go on when whoever read the output has closed it; else stop.
 
     Returns:
         The exit code. 0: done; 2: wrong input, or a refusal of the operating system, reported in one line; 130:
@@ -94,14 +129,15 @@ def exit_code(work: Callable[[], None], interrupted: str = "interrupted: nothing
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        work()
-        sys.stdout.flush()
+        with standard_streams(without_reader):
+            work()
+            sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST_LINE)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end

@@ -12,7 +12,6 @@ rows.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,23 +22,24 @@ if not __package__:  # started as a file, from a clone that need not be installe
 
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
-from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS
-from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
+from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS, check_regex
+from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least, seed
 from open_instruct.data import reading
-from open_instruct.errors import exit_code
+from open_instruct.errors import exit_code, visible
 from open_instruct.files import check_result_folder, write_result
 from open_instruct.flags.data import BAD_ROWS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit code 0: done; 2: wrong input, reported in one line; 130: interrupted."""
-    args = parse(argv)
-    return exit_code(lambda: run(args))
+    return exit_code(lambda: run(parse(argv)))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
-    parser = OneLineArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineArgumentParser(
+        ("answer_regex",), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_model_flags(parser, dtype="auto")
     add = parser.add_argument
     add("--file", metavar="FILE", help="questions with answers, in any form that training reads")
@@ -57,8 +57,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--max_samples", type=at_least(1), help="number of rows, drawn by seed; unset: all")
     add("--max_new_tokens", type=at_least(1), default=256, help="largest number of tokens of an answer (default: 256)")
-    add("--batch_size", type=at_least(1), default=16, help="largest number of rows computed at once (default: 16)")
-    add("--seed", type=at_least(0), default=42, help="seed of the choice of rows and of the bootstrap (default: 42)")
+    add("--batch_size", type=at_least(1, 10**6), default=16, help="largest number of rows at once (default: 16)")
+    add("--seed", type=seed, default=42, help="seed of the choice of rows and of the bootstrap (default: 42)")
     add("--chat_template_name", help="as in finetune_peft.py; unset: the adapter's own")
     add(
         "--output_dir",
@@ -77,10 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if bool(args.file) == bool(args.lm_eval_tasks):
         parser.error("give one of --file and --lm_eval_tasks")
     if args.answer_regex:
-        try:
-            re.compile(args.answer_regex)
-        except re.error as error:
-            parser.error(f"--answer_regex {args.answer_regex!r} is no regular expression ({error})")
+        check_regex(args.answer_regex)
     return args
 
 
@@ -103,9 +100,10 @@ def run(args: argparse.Namespace) -> None:
         "allow_pickle": args.allow_pickle,
     }
     if args.lm_eval_tasks:
+        manager = harness.load_tasks(args.lm_eval_tasks, args.lm_eval_path)
         models = served.load(args.adapter, args.model_name_or_path, **options)
         result = harness.run_tasks(
-            models, args.lm_eval_tasks, args.lm_eval_path, args.limit, args.batch_size, args.apply_chat_template
+            models, args.lm_eval_tasks, manager, args.limit, args.batch_size, args.apply_chat_template
         )
     else:
         result = evaluation.evaluate(
@@ -123,8 +121,10 @@ def run(args: argparse.Namespace) -> None:
             **options,
         )
     text = report.markdown(result)
-    print(text)
-    write_result(args.output_dir, "evaluation", text, report.plot, result)
+    try:  # first the files: what was computed is not lost where nobody reads the output
+        write_result(args.output_dir, "evaluation", text, report.plot, result)
+    finally:
+        print(visible(text))
 
 
 if __name__ == "__main__":

@@ -145,10 +145,12 @@ def _create(path: Path) -> BinaryIO:
 def write_text(path: Path, text: str) -> None:
     """Write a small file, in UTF-8, that is either the old one or the new one, never half.
 
+    Half of a surrogate pair, which UTF-8 can't hold, is written as the escape that JSON has for it.
+
     Raises:
         InputError: the disk is full.
     """
-    data = text.encode()
+    data = text.encode(errors="backslashreplace")
     with _replacing(path) as working, _create(working) as file:
         file.write(data)
 

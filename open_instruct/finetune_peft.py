@@ -19,13 +19,15 @@ if not __package__:  # started as a file, from a clone that need not be installe
 
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.command_line import parse, warn_without_effect
-from open_instruct.errors import InputError, system_fault
+from open_instruct.errors import LONGEST_LINE, InputError, one_line, system_fault
 from open_instruct.flags import check_flags
+from open_instruct.streams import standard_streams
 from open_instruct.training.preemption import PREEMPTED, Preempted, ignore_signals
 
 
+@standard_streams(lasting=True)
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command line. Training goes on where nobody reads its output any more.
 
     Returns:
         The exit code. 0: done; 2: wrong input, reported in one line; 75: preempted, can be resumed; 130: interrupted.
@@ -60,7 +62,7 @@ def report_error(error: InputError) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(5)  # if all processes meet the error, the first reports it, and the launcher ends this one meanwhile
-    print(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+    print(f"error: {f'process {rank}: ' if rank else ''}{one_line(error, LONGEST_LINE)}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         os._exit(2)

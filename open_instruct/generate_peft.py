@@ -24,7 +24,7 @@ if not __package__:  # started as a file, from a clone that need not be installe
 
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
-from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
+from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least, between, seed
 from open_instruct.data import reading
 from open_instruct.errors import exit_code
 from open_instruct.flags.data import BAD_ROWS
@@ -32,13 +32,14 @@ from open_instruct.flags.data import BAD_ROWS
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit code 0: done; 2: wrong input, reported in one line; 130: interrupted."""
-    args = parse(argv)
-    return exit_code(lambda: run(args), "interrupted: finished answers are kept, --resume continues")
+    return exit_code(lambda: run(parse(argv)), "interrupted: finished answers are kept, --resume continues")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
-    parser = OneLineArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineArgumentParser(
+        ("system",), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_model_flags(parser, dtype="auto")
     add = parser.add_argument
     add("--chat_template_name", help="as in finetune_peft.py; unset: the adapter's own")
@@ -46,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--bad_rows", choices=["error", "skip"], default="error", help=BAD_ROWS)
     add("--output_file", metavar="FILE", help="file for the answers, as JSON Lines")
     add("--resume", action="store_true", help="continue an unfinished output file")
-    add("--batch_size", type=at_least(1), default=32, help="largest number of answers computed at once (default: 32)")
+    add("--batch_size", type=at_least(1, 10**6), default=32, help="largest number of answers at once (default: 32)")
     add(
         "--combine",
         choices=["vote", "concatenate"],
@@ -56,32 +57,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("sampling, as in transformers").add_argument
     add("--max_new_tokens", type=at_least(1), default=256, help="largest number of tokens of an answer (default: 256)")
     add("--do_sample", action="store_true", help="draw tokens at random, instead of taking the likeliest one")
-    add("--temperature", type=float, default=1.0, help="divisor of the scores (default: 1.0)")
-    add("--top_p", type=float, default=1.0, help="draw from the likeliest tokens with this probability (default: 1.0)")
+    add("--temperature", type=between(1e-4, 1e4), default=1.0, help="divisor of the scores (default: 1.0)")
+    add(
+        "--top_p",
+        type=between(1e-9, 1),
+        default=1.0,
+        help="draw from the likeliest tokens with this probability (default: 1.0)",
+    )
     add("--top_k", type=at_least(0), default=0, help="draw from this many likeliest tokens; 0: all (default: 0)")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1: repetition is less likely (default: 1.0)")
+    add(
+        "--repetition_penalty",
+        type=between(0.01, 100),
+        default=1.0,
+        help="above 1: repetition is less likely (default: 1.0)",
+    )
     add(
         "--num_return_sequences",
-        type=at_least(1),
+        type=at_least(1, 10_000),
         default=1,
         help="number of answers of each adapter to each question (default: 1)",
     )
-    add("--seed", type=at_least(0), default=42, help="seed of the draws (default: 42)")
+    add("--seed", type=seed, default=42, help="seed of the draws (default: 42)")
     args = parser.parse_args(argv)
     drawing = args.temperature != 1.0 or args.top_p != 1.0 or args.top_k or args.num_return_sequences > 1
     checks = [
         (
             drawing and not args.do_sample,
             "--temperature, --top_p, --top_k and --num_return_sequences need --do_sample: greedy answers are all alike",
-        ),
-        (
-            not args.temperature > 0,
-            f"--temperature {args.temperature} must be above 0: drop --do_sample for greedy answers",
-        ),
-        (not 0 < args.top_p <= 1, f"--top_p {args.top_p} must be above 0 and at most 1"),
-        (
-            not args.repetition_penalty > 0,
-            f"--repetition_penalty {args.repetition_penalty} must be above 0; 1 is none",
         ),
         (
             bool(args.input_file) != bool(args.output_file),

@@ -19,12 +19,17 @@ import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
 from open_instruct.data import reading
-from open_instruct.errors import InputError, exit_code
+from open_instruct.errors import InputError, exit_code, visible
 from open_instruct.files import check_result_folder, write_result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit code 0: done; 2: wrong input, reported in one line; 130: interrupted."""
+    return exit_code(lambda: run(parse(argv)))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = OneLineArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser, dtype="auto")
     parser.add_argument(
@@ -39,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="folder for inspection.json, inspection.md and inspection.png; unset: the text is only printed",
     )
-    args = parser.parse_args(argv)
-    return exit_code(lambda: run(args))
+    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -70,8 +74,10 @@ def run(args: argparse.Namespace) -> None:
         allow_pickle=args.allow_pickle,
     )
     text = report.markdown(result)
-    print(text)
-    write_result(args.output_dir, "inspection", text, report.plot, result)
+    try:  # first the files: what was computed is not lost where nobody reads the output
+        write_result(args.output_dir, "inspection", text, report.plot, result)
+    finally:
+        print(visible(text))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""Bounds on the time that a user's template or regular expression may take."""
+"""Bounds on the time and memory that a user's template or regular expression may take."""
 
 from __future__ import annotations
 
+import os
+import resource
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
-from open_instruct.errors import InputError
+from open_instruct.errors import InputError, input_faults
 
 SECONDS = 10.0  # of this process's CPU time, so that a busy machine changes nothing; real ones take milliseconds
+MEMORY = 1 << 30  # bytes beyond what the process has
 
 
 @contextmanager
@@ -42,3 +46,37 @@ def limited_time(what: str, remedy: str, seconds: float = SECONDS) -> Iterator[N
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+@contextmanager
+def limited_memory(num_bytes: int = MEMORY) -> Iterator[None]:
+    """Let a block raise a MemoryError where it asks for more than `num_bytes` of new memory.
+
+    Without it `{{ 'a' * 10**11 }}` would bring the machine down. Systems without /proc have no such bound.
+    """
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with suppress(OSError, ValueError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        bounds = [bound for bound in before if bound != resource.RLIM_INFINITY]
+        most = min([pages * os.sysconf("SC_PAGE_SIZE") + num_bytes, *bounds])
+        resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextmanager
+def evaluating_input(what: str, remedy: str, seconds: float = SECONDS) -> Iterator[None]:
+    """Evaluate what a user wrote, with all limits: whatever it raises, or never finishes, is one line.
+
+    Args:
+        what: the input, as the user knows it.
+        remedy: what the user can do.
+        seconds: CPU seconds that the block may take.
+
+    Raises:
+        InputError: it raised an error, took longer, or wanted more memory.
+    """
+    with limited_time(what, remedy, seconds), input_faults(what, remedy), limited_memory():
+        yield

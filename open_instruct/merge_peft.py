@@ -27,11 +27,15 @@ from open_instruct.errors import exit_code
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit code 0: merged and verified; 2: wrong input, named in one line; 130: interrupted."""
+    return exit_code(lambda: run(parse(argv)))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = OneLineArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the plain checkpoint; must not exist")
-    args = parser.parse_args(argv)
-    return exit_code(lambda: run(args))
+    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, help="folder of the study (default: the one named in the file)")
     parser.add_argument(
         "--workers",
-        type=at_least(1),
+        type=at_least(1, 4096),
         default=1,
         help="number of trials that run at a time, each on its own GPU if there are any",
     )
@@ -58,9 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a study. Exit code 0: done; 2: wrong input; 130: interrupted, can be continued."""
-    args = build_parser().parse_args(argv)
     return exit_code(
-        lambda: run(args), interrupted="interrupted: what is finished is kept, and the same command continues"
+        lambda: run(build_parser().parse_args(argv)),
+        interrupted="interrupted: what is finished is kept, and the same command continues",
+        without_reader=True,
     )
 
 
@@ -88,10 +89,12 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_shard(text: str | None) -> tuple[int, int]:
     """Return (I, N) of `I/N`; (0, 1) of None."""
-    parts = (text or "0/1").split("/")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts) or not int(parts[0]) < int(parts[1]):
-        raise InputError(f"--shard {text} is not I/N with I from 0 to N - 1: 0/8 is the first of eight parts")
-    return int(parts[0]), int(parts[1])
+    index, _, number = (text or "0/1").partition("/")
+    try:
+        num_shards = at_least(1)(number)
+        return at_least(0, num_shards - 1)(index), num_shards
+    except argparse.ArgumentTypeError:
+        raise InputError(f"--shard {text} is not I/N with I from 0 to N - 1: 0/8 is the first of eight parts") from None
 
 
 def check(study: Study) -> Study:
@@ -108,10 +111,13 @@ def check(study: Study) -> Study:
             raise InputError(f"study {study.path}, {trial.spec_name} ({trial.label}): {error}") from None
 
     from open_instruct.data import reading
+    from open_instruct.study import other_text
 
     first = trial_flags[0]
     for source in [*(first.train_file or []), *([first.validation_file] if first.validation_file else [])]:
         reading.files_of(source)
+    if study.other_text:
+        other_text.check(study.other_text)
     if first.validation_fraction == 0 and not first.validation_file:
         raise InputError(
             f"study {study.path}: without held-out rows nothing can be compared: "
@@ -159,7 +165,7 @@ def run_all(study: Study, runner: workers.Runner, shard: tuple[int, int]) -> Non
     start, num_run = time.monotonic(), 0
     while stage := [trial for spec in specs for trial in search.next_trials(study, spec, losses)]:
         tasks = [trials.Task(study, trial) for trial in (shard_of(stage, shard) if is_grid else stage)]
-        missing = [task for task in tasks if trials.read_outcome(task) is None]
+        missing = [task for task in tasks if not trials.is_finished(task)]
         print(f"{len(tasks)} trials, {len(tasks) - len(missing)} of them done before", flush=True)
         for number, (task, outcome) in enumerate(runner(missing), start=1):
             num_run += 1

@@ -87,7 +87,8 @@ def test_wrong_flags_end_with_code_2_and_one_line(words, says, capsys):
 
 
 @pytest.mark.parametrize(
-    "text, says", [("- a\n", "must map flag names"), ("a: [\n", "can't be read"), (None, "can't be read")]
+    "text, says",
+    [("- a\n", "must map names to values"), ("a: [\n", "can't be used .line 2"), (None, "can't be used .No such file")],
 )
 def test_bad_configurations_are_named(tmp_path, text, says):
     if text is not None:

@@ -96,7 +96,7 @@ def test_the_tokenizers_own_template_is_used_as_it_is(tokenizer):
     "template, why",
     [
         ("{% for m in messages %}{{ m['content'] if loop.last else '…' }}{% endfor %}", "rewrites earlier turns"),
-        ("{% for m in messages %}{{ m['content'] }", "can't be rendered"),
+        ("{% for m in messages %}{{ m['content'] }", "can't be used .TemplateSyntaxError"),
     ],
 )
 def test_a_template_that_can_not_be_masked_is_refused(tokenizer, template, why, tmp_path):

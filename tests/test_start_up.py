@@ -89,7 +89,7 @@ WRONG = {
         "no such file: missing.jsonl",
     ),
     "generate: base": ("generate", "", "no base model is known"),
-    "evaluate: value": ("evaluate", f"{ADAPTER} --file x.jsonl --answer_regex (", "is no regular expression"),
+    "evaluate: value": ("evaluate", f"{ADAPTER} --file x.jsonl --answer_regex (", "give a regular expression"),
     "evaluate: adapter": ("evaluate", "--file x.jsonl --adapter ./missing", "no such adapter folder: ./missing"),
     "evaluate: file": ("evaluate", f"{ADAPTER} --file missing.jsonl", "no such file: missing.jsonl"),
     "inspect: value": ("inspect", f"{ADAPTER} --rows 0", "0 is not a whole number of at least 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from open_instruct.adapters import writing
 from open_instruct.bootstrap import interval
 from open_instruct.errors import InputError
+from open_instruct.limits import evaluating_input
 
 METRICS = ("loss", "exact_match", "rouge", "bleu")
 NORMALISERS = ("none", "text", "number")
@@ -37,17 +39,35 @@ def normalise(text: str, how: str) -> str:
     return text.strip()
 
 
+def check_regex(regex: Any, source: str = "--answer_regex") -> None:
+    """Refuse what is no regular expression.
+
+    Args:
+        regex: the expression.
+        source: where it was given.
+
+    Raises:
+        InputError: it is none.
+    """
+    with evaluating_input(f"{source} {str(regex)[:80]!r}", "give a regular expression of Python"):
+        re.compile(regex)
+
+
 def final_answer(text: str, regex: str | None) -> str:
     """Return the part of an answer that counts: the first group of the regular expression's last match.
 
     Without a group it is the match, without a match "", and without an expression the answer itself.
+
+    Raises:
+        InputError: the expression searches for ever.
     """
     if regex is None:
         return text
-    matches = list(re.finditer(regex, text))
+    with evaluating_input(f"--answer_regex {regex!r}", "give one that needs no backtracking"):
+        matches = deque(re.finditer(regex, text), maxlen=1)
     if not matches:
         return ""
-    return (matches[-1].group(1) if matches[-1].re.groups else matches[-1].group(0)) or ""
+    return (matches[0].group(1) if matches[0].re.groups else matches[0].group(0)) or ""
 
 
 def exact_matches(answers: Sequence[str], references: Sequence[str], regex: str | None, how: str) -> np.ndarray:

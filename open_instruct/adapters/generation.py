@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -96,19 +96,19 @@ def generate(
         space.
     """
     copies = sampling.num_return_sequences
-    by_length: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    by_length: dict[int, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
-        by_length[len(prompt)] += [(index, copy) for copy in range(copies)]
+        by_length[len(prompt)].append(index)
     answers: dict[int, list[str]] = defaultdict(lambda: [""] * copies)
     device = next(model.parameters()).device
     end_ids, end_text = turn_ends(model, tokenizer)
     with evaluating(model):
-        for length, rows in by_length.items():
+        for length, indices in by_length.items():
             max_new_tokens = sampling.max_new_tokens
             if max_length is not None:
                 max_new_tokens = min(max_new_tokens, max_length - length)
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
+            rows = itertools.product(indices, range(copies))
+            while batch := list(itertools.islice(rows, batch_size)):
                 if max_new_tokens > 0:
                     ids = torch.tensor([list(prompts[index]) for index, _ in batch], device=device)
                     processors = LogitsProcessorList()
@@ -134,7 +134,7 @@ def generate(
                         answers[index][copy] = (text.partition(end_text)[0] if end_text else text).strip()
                 for index, copy in batch:
                     if copy == copies - 1:
-                        yield index, answers[index]
+                        yield index, answers.pop(index, [""] * copies)
 
 
 def turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int] | None, str | None]:
@@ -166,10 +166,9 @@ def taught_end(tokenizer: PreTrainedTokenizerBase) -> str:
 
     It is found by rendering a sample conversation. It is "" if the template writes nothing there, or can't be rendered.
     """
-    sample = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     try:
-        (text,), (spans,) = chat.render(tokenizer, [sample])
-    except (TemplateError, InputError):
+        (text,), (spans,) = chat.render(tokenizer, [chat.PROBE])
+    except InputError:
         return ""
     labelled = text[slice(*spans[-1])] if spans else ""
     return labelled.partition("answer")[2].strip()

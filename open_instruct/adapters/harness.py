@@ -7,22 +7,59 @@ Here every request is scored and answered by the functions with which this proje
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from open_instruct.adapters.folders import BASE
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.scoring import token_scores
 from open_instruct.adapters.served import Served
-from open_instruct.errors import InputError
+from open_instruct.data.chat import render_texts
+from open_instruct.errors import InputError, input_faults
 
-SHARES = ("acc", "acc_norm", "exact_match", "em", "f1")  # metrics from 0 to 1, and so are their intervals
+SHARES = ("acc", "exact", "em", "f1", "mc1", "mc2", "pass")  # metrics from 0 to 1 begin so, or with …_acc
+
+
+def load_tasks(tasks: Sequence[str], path: str | None) -> Any:
+    """Load tasks with their data, before any model.
+
+    Args:
+        tasks: names of tasks.
+        path: folder with further tasks, which need no network, and whose Python is run; None: no such folder.
+
+    Returns:
+        The harness's manager of tasks.
+
+    Raises:
+        InputError: lm-eval is not installed, or a task is unknown, malformed, or can't be fetched.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("--lm_eval_tasks needs lm-eval: pip install '.[harness]'")
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    if path is not None and not Path(path).is_dir():
+        raise InputError(f"--lm_eval_path {path} is no folder: name the one that holds the tasks")
+    with input_faults(f"--lm_eval_path {path}", "mend its tasks, or name another folder"):
+        manager = TaskManager(include_path=path, include_defaults=True)
+        known = set(manager.all_tasks)
+    unknown = [task for task in tasks if task not in known]
+    if unknown:
+        raise InputError(
+            f"the harness has no task {', '.join(unknown)}: "
+            "name others, or the folder that defines them with --lm_eval_path"
+        )
+    remedy = "check the network, fetch their data before, or use local tasks with --lm_eval_path"
+    with input_faults(f"--lm_eval_tasks {' '.join(tasks)}", remedy):
+        get_task_dict(list(tasks), manager)
+    return manager
 
 
 def run_tasks(
     served: Served,
     tasks: Sequence[str],
-    path: str | None,
+    manager: Any,
     limit: int | None,
     batch_size: int,
     apply_chat_template: bool,
@@ -32,7 +69,7 @@ def run_tasks(
     Args:
         served: base and adapters.
         tasks: names of tasks.
-        path: folder with further tasks, which need no network; None: no such folder.
+        manager: result of `load_tasks`.
         limit: documents of each task; None: all.
         batch_size: most rows computed at once.
         apply_chat_template: put questions into the chat template.
@@ -40,22 +77,11 @@ def run_tasks(
     Returns:
         `model`, `adapters`, `tasks`, and `figures`: for base and each adapter, "task metric" → value and interval
         (1.96 standard errors to both sides). There are no paired differences.
-
-    Raises:
-        InputError: lm-eval is not installed, or a task is unknown.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("--lm_eval_tasks needs lm-eval: pip install '.[harness]'")
     import lm_eval
-    from lm_eval.tasks import TaskManager
+    from lm_eval import evaluator
 
-    manager = TaskManager(include_path=path, include_defaults=True)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise InputError(
-            f"the harness has no task {', '.join(unknown)}: "
-            "name others, or the folder that defines them with --lm_eval_path"
-        )
+    evaluator.get_git_commit_hash = lambda: None  # of the current folder, where git complains if it has none
     figures: dict[str, dict[str, Any]] = {}
     for name in [BASE, *served.names]:
         model = make_model(served, name, batch_size)
@@ -82,9 +108,9 @@ def read_figures(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 continue
             interval = None
             error = values.get(f"{metric}_stderr,{filtered}")
-            if isinstance(error, (int, float)):
+            if isinstance(error, (int, float)) and math.isfinite(error):
                 interval = [value - 1.96 * error, value + 1.96 * error]
-                if metric in SHARES:
+                if 0 <= value <= 1 and (metric.startswith(SHARES) or metric.endswith("_acc")):
                     interval = [max(0.0, interval[0]), min(1.0, interval[1])]
             name = f"{task} {metric}" + ("" if filtered == "none" else f" ({filtered})")
             figures[name] = {"value": value, "interval": interval}
@@ -158,11 +184,8 @@ def make_model(served: Served, name: str, batch_size: int) -> Any:
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             """Return a conversation as text."""
-            return str(
-                served.tokenizer.apply_chat_template(
-                    chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
+            (text,), _ = render_texts(served.tokenizer, [chat_history], add_generation_prompt=add_generation_prompt)
+            return text
 
     return Model()
 

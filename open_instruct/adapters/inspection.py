@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,19 @@ def embedding_figures(served: Served, folder: AdapterFolder, num_neighbours: int
         "end": nearest_tokens(end, vocabulary, ids, served.tokenizer, num_neighbours),
         "similarity": similarity(end).tolist(),
     }
-    start = start_of(folder)
+    start, broken = None, []
+    try:
+        start = start_of(folder, end.shape)
+    except InputError as error:
+        broken.append(str(error))
     if start is not None:
         figures["norms"]["prompt at start"] = norms(start)
         figures["start"] = nearest_tokens(start, vocabulary, ids, served.tokenizer, num_neighbours)
         figures["moved"] = (end - start).norm(dim=1).tolist()
-        figures["drift"] = drift(folder, start)
-    return figures
+        figures["drift"] = drift(folder, start, broken)
+    for text in broken:
+        warn(text)
+    return figures | ({"broken": broken} if broken else {})
 
 
 @torch.no_grad()
@@ -96,36 +103,41 @@ def vocabulary_vectors(base: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[t
     return base.get_input_embeddings()(torch.tensor(ids, device=base.device)).float().cpu(), ids
 
 
-def start_of(folder: AdapterFolder) -> torch.Tensor | None:
+def start_of(folder: AdapterFolder, shape: torch.Size) -> torch.Tensor | None:
     """Return the soft prompt [P, D] before the first step, or None where the run did not keep it.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: its file is damaged, or holds vectors of another shape.
     """
     path = folder.path / START
-    if not path.is_file():
+    if not path.exists():
         return None
-    remedy = "delete it to inspect the adapter without its start"
+    what, remedy = f"the soft prompt's start ({path})", "delete it: what is known without it is shown"
     tensors = read_tensors(path, "the soft prompt's start", remedy)
-    check_keys(tensors, ["embeddings"], f"the soft prompt's start ({path})", remedy)
-    if tensors["embeddings"].dim() != 2 or len(tensors["embeddings"]) != folder.num_virtual_tokens:
-        raise InputError(f"the soft prompt's start ({path}) has another shape than the adapter: {remedy}")
-    return tensors["embeddings"]
+    check_keys(tensors, ["embeddings"], what, remedy)
+    if tensors["embeddings"].shape != shape:
+        raise InputError(f"{what} has another shape than the adapter: {remedy}")
+    return tensors["embeddings"].float()
 
 
-def drift(folder: AdapterFolder, start: torch.Tensor) -> list[dict[str, float]]:
+def drift(folder: AdapterFolder, start: torch.Tensor, broken: list[str]) -> list[dict[str, float]]:
     """Return how far each checkpoint's soft prompt is from the start: mean distance of a virtual token, and mean norm.
 
     Only a soft prompt that is trained itself can be read from its checkpoints. Where a network makes it (P-tuning), a
     checkpoint holds that network, which is several tensors.
+
+    Args:
+        folder: the adapter.
+        start: the soft prompt before the first step.
+        broken: receives what is wrong with checkpoints that can't be read; these are left out.
     """
     rows = []
-    paths = folder.path.glob("checkpoints/step_*/trained.safetensors")
-    for path in sorted((path for path in paths if step_of(path) >= 0), key=step_of):
+    found = [path for path in folder.path.glob("checkpoints/step_*/trained.safetensors") if step_of(path) is not None]
+    for path in sorted(found, key=lambda path: step_of(path) or 0):
         try:
-            tensors = list(read_tensors(path, "checkpoint", "it is left out").values())
+            tensors = list(read_tensors(path, "checkpoint", "its step is left out").values())
         except InputError as error:
-            warn(str(error))
+            broken.append(str(error))
             continue
         if len(tensors) == 1 and tensors[0].shape == start.shape:
             distance = (tensors[0] - start).norm(dim=1).mean().item()
@@ -133,10 +145,10 @@ def drift(folder: AdapterFolder, start: torch.Tensor) -> list[dict[str, float]]:
     return rows
 
 
-def step_of(path: Path) -> int:
-    """Return the step of a checkpoint's file; -1 for a folder that only looks like a checkpoint (step_4.bak)."""
-    number = path.parent.name.removeprefix("step_")
-    return int(number) if number.isascii() and number.isdigit() else -1
+def step_of(path: Path) -> int | None:
+    """Return the step of a checkpoint's file; None where its folder is named otherwise, as a user's copy is."""
+    digits = path.parent.name.removeprefix("step_")
+    return int(digits) if re.fullmatch(r"[0-9]{1,18}", digits) else None
 
 
 def nearest_tokens(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +15,30 @@ from open_instruct.adapters.folders import BASE
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.served import Served
 from open_instruct.data.questions import prompt_ids
+from open_instruct.errors import InputError, Terminated, one_line, visible
 
 HELP = "/use NAME   /compare TEXT   /system TEXT   /reset   /quit"
+
+
+class VisibleStreamer(TextStreamer):
+    """Prints an answer as it comes, with its control characters as escapes: a model can write any."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print the next piece."""
+        super().on_finalized_text(visible(text), stream_end)
+
+
+def read_line(prompt: str) -> str | None:
+    """Return a line of the user; None at the input's end. What can't be a text is said, and asked for again."""
+    while True:
+        try:
+            line = input(prompt).strip()
+            line.encode()
+            return line
+        except EOFError:
+            return None
+        except UnicodeError as error:
+            print(f"this line is not UTF-8 ({one_line(error)}): write it again")
 
 
 def chat(served: Served, sampling: Sampling, system: str | None) -> None:
@@ -22,11 +47,9 @@ def chat(served: Served, sampling: Sampling, system: str | None) -> None:
     active = names[min(1, len(names) - 1)]
     history: list[dict[str, Any]] = []
     print(f"talking to {active} (of {', '.join(names)}); {HELP}")
-    while True:
-        try:
-            line = input(f"{active}> ").strip()
-        except EOFError:
-            return
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # one bad line is then one line, not the end of the input
+    while (line := read_line(f"{active}> ")) is not None:
         command, _, rest = line.partition(" ")
         if not line:
             continue
@@ -40,21 +63,44 @@ def chat(served: Served, sampling: Sampling, system: str | None) -> None:
             system = rest or None
         elif command == "/reset":
             history = []
-        elif command == "/compare":
+        elif command == "/compare" and rest:
             messages = with_system([*history, {"role": "user", "content": rest}], system)
             for name in names:
-                print(f"{name}: {served.answers([messages], name, sampling)[0][0]}")
+                with going_on():
+                    print(f"{name}: {visible(served.answers([messages], name, sampling)[0][0])}")
         elif command.startswith("/"):
             print(HELP)
         else:
-            history.append({"role": "user", "content": line})
-            prompt = prompt_ids(served.tokenizer, with_system(history, system))
-            max_length = served.max_length(active)
-            if max_length and len(prompt) >= max_length:
-                print(f"the conversation has {len(prompt)} tokens, and the model takes at most {max_length}: /reset")
-                history.pop()
-                continue
-            streamer = TextStreamer(served.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            single = replace(sampling, num_return_sequences=1)  # a streamer takes one answer
-            ((_, answers),) = served.stream([prompt], active, single, streamer=streamer)
-            history.append({"role": "assistant", "content": answers[0]})
+            with going_on():
+                turns = [*history, {"role": "user", "content": line}]
+                answer = answer_turn(served, active, with_system(turns, system), sampling)
+                history = [*turns, {"role": "assistant", "content": answer}]
+
+
+@contextmanager
+def going_on() -> Iterator[None]:
+    """Say what went wrong with one answer, or that Ctrl-C stopped it, and let the chat go on."""
+    try:
+        yield
+    except Terminated:
+        raise
+    except KeyboardInterrupt:
+        print("\n(stopped)")
+    except InputError as error:
+        print(one_line(error))
+
+
+def answer_turn(served: Served, name: str, messages: list[dict[str, Any]], sampling: Sampling) -> str:
+    """Answer a conversation, and print the answer as it comes.
+
+    Raises:
+        InputError: the conversation fills the model's context, or the chat template refuses it.
+    """
+    prompt = prompt_ids(served.tokenizer, messages)
+    max_length = served.max_length(name)
+    if max_length and len(prompt) >= max_length:
+        raise InputError(f"the conversation has {len(prompt)} tokens, and the model takes at most {max_length}: /reset")
+    streamer = VisibleStreamer(served.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    single = replace(sampling, num_return_sequences=1)  # a streamer takes one answer
+    ((_, answers),) = served.stream([prompt], name, single, streamer=streamer)
+    return answers[0]

@@ -22,12 +22,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from open_instruct.adapters.folders import BASE, CONFIG, WEIGHTS, AdapterFolder, BaseChanges, quantisation
 from open_instruct.errors import InputError, input_faults, one_line, warn
-from open_instruct.limits import limited_time
+from open_instruct.limits import evaluating_input
 from open_instruct.methods import METHODS
 from open_instruct.model import loading
 from open_instruct.model.configuration import parse_arguments
 from open_instruct.model.weights import check_keys, misfit, read_tensors
 
+PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
 PATTERN_SECONDS = 1.0  # of CPU time for one pattern on the names of all layers; real ones take milliseconds
 
 
@@ -150,14 +151,17 @@ def check_patterns(folder: AdapterFolder, base: Any) -> None:
     Raises:
         InputError: naming one.
     """
-    patterns = [folder.settings.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    patterns = [
+        folder.settings.get(name)
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
+    ]
     for name in ("rank_pattern", "alpha_pattern"):
         by_layer = folder.settings.get(name)
         patterns += list(by_layer) if isinstance(by_layer, dict) else []
     for pattern in patterns:
         if isinstance(pattern, str):
             what, remedy = f"adapter {folder.name}: pattern {pattern[:80]!r} of its {CONFIG}", "repair it"
-            with input_faults(what, remedy), limited_time(what, remedy, PATTERN_SECONDS):
+            with evaluating_input(what, remedy, PATTERN_SECONDS):
                 compiled = re.compile(pattern)
                 for name, _ in base.named_modules():
                     compiled.fullmatch(name)

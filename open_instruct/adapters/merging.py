@@ -17,6 +17,7 @@ from open_instruct.adapters.folders import AdapterFolder, base_name, check_merge
 from open_instruct.adapters.generation import greedy_answers, turn_ends
 from open_instruct.adapters.loaded import Adapters
 from open_instruct.adapters.prompt_tokens import NewTokens
+from open_instruct.data.chat import render_texts
 from open_instruct.errors import InputError
 from open_instruct.files import flush, write_json
 from open_instruct.model import loading
@@ -195,13 +196,13 @@ def check_template(
         InputError: it is not.
     """
     chat = [{"role": "user", "content": "question"}]
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
     for new in new_tokens:
         template = templates[new.adapter]
         if not template:
             continue
-        in_training = str(tokenizer.apply_chat_template(chat, chat_template=template, **options))
-        if tokenizer.apply_chat_template(chat, adapter=new.adapter, **options) != new.text + in_training:
+        (in_training,), _ = render_texts(tokenizer, [chat], template, add_generation_prompt=True)
+        (merged,), _ = render_texts(tokenizer, [chat], adapter=new.adapter, add_generation_prompt=True)
+        if merged != new.text + in_training:
             raise InputError(
                 f"the chat template of adapter {new.adapter} can't be extended by its tokens: "
                 "merge it alone, or serve it with PEFT"

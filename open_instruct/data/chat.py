@@ -11,14 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from open_instruct.errors import InputError
+from open_instruct.limits import SECONDS, evaluating_input
+from open_instruct.small_files import read_text
 
 Messages = Sequence[dict[str, Any]]
 Spans = list[tuple[int, int]]
+PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+# Characters that a template may write: a long system message of its own, and its marks around each turn and word.
+MOST_OWN_TEXT = 1_000_000
+MOST_FOR_EACH_CHARACTER = 100
 
 # The formats are open-instruct's and Hugging Face's; `generation` marks the assistant's turns.
 CHAT_TEMPLATES = {
@@ -72,8 +77,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, add_bos: bo
             )
     elif name in CHAT_TEMPLATES:
         template = CHAT_TEMPLATES[name]
-    elif Path(name).is_file():
-        template = Path(name).read_text(encoding="utf-8")
+    elif Path(name).exists() and not Path(name).is_dir():
+        template = read_text(Path(name), f"chat template {name}", "name a Jinja file")
     else:
         raise InputError(
             f"no chat template {name!r}: use {', '.join(CHAT_TEMPLATES)}, tokenizer, or the path of a Jinja file"
@@ -88,11 +93,51 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, add_bos: bo
             raise InputError("--add_bos is set, but the tokenizer has no beginning-of-sequence token: drop the flag")
         template = "{{ bos_token }}" + template
     tokenizer.chat_template = template
-    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     try:
-        render(tokenizer, [probe])
-    except TemplateError as error:
-        raise InputError(f"chat template {name} can't be rendered: {error}") from None
+        (text,), _ = render(tokenizer, [PROBE])
+    except InputError as error:
+        raise InputError(f"chat template {name}: {error}") from None
+    if not text.strip():
+        raise InputError(f"chat template {name} writes nothing for a conversation: mend it, or use another")
+
+
+def render_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[Messages],
+    template: str | None = None,
+    marks_answers: bool = False,
+    **options: Any,
+) -> tuple[list[str], list[Spans]]:
+    """Return the text of each conversation. All rendering of chat templates is done here, with limits.
+
+    Args:
+        tokenizer: gives the special tokens.
+        batch: the conversations.
+        template: the template; None: the tokenizer's own.
+        marks_answers: the template has `generation` blocks, whose spans are returned.
+        options: further variables of the template, as `add_generation_prompt`.
+
+    Raises:
+        InputError: the template is malformed, refuses a conversation, computes for ever or writes without end.
+    """
+    template = str(tokenizer.chat_template) if template is None else template
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    roles = ", ".join(dict.fromkeys(str(message.get("role"))[:20] for messages in batch for message in messages))
+    what = f"chat template {template[:30]!r}… with turns of {roles}"
+    remedy = "mend it, use another with --chat_template_name, or change the rows"
+    with evaluating_input(what, remedy, SECONDS + len(batch)):
+        texts, spans = render_jinja_template(
+            list(batch),
+            chat_template=template,
+            return_assistant_tokens_mask=marks_answers,
+            **{**special, **options},
+        )
+        for text, messages in zip(texts, batch, strict=True):
+            most = MOST_OWN_TEXT + MOST_FOR_EACH_CHARACTER * sum(len(str(message)) for message in messages)
+            if len(text) > most:
+                raise ValueError(f"it writes {len(text):,} characters")
+            text.encode()  # half of a surrogate pair can't be tokenised
+    return texts, spans
 
 
 def render(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages]) -> tuple[list[str], list[Spans]]:
@@ -102,16 +147,11 @@ def render(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages]) -> tup
     what stands before; then the spans are the differences between its prefixes.
 
     Raises:
-        InputError: the template has no `generation` block and rewrites earlier turns.
+        InputError: as `render_texts`; or the template has no `generation` block and rewrites earlier turns.
     """
-    template = str(tokenizer.chat_template)
-    if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        texts, spans = render_jinja_template(
-            list(batch), chat_template=template, return_assistant_tokens_mask=True, **special
-        )
-        return texts, spans
-    texts = [tokenizer.apply_chat_template(list(messages), tokenize=False) for messages in batch]
+    if re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
+        return render_texts(tokenizer, batch, marks_answers=True)
+    texts, _ = render_texts(tokenizer, batch)
     return texts, [spans_by_prefix(tokenizer, messages, text) for messages, text in zip(batch, texts, strict=True)]
 
 
@@ -125,8 +165,8 @@ def spans_by_prefix(tokenizer: PreTrainedTokenizerBase, messages: Messages, text
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = tokenizer.apply_chat_template(list(messages[:index]), tokenize=False, add_generation_prompt=True)
-        until = tokenizer.apply_chat_template(list(messages[: index + 1]), tokenize=False)
+        (prompt,), _ = render_texts(tokenizer, [messages[:index]], add_generation_prompt=True)
+        (until,), _ = render_texts(tokenizer, [messages[: index + 1]])
         if not until.startswith(prompt) or not text.startswith(until):
             raise InputError(
                 "this chat template rewrites earlier turns when the conversation continues, so the loss mask can't "
@@ -144,12 +184,7 @@ def tokenize(
     Raises:
         InputError: the chat template can't hold a conversation, for example a system message, or two turns of one role.
     """
-    try:
-        texts, character_spans = render(tokenizer, batch)
-    except TemplateError as error:
-        raise InputError(
-            f"the chat template refuses a conversation ({error}): change the rows, or --chat_template_name"
-        ) from None
+    texts, character_spans = render(tokenizer, batch)
     encoded = tokenizer(
         texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )

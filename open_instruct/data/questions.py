@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.data import forms, reading
+from open_instruct.data import chat, forms, reading
 from open_instruct.data.bad_rows import BadRows, note
 from open_instruct.data.reading import Row
 from open_instruct.errors import InputError, warn
@@ -91,11 +90,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]
     Raises:
         InputError: the chat template can't hold it, for example a system message, or two turns of one role.
     """
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        roles = ", ".join(str(message["role"]) for message in messages)
-        raise InputError(
-            f"the chat template refuses a conversation of {roles} ({error}): change the rows, or --chat_template_name"
-        ) from None
-    return tokenizer(str(text), add_special_tokens=False)["input_ids"]
+    (text,), _ = chat.render_texts(tokenizer, [messages], add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise InputError("the chat template writes nothing for a question: use another with --chat_template_name")
+    return ids

@@ -3,23 +3,69 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from typing import Any
 
+from open_instruct.errors import reason_of
 
-def not_an_object(name: str, text: str) -> str | None:
+
+def not_an_object(text: str) -> str | None:
     """Refuse text that is not a JSON object."""
     try:
-        value = json.loads(text)
+        parse_object(text)
     except (ValueError, RecursionError) as error:
-        return f"it is not a JSON object ({error}): check quotes and braces"
-    return None if isinstance(value, dict) else f"it is not a JSON object but a {type(value).__name__}"
+        return f"it is not a JSON object ({reason_of(error)}): check quotes and braces"
+    return None
 
 
-def odd_pairs(words: list[str]) -> str | None:
-    """Refuse a mixture whose last member has no amount."""
-    if len(words) % 2 == 0:
-        return None
-    return f"it has {len(words)} words: give pairs of NAME_OR_FILE and COUNT_OR_SHARE"
+def parse_object(text: str) -> dict[str, Any]:
+    """Return a JSON object of different keys and finite numbers.
+
+    Raises:
+        ValueError: it is something else.
+        RecursionError: it is nested too deeply.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [key for key, count in Counter(key for key, _ in items).items() if count > 1]
+        if twice:
+            raise ValueError(f"the key {twice[0]!r} stands there twice")
+        return dict(items)
+
+    def finite(digits: str) -> float:
+        number = float(digits)
+        if not math.isfinite(number):
+            raise ValueError(f"{digits[:40]} is not finite")
+        return number
+
+    value = json.loads(text, object_pairs_hook=pairs, parse_float=finite, parse_constant=finite)
+    if not isinstance(value, dict):
+        raise ValueError(f"it is a {type(value).__name__}")
+    return value
+
+
+def bad_mixer(text: str) -> str | None:
+    """Refuse a mixture that is no JSON object of data sets and amounts."""
+    if reason := not_an_object(text):
+        return reason
+    return bad_mixture([part for name, amount in parse_object(text).items() for part in (name, str(amount))])
+
+
+def bad_mixture(words: list[str]) -> str | None:
+    """Refuse a mixture whose last member has no amount, or an amount that can't mean rows."""
+    if not words or len(words) % 2:
+        return f"it has {len(words)} words: give pairs of NAME_OR_FILE and COUNT_OR_SHARE"
+    for name, amount in zip(words[::2], words[1::2], strict=True):
+        try:
+            means_rows = 0 < float(amount) <= 1 if "." in amount else int(amount) > 0
+        except ValueError:
+            means_rows = False
+        if not name.strip():
+            return "a data set's name is empty: give a file, a folder or a name"
+        if not means_rows:
+            return f"amount {amount[:40]!r} of {name} must be a number of rows (2000), or a share up to 1.0 (0.5)"
+    return None
 
 
 def unused_init_text(flags: Any) -> str | None:
@@ -57,7 +103,7 @@ def needs_packing(flags: Any) -> str | None:
 
 def bad_checkpointing_steps(text: str) -> str | None:
     """Refuse what is neither `epoch` nor a positive number of steps."""
-    if text == "epoch" or (text.isascii() and text.isdigit() and int(text[:20]) > 0):
+    if text == "epoch" or (text.isascii() and text.isdigit() and len(text) < 11 and int(text) > 0):
         return None
     return "it is neither a positive number of steps nor `epoch`"
 

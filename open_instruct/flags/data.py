@@ -12,6 +12,7 @@ BAD_ROWS = (
     "what to do with rows that can't be used (malformed, without text, without an answer …): error: count them, name "
     "the first three, and stop; skip: count them and leave them out"
 )
+MAX_ROWS = 10**12
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,15 @@ class DataFlags:
         None,
         "JSON object that maps data sets or files to rows (2000) or shares (0.5): '{\"a.jsonl\": 0.5}'",
         in_study="same",
-        check=lambda flags: checks.not_an_object("dataset_mixer", flags.dataset_mixer),
+        check=lambda flags: checks.bad_mixer(flags.dataset_mixer),
         on_resume="content",
+        form="json",
     )
     dataset_mixer_list: list[str] | None = flag(
         None,
         "the same as a list: NAME_OR_FILE COUNT_OR_SHARE NAME_OR_FILE …; 1.0 takes all rows",
         in_study="same",
-        check=lambda flags: checks.odd_pairs(flags.dataset_mixer_list),
+        check=lambda flags: checks.bad_mixture(flags.dataset_mixer_list),
         differs="no data set is downloaded unless named",
         on_resume="content",
     )
@@ -81,10 +83,20 @@ class DataFlags:
         on_resume="content",
     )
     max_eval_samples: int = flag(
-        500, "largest number of held-out rows used", at_least=1, in_study="same", on_resume="content"
+        500,
+        "largest number of held-out rows used",
+        at_least=1,
+        in_study="same",
+        on_resume="content",
+        at_most=MAX_ROWS,
     )
     max_train_samples: int | None = flag(
-        None, "largest number of training rows used, drawn by seed", at_least=1, in_study="same", on_resume="content"
+        None,
+        "largest number of training rows used, drawn by seed",
+        at_least=1,
+        in_study="same",
+        on_resume="content",
+        at_most=MAX_ROWS,
     )
     max_seq_length: int | None = flag(
         None,
@@ -92,9 +104,14 @@ class DataFlags:
         at_least=2,
         in_study="same",
         on_resume="content",
+        at_most=10**9,
     )
     preprocessing_num_workers: int | None = flag(
-        None, "threads that tokenise; unset: all cores", at_least=1, on_resume="free"
+        None,
+        "threads that tokenise; unset: all cores",
+        at_least=1,
+        on_resume="free",
+        at_most=1024,
     )
     cache_dataset_only: bool = flag(False, "tokenise, fill the cache, and stop", in_study="decided", on_resume="free")
     overwrite_cache: bool = flag(False, "tokenise again even if the cache holds the result", on_resume="free")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, field
+from pathlib import Path
 from typing import Any, Literal
+
+from open_instruct.errors import visible
 
 MAX_INT = 2**62  # whole numbers beyond it fit no counter
 
@@ -29,6 +32,7 @@ def flag(
     shown: bool = False,
     differs: str | None = None,
     optional_value: Any = None,
+    form: Literal["name", "text", "json"] = "name",
 ) -> Any:
     """Declare a flag.
 
@@ -52,6 +56,7 @@ def flag(
         shown: printed with its origin before the first step.
         differs: why the default is not open-instruct's.
         optional_value: value if the flag is given without one.
+        form: of a text. "name": one line; "text": any; "json": a JSON object, which a YAML file may give as a mapping.
     """
     facts = dict(locals())
     default = facts.pop("default")
@@ -81,7 +86,28 @@ def out_of_bounds(item: Field[Any], value: Any) -> str | None:
     if inside:
         return None
     rule = " and ".join(f"{words} {bound:.10g}" for words, bound in bounds.items() if bound is not None)
-    return f"--{item.name} {value} is out of range: it must be " + (rule or "finite")
+    shown = str(value) if abs(value) <= MAX_INT or not isinstance(value, int) else "(a number that fits no counter)"
+    return f"--{item.name} {shown} is out of range: it must be " + (rule or "finite")
+
+
+def unusable_text(value: Any, several_lines: bool = False) -> str | None:
+    """Return why a text, or a text in a list, can be no flag's value, or None. Values of other types pass.
+
+    Args:
+        value: the value, or a list of values.
+        several_lines: the text may have line breaks.
+    """
+    for text in value if isinstance(value, (list, tuple)) else [value]:
+        if not isinstance(text, (str, Path)):
+            continue
+        text = str(text)
+        if not text.strip():
+            return "is empty: give a value, or leave the flag out"
+        if "\0" in text or (not several_lines and not text.isprintable() and any(char in text for char in "\n\r")):
+            return f"{visible(text)[:80]!r} holds a line break or a null character: remove it"
+        if any("\ud800" <= char <= "\udfff" for char in text):  # how Python holds bytes that are no UTF-8
+            return f"{visible(text)[:80]} is not UTF-8: rename it, or give another"
+    return None
 
 
 def problems_of(flags: Any, fields: Iterable[Field[Any]], given: Mapping[str, str], method: str | None) -> list[str]:
@@ -98,6 +124,9 @@ def problems_of(flags: Any, fields: Iterable[Field[Any]], given: Mapping[str, st
         name, facts, value = item.name, item.metadata, getattr(flags, item.name)
         if bounds := out_of_bounds(item, value):
             problems.append(bounds)
+        if wrong := unusable_text(value, facts["form"] != "name"):
+            problems.append(f"--{name} {wrong}")
+            continue
         if name not in given or value is None or value is False:
             continue
         if facts["methods"] and method is not None and method not in facts["methods"]:
@@ -107,6 +136,6 @@ def problems_of(flags: Any, fields: Iterable[Field[Any]], given: Mapping[str, st
         if facts["needs"] and not getattr(flags, facts["needs"]):
             problems.append(f"--{name} has no effect without --{facts['needs']}: remove it, or set that flag")
         if facts["check"] and (reason := facts["check"](flags)):
-            shown = "" if isinstance(value, bool) else f" {value}"
+            shown = "" if isinstance(value, bool) else f" {str(value)[:200]}"
             problems.append(f"--{name}{shown}: {reason}")
     return problems

@@ -12,6 +12,7 @@ PROMPT_INITS = Literal["screened", "text", "sample_vocab", "random"]
 PREFIX_INITS = Literal["screened", "text", "zero", "random"]
 SOFT_PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 LORA = ("lora", "qlora")
+MAX_SIZE = 10**6  # tokens, ranks, widths; what the machine's memory allows is checked with the model
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class MethodFlags:
         methods=SOFT_PROMPTS,
         shown=True,
         on_resume="same",
+        at_most=MAX_SIZE,
     )
     prompt_tuning_init: PROMPT_INITS | None = flag(
         None,
@@ -95,6 +97,7 @@ class MethodFlags:
         methods=("prompt_tuning", "prefix_tuning"),
         check=checks.unused_init_text,
         on_resume="same",
+        form="text",
     )
     prefix_init: PREFIX_INITS | None = flag(
         None,
@@ -131,8 +134,17 @@ class MethodFlags:
             else None
         ),
         on_resume="same",
+        at_most=MAX_SIZE,
     )
-    lora_rank: int = flag(64, "rank of the LoRA update", at_least=1, methods=LORA, shown=True, on_resume="same")
+    lora_rank: int = flag(
+        64,
+        "rank of the LoRA update",
+        at_least=1,
+        methods=LORA,
+        shown=True,
+        on_resume="same",
+        at_most=MAX_SIZE,
+    )
     lora_alpha: float = flag(
         16,
         "LoRA's scale: the update is multiplied by alpha / rank",
@@ -140,6 +152,7 @@ class MethodFlags:
         methods=LORA,
         shown=True,
         on_resume="same",
+        at_most=10**6,
     )
     lora_dropout: float = flag(
         0.1,
@@ -151,7 +164,13 @@ class MethodFlags:
         on_resume="same",
     )
     vera_rank: int = flag(
-        256, "rank of VeRA's shared random matrices", at_least=1, methods=("vera",), shown=True, on_resume="same"
+        256,
+        "rank of VeRA's shared random matrices",
+        at_least=1,
+        methods=("vera",),
+        shown=True,
+        on_resume="same",
+        at_most=MAX_SIZE,
     )
     vera_dropout: float = flag(
         0.0,

@@ -26,7 +26,8 @@ class ModelFlags:
         None,
         "JSON object with further arguments for from_pretrained",
         in_study="same",
-        check=lambda flags: checks.not_an_object("additional_model_arguments", flags.additional_model_arguments),
+        check=lambda flags: checks.not_an_object(flags.additional_model_arguments),
+        form="json",
         differs="a JSON object",
         on_resume="content",
     )

@@ -28,13 +28,31 @@ class OptimizationFlags:
         at_least=1,
         in_study="same",
         on_resume="content",
+        at_most=10**6,
     )
     gradient_accumulation_steps: int = flag(
-        1, "micro-batches of one process in a step", at_least=1, in_study="same", on_resume="content"
+        1,
+        "micro-batches of one process in a step",
+        at_least=1,
+        in_study="same",
+        on_resume="content",
+        at_most=10**6,
     )
-    num_train_epochs: int = flag(2, "passes over the data", at_least=1, in_study="same", on_resume="content")
+    num_train_epochs: int = flag(
+        2,
+        "passes over the data",
+        at_least=1,
+        in_study="same",
+        on_resume="content",
+        at_most=10**6,
+    )
     max_train_steps: int | None = flag(
-        None, "optimizer steps; overrides num_train_epochs", at_least=1, in_study="same", on_resume="content"
+        None,
+        "optimizer steps; overrides num_train_epochs",
+        at_least=1,
+        in_study="same",
+        on_resume="content",
+        at_most=10**9,
     )
     learning_rate: float | None = flag(
         None,
@@ -43,6 +61,7 @@ class OptimizationFlags:
         shown=True,
         differs="the method's recipe: 2e-5 is right for full fine-tuning only",
         on_resume="same",
+        at_most=10**38,
     )
     learning_rate_factor: float = flag(
         1.0,
@@ -54,6 +73,7 @@ class OptimizationFlags:
             else None
         ),
         on_resume="content",
+        at_most=10**6,
     )
     auto_lr: bool = flag(
         False,
@@ -102,6 +122,7 @@ class OptimizationFlags:
         shown=True,
         differs="the method's recipe (0)",
         on_resume="same",
+        at_most=10**4,
     )
     clip_grad_norm: float | None = flag(
         None,
@@ -132,6 +153,7 @@ class OptimizationFlags:
         at_least=2,
         check=checks.needs_packing,
         on_resume="free",
+        at_most=10**9,
     )
     attn_backend: ATTENTION_BACKENDS | None = flag(
         None,

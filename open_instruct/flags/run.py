@@ -28,16 +28,26 @@ class RunFlags:
         on_resume="free",
     )
     logging_steps: int = flag(
-        1, "steps between rows of metrics.jsonl", at_least=1, differs="every step", on_resume="free"
+        1,
+        "steps between rows of metrics.jsonl",
+        at_least=1,
+        differs="every step",
+        on_resume="free",
+        at_most=10**9,
     )
     eval_steps: int | None = flag(
         None,
         "steps between held-out evaluations; unset: a fifth of the run; 0: only at its start and end",
         at_least=0,
         on_resume="content",
+        at_most=10**9,
     )
     per_device_eval_batch_size: int | None = flag(
-        None, "examples in a padded held-out micro-batch; unset: as in training", at_least=1, on_resume="free"
+        None,
+        "examples in a padded held-out micro-batch; unset: as in training",
+        at_least=1,
+        on_resume="free",
+        at_most=10**6,
     )
     keep_best: bool = flag(
         True,
@@ -50,6 +60,7 @@ class RunFlags:
         "held-out questions that the base and the tuned model answer (three are shown, exact match counts all)",
         at_least=0,
         on_resume="free",
+        at_most=10**9,
     )
     checkpointing_steps: str | None = flag(
         None,
@@ -57,7 +68,13 @@ class RunFlags:
         check=lambda flags: checks.bad_checkpointing_steps(flags.checkpointing_steps),
         on_resume="free",
     )
-    keep_last_n_checkpoints: int = flag(3, "number of checkpoints kept; -1: all", at_least=-1, on_resume="free")
+    keep_last_n_checkpoints: int = flag(
+        3,
+        "number of checkpoints kept; -1: all",
+        at_least=-1,
+        on_resume="free",
+        at_most=10**9,
+    )
     clean_checkpoints_at_end: bool = flag(
         False,
         "delete the checkpoints when the run has finished",

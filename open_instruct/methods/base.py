@@ -138,6 +138,10 @@ class Method(ABC):
         """
         return {}
 
+    def num_numbers(self, model: Any, settings: Any) -> int:
+        """Return how many numbers a new adapter has, where flags could ask for more than a machine holds; else 0."""
+        return 0
+
     def keeps_network(self, settings: Any) -> bool:
         """Whether a network computes the soft prompt, which PEFT's format leaves out and further training needs."""
         return False

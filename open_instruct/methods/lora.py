@@ -66,6 +66,12 @@ class Lora(LayerMethod):
             "lora_dropout": adapter.get("lora_dropout", 0.0),
         }
 
+    def num_numbers(self, model: Any, settings: LoraSettings) -> int:
+        """See `Method`."""
+        from open_instruct.model.sizes import linear_sizes
+
+        return settings.lora_rank * sum(inputs + outputs for inputs, outputs in linear_sizes(model))
+
     def drops_inputs(self, settings: LoraSettings) -> bool:
         """See `Method`."""
         return settings.lora_dropout > 0

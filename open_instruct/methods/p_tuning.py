@@ -31,6 +31,12 @@ class PTuning(EmbeddingPrompt):
     max_virtual_tokens = 50
     network_remedy = "--use_prompt_tuning"
 
+    def num_numbers(self, model: Any, settings: PTuningSettings) -> int:
+        """See `Method`: the inputs, and a network of three layers."""
+        hidden = int(model.config.get_text_config().hidden_size)
+        width = settings.encoder_hidden_size or hidden
+        return settings.num_virtual_tokens * hidden + width * (2 * hidden + width)
+
     def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
         """Return a rate for the network: it depends on the width, not on the spread of the embeddings."""
         return Recipe(

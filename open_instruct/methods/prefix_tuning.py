@@ -55,6 +55,15 @@ class PrefixTuning(Method):
         }
     )
 
+    def num_numbers(self, model: Any, settings: PrefixTuningSettings) -> int:
+        """See `Method`: keys and values of each layer, with a network the layer that computes them too."""
+        text = model.config.get_text_config()
+        hidden, all_layers = int(text.hidden_size), 2 * int(text.num_hidden_layers) * int(text.hidden_size)
+        if not settings.prefix_projection:  # fewer with grouped heads, by the size of a head
+            return settings.num_virtual_tokens * all_layers // max(text.num_attention_heads, 1)
+        width = settings.encoder_hidden_size or hidden
+        return settings.num_virtual_tokens * hidden + width * (hidden + all_layers)
+
     def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
         """Return a rate in proportion to the spread of the base's own keys, or a lower one for a network."""
         spread = facts.key_std if math.isfinite(facts.key_std) else 1.5

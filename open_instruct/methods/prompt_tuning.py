@@ -35,6 +35,10 @@ class PromptTuning(EmbeddingPrompt):
     max_virtual_tokens = 100
     init_flag = "prompt_tuning_init"
 
+    def num_numbers(self, model: Any, settings: PromptTuningSettings) -> int:
+        """See `Method`."""
+        return settings.num_virtual_tokens * int(model.config.get_text_config().hidden_size)
+
     def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
         """Return a rate in proportion to the embeddings' spread: a step must be large on that scale."""
         return Recipe(

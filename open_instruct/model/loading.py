@@ -24,13 +24,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from open_instruct.errors import InputError, input_faults, one_line
+from open_instruct.errors import PANIC, InputError, input_faults, one_line
 from open_instruct.model.backends import FLASH_CAPABILITY
 from open_instruct.model.configuration import check_causal, loader_arguments, with_arguments
+from open_instruct.model.sizes import check_sizes
 from open_instruct.model.weights import check_finite, misfit, scales_of, some_of
 
 OF_TEXT_MODEL = re.compile(r"(^|\.)(language_model|text_model)\.|^(model\.)?layers\.\d")  # within other models, too
 INDEX = "model.safetensors.index.json"  # of weights in several files
+SMALL_FILES = ("*.json", "*.jinja")  # what transformers reads beside the weights
 
 
 def load_config(name: str, arguments: str | None = None, **options: Any) -> PretrainedConfig:
@@ -48,7 +50,9 @@ def load_config(name: str, arguments: str | None = None, **options: Any) -> Pret
     with readable(f"model {name}"):
         config = AutoConfig.from_pretrained(name, **options)
     check_causal(config, name)
-    return with_arguments(config, arguments)
+    config = with_arguments(config, arguments)
+    check_sizes(config, name)
+    return config
 
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
@@ -64,14 +68,46 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there is no tokenizer, or no fast one.
     """
+    check_files(Path(name))
     with readable(f"tokenizer {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **options)
     if not tokenizer.is_fast:
         raise InputError(f"tokenizer {name} has no fast form, which the loss masks need: add its tokenizer.json")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-    tokenizer.padding_side = "right"
+    with readable(f"tokenizer {name}"):
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.padding_side = "right"
+        try_tokenizer(tokenizer)
     return tokenizer
+
+
+def try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Use a tokenizer in all the ways in which it will be used: a damaged one raises errors at its first use only."""
+    encoded = tokenizer(["a b", "ä"], add_special_tokens=False, return_offsets_mapping=True)
+    tokenizer(["a b"])
+    tokenizer.decode(encoded["input_ids"][0], skip_special_tokens=True)
+    max(tokenizer.get_vocab().values())
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise ValueError(f"its chat template is a {type(tokenizer.chat_template).__name__}, not a text")
+    for text in tokenizer.special_tokens_map.values():
+        if not isinstance(text, str | list):
+            raise ValueError(f"the special token {text!r} is no text")
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a folder in which one of the small files of a model is no file that can be read.
+
+    Raises:
+        InputError: naming it.
+    """
+    names = [name for pattern in SMALL_FILES for name in folder.glob(pattern)] if folder.is_dir() else []
+    for path in names:
+        if path.is_dir() or (path.exists() and not path.is_file()):  # a pipe would be waited for, for ever
+            raise InputError(
+                f"{path} is {'a folder' if path.is_dir() else 'a pipe or a device'}, not a file: remove it"
+            )
+        with input_faults(str(path), "mend its permissions, or copy it again"):
+            path.open("rb").close()
 
 
 def check_model_folder(name: str) -> None:
@@ -83,6 +119,7 @@ def check_model_folder(name: str) -> None:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise InputError(f"model folder {name} has no config.json: name the folder that holds the model")
+    check_files(path)
     if path.is_file():
         raise InputError(f"model {name} is a file: name the folder that holds it")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
@@ -149,7 +186,9 @@ def readable(what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+            raise
         text = one_line(error, 400)
         raise InputError(f"{what} can't be loaded ({text}): check the name, the folder and the network") from error
 

@@ -35,6 +35,7 @@ def markdown(result: dict[str, Any]) -> str:
                 f"| {number} | {token['norm']:.3g} | {moved} | {token_list(token['cosine'])} "
                 f"| {token_list(token['distance'])} | {before} |"
             )
+    lines += ["", *(f"Left out: {text}." for text in result["broken"])] if "broken" in result else []
     if result.get("drift"):
         lines += ["", "Drift:", "", "| step | mean distance from the start | mean length |", "|---|---|---|"]
         lines += [f"| {row['step']} | {row['distance']:.3g} | {row['norm']:.3g} |" for row in result["drift"]]

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from open_instruct.adapters.answer_metrics import NORMALISERS
+from open_instruct.adapters.answer_metrics import NORMALISERS, check_regex
 from open_instruct.command_line import flags_in
-from open_instruct.errors import InputError, one_line
+from open_instruct.errors import InputError, visible
 from open_instruct.flags import METHOD_NAMES, names_with
+from open_instruct.flags.declare import unusable_text
+from open_instruct.flags.optimization import MAX_SEED
+from open_instruct.small_files import read_yaml
 
+MAX_TRIALS = 10_000
+MAX_BOUND = 1e9  # of a searched range
+MAX_NAME = 100  # characters: names of trials' folders and the pictures' legends hold them
 SEARCH_KINDS = ("grid", "random", "halving")
 # Data, tokens and precision: a comparison in which methods differ in these says nothing about the methods.
 SAME_FOR_ALL = names_with("in_study", "same")
@@ -69,12 +73,7 @@ def read_study(path: Path) -> Study:
     Raises:
         InputError: the file can't be read, or something in it is wrong; every problem is named at once.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"study {path} can't be read: {one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"study {path} holds a {type(content).__name__}: it must map names to values")
+    content = read_yaml(path, f"study {path}")
     problems: list[str] = []
     known = {"name", "output_dir", "flags", "methods", "search", "seeds", "report", "keep_full_weights"}
     check_keys(content, known, "", problems)
@@ -86,6 +85,7 @@ def read_study(path: Path) -> Study:
     for key in flags:
         if flag_name(key) in SET_BY_STUDY:
             problems.append(f"flags.{key} is decided by the study: remove it")
+    check_spellings(flags, "flags", problems)
     search_kind = one_of(search.get("kind", "grid"), SEARCH_KINDS, "search.kind", problems)
     shared_space = read_space(mapping(search, "space", problems, "search."), "search.space", search_kind, problems)
     specs = tuple(
@@ -94,24 +94,31 @@ def read_study(path: Path) -> Study:
     )
     if not specs:
         problems.append(f"methods is empty: name at least one of {', '.join(METHOD_NAMES)}")
-    name = str(content.get("name", path.stem))
+    name = content.get("name") or path.stem
+    check_name(name, "name", problems)
+    output_dir = content.get("output_dir") or f"output/studies/{name}"
+    if not isinstance(output_dir, str) or unusable_text(output_dir):
+        problems.append(f"output_dir {visible(str(output_dir))!r} is no name of a folder")
+    keeps = content.get("keep_full_weights", False)
+    if not isinstance(keeps, bool):
+        problems.append(f"keep_full_weights {keeps!r} is neither true nor false")
     study = Study(
-        name=name,
+        name=str(name),
         path=path,
-        output_dir=Path(str(content.get("output_dir", f"output/studies/{name}"))),
+        output_dir=Path(str(output_dir)),
         flags=flags,
         specs=specs,
         search_kind=search_kind,
         num_candidates=integer(search, "points", 20, 1, "search.", problems),
         eta=integer(search, "eta", 3, 2, "search.", problems),
-        search_seed=integer(search, "seed", 0, 0, "search.", problems),
+        search_seed=integer(search, "seed", 0, 0, "search.", problems, MAX_SEED),
         seeds=read_seeds(content.get("seeds", [1, 2, 3]), problems),
         num_questions=integer(report, "questions", 50, 0, "report.", problems),
         max_new_tokens=integer(report, "max_new_tokens", 128, 1, "report.", problems),
         answer_regex=report.get("answer_regex"),
         normalise=one_of(report.get("normalise", "none"), NORMALISERS, "report.normalise", problems),
         other_text=Path(str(report["other_text"])) if report.get("other_text") else None,
-        keep_full_weights=bool(content.get("keep_full_weights", False)),
+        keep_full_weights=keeps is True,
     )
     check_whole_study(study, problems)
     if problems:
@@ -132,10 +139,44 @@ def check_whole_study(study: Study, problems: list[str]) -> None:
         unsearched = [spec.name for spec in study.specs if not spec.space]
         if unsearched:
             problems.append(f"{', '.join(unsearched)}: nothing to search: give search.space, or use search.kind grid")
-    if study.search_kind == "halving" and not study.flags.get("max_train_steps"):
-        problems.append("search.kind halving shortens runs: set flags.max_train_steps")
+    max_steps = study.flags.get("max_train_steps")
+    if study.search_kind == "halving" and (type(max_steps) is not int or max_steps < 1):
+        problems.append("search.kind halving shortens runs: set flags.max_train_steps to a number of steps")
+    num_trials = sum(most_trials(study, spec) for spec in study.specs)
+    if num_trials > MAX_TRIALS:
+        problems.append(f"there are {num_trials:,} trials, and {MAX_TRIALS:,} are allowed: search fewer points")
+    if study.answer_regex is not None:
+        try:
+            check_regex(study.answer_regex, "report.answer_regex")
+        except InputError as error:
+            problems.append(str(error))
     if study.other_text and not study.other_text.is_file():
         problems.append(f"report.other_text {study.other_text}: no such file")
+
+
+def most_trials(study: Study, spec: MethodSpec) -> int:
+    """Return about how many trials a method's search takes."""
+    num_seeds = len(study.seeds)
+    if study.search_kind == "grid":
+        return math.prod(len(axis.values) for axis in spec.space) * num_seeds
+    return 2 * study.num_candidates + num_seeds if study.search_kind == "halving" else study.num_candidates + num_seeds
+
+
+def check_name(name: Any, source: str, problems: list[str]) -> None:
+    """Add a name to `problems` that can't be part of the name of a folder, or that no report could show."""
+    is_name = isinstance(name, str) and name.strip() == name and name.isprintable() and 0 < len(name) <= MAX_NAME
+    if not is_name or name.startswith((".", "-")) or "/" in name or "\\" in name:
+        shown = visible(str(name))[:MAX_NAME]
+        problems.append(
+            f"{source} {shown!r} is no name: use up to {MAX_NAME} characters that can be seen, without / and \\, "
+            "and no dash or point at the start"
+        )
+
+
+def check_spellings(content: dict[str, Any], source: str, problems: list[str]) -> None:
+    """Add to `problems` a flag that stands there twice, once with dashes: one of the two would be lost."""
+    names = [flag_name(key) for key in content]
+    problems += [f"{source}.{name} is set twice: remove one" for name in dict.fromkeys(names) if names.count(name) > 1]
 
 
 def method_spec(
@@ -154,10 +195,12 @@ def method_spec(
     if not isinstance(content, dict):
         problems.append(f"methods.{name} is {content!r}: it must map flags to values")
         content = {}
+    check_name(name, "methods", problems)
     source = f"methods.{name}" + (".method" if "method" in content else "")
     method = one_of(content.get("method", name), METHOD_NAMES, source, problems)
     own_space = mapping(content, "space", problems, f"methods.{name}.")
     flags = {key: value for key, value in content.items() if key not in ("method", "space")}
+    check_spellings({**flags, **own_space}, f"methods.{name}", problems)
     for key in dict.fromkeys([*flags, *own_space]):
         if flag_name(key) in (*SAME_FOR_ALL, *SET_BY_STUDY):
             problems.append(f"methods.{name}.{key} must be the same for all methods: set it under flags")
@@ -193,7 +236,7 @@ def read_space(content: dict[str, Any], source: str, search_kind: str, problems:
                 f"{source}.{name} is a range: a grid needs a list of values; ranges are for random and halving"
             )
         elif (
-            not all(isinstance(number, int | float) and number > 0 for number in value.values())
+            not all(type(number) in (int, float) and 0 < number < MAX_BOUND for number in value.values())
             or not value["low"] < value["high"]
         ):
             problems.append(
@@ -206,10 +249,11 @@ def read_space(content: dict[str, Any], source: str, search_kind: str, problems:
 
 def mapping(content: dict[str, Any], name: str, problems: list[str], source: str = "") -> dict[str, Any]:
     """Return the mapping under a key, empty where the key is missing. `methods` may also be a list of names."""
-    value = content.get(name) or {}
+    value = content.get(name)
+    value = {} if value is None else value
     if isinstance(value, dict):
         return value
-    if name == "methods" and isinstance(value, list):
+    if name == "methods" and isinstance(value, list) and len(set(map(str, value))) == len(value):
         return dict.fromkeys(map(str, value))
     problems.append(f"{source}{name} is {value!r}: it must map names to values")
     return {}
@@ -232,19 +276,27 @@ def one_of(value: Any, choices: tuple[str, ...], source: str, problems: list[str
     return str(value)
 
 
-def integer(content: dict[str, Any], name: str, default: int, smallest: int, source: str, problems: list[str]) -> int:
-    """Return the integer under a key, or the default where it is missing, no integer, or below `smallest`."""
+def integer(
+    content: dict[str, Any],
+    name: str,
+    default: int,
+    smallest: int,
+    source: str,
+    problems: list[str],
+    largest: int = 10**9,
+) -> int:
+    """Return the integer under a key, or the default where it is missing, no integer, or out of bounds."""
     value = content.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-        problems.append(f"{source}{name} {value!r} is not a whole number of at least {smallest}")
+    if type(value) is not int or not smallest <= value <= largest:
+        problems.append(f"{source}{name} {value!r} is not a whole number of at least {smallest} and at most {largest}")
         return default
     return value
 
 
 def read_seeds(value: Any, problems: list[str]) -> tuple[int, ...]:
     """Return the study's seeds: at least one, each a whole number, no two alike."""
-    are_numbers = isinstance(value, list) and value and all(isinstance(seed, int) and seed >= 0 for seed in value)
-    if not are_numbers or len(set(value)) < len(value):
-        problems.append(f"seeds {value!r}: give a list of different whole numbers")
+    are_numbers = isinstance(value, list) and value and all(type(seed) is int for seed in value)
+    if not are_numbers or len(set(value)) < len(value) or not all(0 <= seed <= MAX_SEED for seed in value):
+        problems.append(f"seeds {str(value)[:200]}: give a list of different whole numbers from 0 to {MAX_SEED}")
         return (1,)
     return tuple(value)

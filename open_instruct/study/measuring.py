@@ -10,14 +10,14 @@ from open_instruct.adapters.answer_metrics import exact_matches
 from open_instruct.adapters.generation import greedy_answers
 from open_instruct.adapters.loaded import max_length
 from open_instruct.adapters.scoring import answer_losses
-from open_instruct.data import dataset, reading
+from open_instruct.data import dataset
 from open_instruct.model.evaluation_mode import evaluating
+from open_instruct.study import other_text
 from open_instruct.study.config import Study
 from open_instruct.training.load_data import Data
 from open_instruct.training.sample_answers import question_of
 
 SCORING_BATCH_SIZE = 16  # rows
-MAX_OTHER_ROWS = 200  # of the text that measures forgetting
 
 
 def measure_trial(study: Study, model: Any, tokenizer: Any, data: Data) -> dict[str, Any]:
@@ -80,10 +80,8 @@ def other_examples(study: Study, tokenizer: Any, longest: int) -> list[dict[str,
     """
     if study.other_text is None:
         return []
-    if study.other_text.suffix == ".txt":
-        lines = [line for line in study.other_text.read_text(encoding="utf-8").splitlines() if line.strip()]
-        ids = [tokenizer(line)["input_ids"][:longest] for line in lines[:MAX_OTHER_ROWS]]
+    if other_text.is_plain(study.other_text):
+        ids = [tokenizer(line)["input_ids"][:longest] for line in other_text.passages(study.other_text)]
         return [{"input_ids": row, "spans": [1, len(row)]} for row in ids if len(row) > 1]
-    named = reading.conversations(reading.read_files([study.other_text]), "messages")
-    examples = dataset.build(named, tokenizer, longest, "", None)
-    return [examples[i] for i in range(min(MAX_OTHER_ROWS, len(examples)))]
+    examples = dataset.build(other_text.conversations(study.other_text), tokenizer, longest, "", None)
+    return [examples[i] for i in range(min(other_text.MAX_ROWS, len(examples)))]

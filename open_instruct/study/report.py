@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import jinja2
 
+from open_instruct.errors import visible
 from open_instruct.files import write_json, write_text
 from open_instruct.study.config import Study
 from open_instruct.study.figures import Estimate, MethodFigures, PairDifference, StudyFigures, analyse
@@ -69,6 +71,7 @@ def write(study: Study, results: StudyResults, num_workers: int) -> str:
     folder = study.output_dir
     figures = analyse(results)
     sentences = summarise(figures, results.num_missing, num_workers)
+    sentences += [f"Damaged, and left out: {text}." for text in results.damaged]
     pictures = [
         Picture(file, caption, base64.b64encode((folder / file).read_bytes()).decode())
         for file, caption in draw_all(figures, folder).items()
@@ -105,8 +108,28 @@ def render_page(template: str, content: dict[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["cell"] = lambda text: text.replace("|", "\\|")
+    environment.filters["cell"] = lambda text: markdown_text(text).replace("|", "\\|")
+    environment.filters["text"] = markdown_text
+    environment.filters["fence"] = fence
     return environment.get_template(template).render(content)
+
+
+def markdown_text(text: str) -> str:
+    """Return a text that Markdown shows as it is, on one line: without HTML, code, links and emphasis."""
+    flat = visible(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"(`|\](?=\())", r"\\\1", flat)
+
+
+def fence(text: str) -> str:
+    """Return a line of backticks longer than any in a text, to put around it."""
+    return "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
+
+
+def spreadsheet_text(value: Any) -> Any:
+    """Return a cell that no spreadsheet takes for a formula: a text that looks like one gets an apostrophe."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("=", "+", "-", "@")):
+        return value
+    return value if re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", value) else f"'{value}"
 
 
 def methods_table(figures: StudyFigures) -> Table:
@@ -208,5 +231,5 @@ def csv_text(trials: Sequence[TrialResult]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: spreadsheet_text(value) for name, value in row.items()} for row in rows)
     return text.getvalue()

@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from open_instruct.errors import InputError
+from open_instruct import small_files
+from open_instruct.errors import InputError, input_faults, warn
 from open_instruct.ranking import finite_or_inf
 from open_instruct.study import search, trials
 from open_instruct.study.config import Study
@@ -52,6 +53,7 @@ class StudyResults:
     trials: list[TrialResult]
     num_missing: int  # trials that are known to be needed and have not finished
     bases: dict[str, dict[str, Any]]  # figures of the base model that each method started from, by the method's name
+    damaged: list[str]  # what is wrong with the files of trials that count as missing for it
 
 
 def split_loss(summary: dict[str, Any], part: str) -> float:
@@ -99,11 +101,12 @@ def collect(study: Study) -> StudyResults:
         InputError: no trial has succeeded, or the data changed between trials.
     """
     by_key: dict[str, TrialResult] = {}
+    damaged: list[str] = []
     num_missing = 0
     for spec in study.specs:
         losses: dict[str, float] = {}
         while stage := search.next_trials(study, spec, losses):
-            results = {trial.key: read_result(study, trial) for trial in stage}
+            results = {trial.key: read_or_note(study, trial, damaged) for trial in stage}
             finished = {key: result for key, result in results.items() if result is not None}
             by_key |= finished
             if len(finished) < len(results):
@@ -111,6 +114,8 @@ def collect(study: Study) -> StudyResults:
                 break
             losses |= {key: result.choosing_loss for key, result in finished.items()}
     succeeded = [result for result in by_key.values() if not result.failed]
+    for text in damaged:
+        warn(text)
     if not succeeded:
         raise InputError(
             f"no trial of {study.path} has succeeded in {study.output_dir}: see trials/*/failed.json and log.txt there"
@@ -120,23 +125,47 @@ def collect(study: Study) -> StudyResults:
         raise InputError(
             f"the data of {study.path} changed between trials in {study.output_dir}: name another output_dir"
         )
-    return StudyResults(list(by_key.values()), num_missing, {result.spec_name: result.base for result in succeeded})
+    bases = {result.spec_name: result.base for result in succeeded}
+    return StudyResults(list(by_key.values()), num_missing, bases, damaged)
+
+
+def read_or_note(study: Study, trial: Trial, damaged: list[str]) -> TrialResult | None:
+    """Read a trial's run folder; None where it is damaged, which is added to `damaged`, or not finished."""
+    try:
+        return read_result(study, trial)
+    except InputError as error:
+        damaged.append(f"{trial.spec_name} ({trial.label}): {error}")
+        return None
 
 
 def read_result(study: Study, trial: Trial) -> TrialResult | None:
-    """Read a trial's run folder; None while it has not finished."""
+    """Read a trial's run folder; None while it has not finished.
+
+    Raises:
+        InputError: a file of it, or of its base, is damaged.
+    """
     from open_instruct.training.settings import base_model_settings  # these import torch
     from open_instruct.training.tracking import read_metrics
 
     task = trials.Task(study, trial)
-    summary = trials.read_outcome(task)
+    summary = trials.sound_outcome(task)
     if summary is None:
         return None
+    rate, curve, base = math.nan, [], None
+    if "failed" not in summary:
+        base_path = trials.base_path(task, base_model_settings(trials.trial_flags(task, check=False)[0]).key)
+        base = trials.read_base(base_path)
+        with input_faults(str(base_path), trials.REPEAT):
+            if base is None or (base["data"] == summary["data"] and not same_rows(base, summary)):
+                raise ValueError("it is missing or damaged, or has other rows than the trial")
     run_file = task.folder / "run.json"
-    flags = json.loads(run_file.read_text(encoding="utf-8"))["flags"] if run_file.exists() else {}
-    rows = read_metrics(task.folder / "metrics.jsonl")
-    base_key = base_model_settings(trials.trial_flags(task, check=False)[0]).key
-    base_path = trials.base_path(task, base_key)
+    if run_file.exists():
+        content = small_files.read_json(run_file, str(run_file), f"delete {task.folder}, and {trials.REPEAT}")
+        with input_faults(str(run_file), f"delete {task.folder}, and {trials.REPEAT}"):
+            rate = float(content["flags"]["learning_rate"]["value"])
+    with input_faults(str(task.folder / "metrics.jsonl"), f"delete {task.folder}, and {trials.REPEAT}"):
+        rows = read_metrics(task.folder / "metrics.jsonl")
+        curve = [(int(row["step"]), trials.loss_of(row["eval_loss"])) for row in rows if "eval_loss" in row]
     return TrialResult(
         spec_name=trial.spec_name,
         params=dict(trial.params),
@@ -146,7 +175,13 @@ def read_result(study: Study, trial: Trial) -> TrialResult | None:
         folder=str(task.folder),
         failed=summary.get("failed"),
         summary=summary,
-        base=trials.read_figures(base_path) if base_path.exists() else {},
-        learning_rate=float(flags["learning_rate"]["value"]) if flags else math.nan,
-        curve=[(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row],
+        base=base or {},
+        learning_rate=rate,
+        curve=curve,
     )
+
+
+def same_rows(base: dict[str, Any], summary: dict[str, Any]) -> bool:
+    """Whether a base and a trial were measured on the same rows."""
+    figures = base["study"], summary["study"]
+    return all(len({len(each[part]) for each in figures}) == 1 for part in ("rows", "choosing", "test"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from open_instruct.command_line import config_words
+from open_instruct.command_line import flag_words
 from open_instruct.ranking import finite_or_inf
 from open_instruct.study.config import Axis, MethodSpec, Study
 
@@ -36,7 +36,7 @@ class Trial:
     @property
     def words(self) -> list[str]:
         """Return the flags as words of a command line."""
-        return [word for name, value in self.flags for word in (f"--{name}", *config_words(value))]
+        return [word for name, value in self.flags for word in flag_words(name, value)]
 
     @property
     def label(self) -> str:

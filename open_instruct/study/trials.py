@@ -8,16 +8,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import math
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_instruct.command_line import parse
-from open_instruct.errors import InputError
+from open_instruct.errors import InputError, input_faults
 from open_instruct.flags import Flags, check_flags
+from open_instruct.small_files import read_json
 from open_instruct.study.config import Study
 from open_instruct.study.search import Trial
 
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from open_instruct.training.base_model import Bases
 
 FAILED = "failed.json"
+REPEAT = "run the study again, which repeats what is damaged"
+MAX_BYTES = 1 << 30  # of a summary: it holds figures of every held-out row
+NUMBERS = (
+    "steps", "tokens", "wall_seconds", "peak_memory_mb", "trainable_parameters", "total_parameters", "adapter_bytes",
+)  # fmt: skip
 MIN_HELD_OUT_ROWS = 4  # half of them choose the parameters, half are for the report
 
 
@@ -54,25 +60,81 @@ def trial_flags(task: Task, check: bool = True) -> tuple[Flags, dict[str, str]]:
 
 
 def read_outcome(task: Task) -> dict[str, Any] | None:
-    """Return a trial's summary, {"failed": reason} if it failed, or None while it has not finished."""
+    """Return a trial's summary, {"failed": reason} if it failed, or None while it has not finished.
+
+    A damaged outcome is none: the next run of the study repeats the trial.
+    """
+    try:
+        return sound_outcome(task)
+    except InputError:
+        return None
+
+
+def sound_outcome(task: Task) -> dict[str, Any] | None:
+    """Return what `read_outcome` does.
+
+    Raises:
+        InputError: the outcome's file is damaged.
+    """
     for name in ("summary.json", FAILED):
-        if (task.folder / name).exists():
-            return read_figures(task.folder / name)
+        path = task.folder / name
+        if path.exists():
+            content = read_json(path, str(path), REPEAT, MAX_BYTES)
+            with input_faults(str(path), REPEAT):
+                return {"failed": str(content["failed"])} if name == FAILED else checked_summary(content)
     return None
 
 
-def read_figures(path: Path) -> dict[str, Any]:
-    """Read a trial's summary, or the figures of a base model. Losses that were not finite, null in the file, are nan.
+def checked_summary(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a trial's summary with all that a report reads in it. Whatever it raises means damage."""
+    summary = {**content, **checked_figures(content)}
+    for name in NUMBERS:
+        if isinstance(content[name], bool) or not math.isfinite(content[name]):
+            raise ValueError(f"{name} is {content[name]!r}")
+    for name in ("base_eval_loss", "final_eval_loss"):
+        summary[name] = loss_of(content[name])
+    return summary
 
-    Args:
-        path: summary.json, failed.json or base-*.json.
-    """
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("rows", "other"):
-        rows = content.get("study", {}).get(name)
-        if rows:
-            content["study"][name] = [[math.nan if loss is None else loss, count] for loss, count in rows]
-    return content
+
+def checked_figures(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries that `measure_trial` made, of a trial or a base. Whatever it raises means damage."""
+    study = content["study"]
+    rows = {name: [[loss_of(loss), int(count)] for loss, count in study[name]] for name in ("rows", "other")}
+    for name in ("choosing", "test"):
+        if min(study[name]) < 0 or not sum(rows["rows"][index][1] for index in study[name]) > 0:
+            raise ValueError(f"{name} names no labelled token")
+    if rows["other"] and not sum(count for _, count in rows["other"]) > 0:
+        raise ValueError("the other text has no token")
+    exact = [float(match) for match in study["exact"]]
+    figures = {**study, **rows, "exact": exact, "device": str(study["device"])}
+    return {"study": figures, "data": dict(content["data"])}
+
+
+def loss_of(value: Any) -> float:
+    """Return a loss; one that is not finite stands in JSON as null."""
+    return math.nan if value is None else float(value)
+
+
+def read_base(path: Path) -> dict[str, Any] | None:
+    """Return the figures of a base model; None where its file is missing or damaged, so that they are measured anew."""
+    if not path.exists():
+        return None
+    with suppress(InputError):
+        content = read_json(path, str(path), REPEAT, MAX_BYTES)
+        with input_faults(str(path), REPEAT):
+            return {"quantised": content["quantised"], **checked_figures(content)}
+    return None
+
+
+def is_finished(task: Task) -> bool:
+    """Whether a trial's outcome is there, and the figures of its base with which a success is compared."""
+    from open_instruct.training.settings import base_model_settings
+
+    outcome = read_outcome(task)
+    if outcome is None or "failed" in outcome:
+        return outcome is not None
+    key = base_model_settings(trial_flags(task, check=False)[0]).key
+    return read_base(base_path(task, key)) is not None
 
 
 def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
@@ -98,7 +160,7 @@ def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
     from open_instruct.training.run import run
 
     outcome = read_outcome(task)
-    if outcome is not None:
+    if outcome is not None and is_finished(task):
         return outcome
     flags, origins = trial_flags(task)
     task.folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +175,8 @@ def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
     ):
         AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision per process
         base_figures(task, flags, bases)  # wrong data or a wrong model end the study
+        if outcome is not None:  # only its base had to be measured
+            return outcome
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
             run(flags, origins, bases, functools.partial(measure_trial, task.study))
@@ -143,7 +207,8 @@ def base_figures(task: Task, flags: Flags, bases: Bases) -> dict[str, Any]:
 
     base_settings = base_model_settings(flags)
     path = base_path(task, base_settings.key)
-    if not path.exists():
+    figures = read_base(path)
+    if figures is None:
         silence_transformers()
         config = base_model.load_base_config(base_settings)
         settings = before_data(flags, {}, config)
@@ -158,8 +223,9 @@ def base_figures(task: Task, flags: Flags, bases: Bases) -> dict[str, Any]:
         with torch.no_grad():
             base = bases.take(settings.model, config, tokenizer, accelerator)
             quantised = settings.model.quantise
-            write_json(path, {"quantised": quantised, **measure_trial(task.study, base, tokenizer, data)})
-    return read_figures(path)
+            figures = {"quantised": quantised, **measure_trial(task.study, base, tokenizer, data)}
+            write_json(path, figures)
+    return figures
 
 
 def base_path(task: Task, base_key: str) -> Path:

@@ -21,6 +21,7 @@ from open_instruct.flags import Flags, check_flags
 from open_instruct.methods import METHODS, Method
 from open_instruct.methods.base import TrainedAdapter
 from open_instruct.model import loading
+from open_instruct.model.sizes import check_memory
 from open_instruct.model.training_model import causal_of
 from open_instruct.model.weights import read_tensors
 from open_instruct.training.base_model import BaseModelSettings, absolute, skeleton
@@ -136,6 +137,8 @@ def put_adapter_on(
         InputError: the trained adapter does not fit the base, or PEFT can't put a new one on it.
     """
     if folder is None:
+        if model.device.type != "meta":
+            check_memory(method.num_numbers(model, settings), settings, model.device)
         try:
             wrapped: Any = method.wrap(model, tokenizer, settings)
         except (InputError, *BUGS):
