@@ -46,7 +46,7 @@ def main() -> int:
         share = args.draws // args.workers
         jobs = [(args.first + number * share, share, root) for number in range(args.workers)]
         with multiprocessing.get_context("fork").Pool(args.workers) as pool:
-            failures = sum(pool.starmap(work, jobs), [])
+            failures = [failure for found in pool.starmap(work, jobs) for failure in found]
         print(*failures, f"{len(failures)} of {args.draws} draws went wrong", sep="\n")
         return int(bool(failures))
 

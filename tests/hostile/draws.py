@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.hostile import mutations
 from tests.hostile.sandbox import ADAPTERS, Sandbox, study_text
+from tests.hostile.values import BAD_FLAGS, BAD_ROWS, BAD_STUDIES, CHANGES, FORMS, NUMBERS, PATTERNS, TEMPLATES, TEXTS
 
 REFUSED, EITHER, ACCEPTED = "refused", "either", "accepted"
 
@@ -70,10 +71,6 @@ def user(rng: random.Random, here: Path, sandbox: Sandbox, words: list[str]) -> 
     return Draw("generate_peft", [*words, "--max_new_tokens", "4"], stdin=b"reverse: cat\n")
 
 
-NUMBERS = ["nan", "inf", "-inf", "-1", "1e999", "1e400", "²", "١", "0x10", "", " ", "--", "1,5", "9" * 5000, str(2**64), "1e-400", "None", "True", "\x00", "1\n2", "- 1", "1_000"]  # fmt: skip
-TEXTS = ["", " ", "\x00", "\n", "x" * 5000, "../..", "/dev/null", "/dev/zero", "$\\lr=1$", "a/b", "-", "--seed", "\udcff", "[]", "{", "~", "{{", "nan", "http://x", "%s"]  # fmt: skip
-
-
 @kind(12)
 def flag_of_a_run(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
     """Any flag of the trainer with any odd value."""
@@ -86,20 +83,6 @@ def flag_of_a_run(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
     draw = finetune(sandbox, here, *rng.choice([[f"--{name}", value], [f"--{name}={value}"], [f"--{name}"]]))
     draw.words += rng.choice([[], ["--dry_run"]])
     return draw
-
-
-BAD_FLAGS = [
-    ["--learning_rate", "nan"], ["--learning_rate", "inf"], ["--weight_decay", "inf"], ["--weight_decay", "nan"], ["--clip_grad_norm", "nan"],
-    ["--seed", "4294967296"], ["--seed", "-1"], ["--checkpointing_steps", "²"], ["--num_virtual_tokens", "1000000000"], ["--num_virtual_tokens", "-3"],
-    ["--max_train_steps", "0"], ["--max_train_steps", "-2"], ["--validation_fraction", "1"], ["--validation_fraction", "nan"], ["--timeout", "nan"],
-    ["--warmup_ratio", "1.5"], ["--warmup_ratio", "nan"], ["--per_device_train_batch_size", "0"], ["--gradient_accumulation_steps", "0"],
-    ["--lr_scheduler_type", "reduce_lr_on_plateau"], ["--lora_rank", "8"], ["--train_file", ""], ["--model_name_or_path", ""], ["--train_file", "/dev/zero"],
-    ["--no_such_flag"], ["--seed"], ["--additional_model_arguments", '{"no_such_thing": 3}'], ["--additional_model_arguments", "[1]"],
-    ["--additional_model_arguments", '{"revision": "x"}'], ["--additional_model_arguments", '{"device_map": "auto"}'], ["--max_seq_length", "0"],
-    ["--use_lora", "--lora_rank", "1000000000"], ["--use_lora", "--lora_alpha", "nan"], ["--use_lora", "--lora_alpha", "0"], ["--use_lora", "--lora_dropout", "1.5"],
-    ["--use_lora", "--use_prefix_tuning"], ["--output_dir", "/proc/x"], ["--output_dir", "/dev/null/x"], ["--output_dir", "y" * 300],
-    ["--resume_from_checkpoint", "/nowhere"], ["--chat_template_name", "no_such_template"], ["--dtype", "float99"],
-]  # fmt: skip
 
 
 @kind(4)
@@ -177,15 +160,6 @@ def reader_of(rng: random.Random, sandbox: Sandbox, here: Path, source: Path) ->
     return draw
 
 
-FORMS = [
-    {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "b a"}], "source": "x", "id": "1"},
-    {"conversations": [{"from": "human", "value": "a b"}, {"from": "gpt", "value": "b a"}]},
-    {"instruction": "a b", "input": "c", "output": "b a"},
-    {"prompt": "a b", "completion": "b a"},
-    {"question": "a b", "answer": "b a"},
-]  # fmt: skip
-
-
 @kind(14)
 def wrong_row(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
     """A row of any form with one wrong part."""
@@ -196,14 +170,6 @@ def wrong_row(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
     text = "\n".join(lines) if path.suffix == ".jsonl" else "[" + ",\n".join(lines) + "]"
     path.write_text(text + rng.choice(["\n", "", "\r\n"]), encoding="utf-8")
     return reader_of(rng, sandbox, here, path)
-
-
-BAD_ROWS = [
-    '{"messages": []}', '{"messages": [{"role": "user", "content": 5}]}', "{}", "[]", "5", "null", '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}',
-    '{"messages": "a"}', '{"messages": [5]}', '{"conversations": [{"from": ["human"], "value": "a"}]}', "{", '{"messages": [{"role": "user", "content": ["a"]}]}',
-    '{"conversations": [{"from": "human", "value": 5}, {"from": "gpt", "value": "a"}]}', "not JSON", '{"messages": null}', '{"other": 1}',
-    '{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}", '{"messages": ' + "9" * 5000 + "}",
-]  # fmt: skip
 
 
 @kind(4)
@@ -352,10 +318,6 @@ def wrong_checkpoint(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
     return draw
 
 
-CHANGES = [["--seed", "7"], ["--split_seed", "9"], ["--dtype", "bfloat16"], ["--validation_fraction", "0.3"], ["--learning_rate", "0.5"], ["--max_seq_length", "30"],
-           ["--packing", "False"], ["--num_virtual_tokens", "5"], ["--weight_decay", "0.3"], ["--max_eval_samples", "3"]]  # fmt: skip
-
-
 @kind(2)
 def another_run(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
     """A stopped run, continued with another value of what makes its result."""
@@ -372,9 +334,31 @@ def another_run(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
 def taken_output(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
     """An output folder in which a user keeps files of any names."""
     out = here / "out"
-    names = ["model.safetensors", "config.json", "metrics.jsonl", "run.json", "summary.json", "loss.png", "checkpoints/epoch3.ckpt", "checkpoints/step_1/mine", "checkpoints/step_2.bak",
-             "model-00001-of-00002.safetensors", "adapter_model.safetensors", "notes.txt", "evaluation.md", "evaluation.png", "inspection.md", ".lock", "checkpoints/data.jsonl",
-             "train_subsets.manifest.json", "train_subsets.png", "auto_lr.json", "soft_prompt_start.safetensors", "tokenizer.json", "rows.manifest.json"]  # fmt: skip
+    names = [
+        "model.safetensors",
+        "config.json",
+        "metrics.jsonl",
+        "run.json",
+        "summary.json",
+        "loss.png",
+        "checkpoints/epoch3.ckpt",
+        "checkpoints/step_1/mine",
+        "checkpoints/step_2.bak",
+        "model-00001-of-00002.safetensors",
+        "adapter_model.safetensors",
+        "notes.txt",
+        "evaluation.md",
+        "evaluation.png",
+        "inspection.md",
+        ".lock",
+        "checkpoints/data.jsonl",
+        "train_subsets.manifest.json",
+        "train_subsets.png",
+        "auto_lr.json",
+        "soft_prompt_start.safetensors",
+        "tokenizer.json",
+        "rows.manifest.json",
+    ]
     for name in rng.sample(names, rng.choice([1, 2, 4])):
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -430,7 +414,25 @@ def wrong_yaml(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
     text = study_text(sandbox)
     lines = text.splitlines()
     at = rng.randrange(len(lines))
-    values = [*mutations.VALUES, "!!python/object:os.system {}", "!!int abc", "!!timestamp 2020-99-99", "&a [*a]", "*b", "{<<: 5}", "!!binary x", "2020-99-99", "0o9", "- - -", ": :", "%", "@", "`", "|", ">"]  # fmt: skip
+    values = [
+        *mutations.VALUES,
+        "!!python/object:os.system {}",
+        "!!int abc",
+        "!!timestamp 2020-99-99",
+        "&a [*a]",
+        "*b",
+        "{<<: 5}",
+        "!!binary x",
+        "2020-99-99",
+        "0o9",
+        "- - -",
+        ": :",
+        "%",
+        "@",
+        "`",
+        "|",
+        ">",
+    ]
     if rng.random() < 0.5:
         key = lines[at].split(":")[0]
         lines[at] = f"{key}: {rng.choice(values)}"
@@ -441,14 +443,6 @@ def wrong_yaml(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
     if rng.random() < 0.3:
         return Draw("finetune_peft", [str(path)])
     return Draw("study_peft", ["--config", str(path), "--output_dir", str(here / "study"), "--dry_run"])
-
-
-BAD_STUDIES = [
-    "seeds: [1, 1]", "seeds: [1099511627776]", "seeds: [-1]", "seeds: []", "search: {kind: random, points: 1000000000}", "search: {kind: no_such}",
-    "flags: {cache_dataset_only: true}", "methods: []", "methods: {no_such: }", "report: {answer_regex: '('}", "report: {other_text: /dev/zero}",
-    "search: {kind: grid, space: {seed: " + json.dumps(list(range(3000))) + ", split_seed: " + json.dumps(list(range(3000))) + "}}",
-    "name: [1]", "a: &a [x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a]\nc: &c [*b, *b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c, *c]\ne: &e [*d, *d, *d, *d, *d, *d]\nf: &f [*e, *e, *e, *e, *e, *e]\ng: [*f, *f, *f, *f, *f, *f]",
-]  # fmt: skip
 
 
 @kind(2)
@@ -477,14 +471,6 @@ def damaged_trial(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
     return Draw("study_peft", words, EITHER, note)
 
 
-TEMPLATES = [
-    "{{ 1/0 }}", "{{ messages + 1 }}", "{% for i in range(10**9) %}x{% endfor %}", "{{ 'a' * 10**11 }}", "{% include 'x' %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}", "", "{{", "{% endfor %}", "{{ messages[99].content }}",
-    "{{ ''.__class__.__mro__ }}", "{{ raise_exception('no') }}", "constant", "{% set x = [] %}{% for i in range(99999) %}{% set _ = x.append(x) %}{% endfor %}{{ x }}",
-    "{% generation %}", "{{ messages | tojson | length }}", "{{ messages.foo.bar }}",
-]  # fmt: skip
-
-
 @kind(5)
 def wrong_template(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
     """A chat template that fails, never ends, or writes nothing of the conversation."""
@@ -502,34 +488,40 @@ def wrong_template(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
     return draw
 
 
-PATTERNS = [
-    "(",
-    "a{99999999999}",
-    "(a+)+$",
-    "[",
-    "\\",
-    "(?P<x>a)(?P<x>b)",
-    "*",
-    "(?<=a+)b",
-    "((((((((((a*)*)*)*)*)*)*)*)*)*)*b",
-    "\\1",
-    "(.*)",
-    "x",
-    "",
-]
-
-
 @kind(2)
 def wrong_pattern(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
     """A regular expression of any kind."""
-    words = ["--adapter", str(sandbox.run("prompt")), "--file", str(sandbox.data), "--max_samples", "2", "--max_new_tokens", "2"]  # fmt: skip
+    words = [
+        "--adapter",
+        str(sandbox.run("prompt")),
+        "--file",
+        str(sandbox.data),
+        "--max_samples",
+        "2",
+        "--max_new_tokens",
+        "2",
+    ]
     return Draw("evaluate_peft", [*words, "--answer_regex", rng.choice(PATTERNS)])
 
 
 @kind(2)
 def wrong_lines_of_a_chat(rng: random.Random, sandbox: Sandbox, here: Path) -> Draw:
     """A chat whose user types anything."""
-    lines = [b"reverse: cat", b"\xff\xfe", b"", b"/", b"/no_such", b"/use nothing", b"/help", b"x" * 20000, b"\x00", b"\x1b[2J", "\ud800".encode(errors="surrogatepass"), b"/system", b"/reset"]  # fmt: skip
+    lines = [
+        b"reverse: cat",
+        b"\xff\xfe",
+        b"",
+        b"/",
+        b"/no_such",
+        b"/use nothing",
+        b"/help",
+        b"x" * 20000,
+        b"\x00",
+        b"\x1b[2J",
+        "\ud800".encode(errors="surrogatepass"),
+        b"/system",
+        b"/reset",
+    ]
     stdin = b"\n".join(rng.choices(lines, k=4)) + rng.choice([b"", b"\n"])
     return Draw("generate_peft", ["--adapter", str(sandbox.run("prompt")), "--max_new_tokens", "3"], stdin=stdin)
 

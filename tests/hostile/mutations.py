@@ -12,10 +12,43 @@ from typing import Any
 
 # JSON texts that stand in place of a value. Some are no JSON: that is the point.
 VALUES = [
-    "null", "true", "0", "-1", "5", "1.5", "1e400", "NaN", "-Infinity", '""', '" "', "[]", "{}", "[null]", "[[1]]", '{"a": 1}',
-    '"\\ud800"', '"\\u0000"', '"x"', '["human"]', "9" * 5000, "-" + "9" * 30, "[" * 30000 + "]" * 30000, '{"a":' * 20000 + "1" + "}" * 20000,
-    '"' + "long " * 20000 + '"', '"../../x"', '"/dev/zero"', '"<s>"', "1 2", "", "[1,]", "'x'", "undefined", '"\t"', "²", "1_0",
-]  # fmt: skip
+    "null",
+    "true",
+    "0",
+    "-1",
+    "5",
+    "1.5",
+    "1e400",
+    "NaN",
+    "-Infinity",
+    '""',
+    '" "',
+    "[]",
+    "{}",
+    "[null]",
+    "[[1]]",
+    '{"a": 1}',
+    '"\\ud800"',
+    '"\\u0000"',
+    '"x"',
+    '["human"]',
+    "9" * 5000,
+    "-" + "9" * 30,
+    "[" * 30000 + "]" * 30000,
+    '{"a":' * 20000 + "1" + "}" * 20000,
+    '"' + "long " * 20000 + '"',
+    '"../../x"',
+    '"/dev/zero"',
+    '"<s>"',
+    "1 2",
+    "",
+    "[1,]",
+    "'x'",
+    "undefined",
+    '"\t"',
+    "²",
+    "1_0",
+]
 
 
 def mutated_json(rng: random.Random, value: Any) -> str:
@@ -78,7 +111,12 @@ def spoil_file(rng: random.Random, path: Path) -> str:
         kinds += [lambda: spoil_json(rng, path)] * 6
     if path.suffix == ".jsonl":
         kinds += [lambda: spoil_row(rng, path)] * 6
-    kinds += [lambda: path.unlink(), lambda: replace_by_folder(path), lambda: replace_by_link(rng, path), lambda: replace_by_fifo(path)]  # fmt: skip
+    kinds += [
+        lambda: path.unlink(),
+        lambda: replace_by_folder(path),
+        lambda: replace_by_link(rng, path),
+        lambda: replace_by_fifo(path),
+    ]
     kind = rng.randrange(len(kinds))
     kinds[kind]()
     return f"{path.name} spoilt in way {kind}"

@@ -1,4 +1,4 @@
-"""What the draws work on: a model, adapters, checkpoints, data and a study that are all right, and that must stay so."""
+"""What the draws work on: a model, adapters, checkpoints, data and a study, which are all right and must stay so."""
 
 from __future__ import annotations
 
