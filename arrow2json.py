@@ -9,6 +9,9 @@ or not at all, with a manifest (OUT.manifest.json) beside it.
 
 from __future__ import annotations
 
+import open_instruct.interrupts  # noqa: F401 - first: it answers signals while the rest is imported
+
+# isort: split
 import argparse
 import json
 import math
@@ -27,7 +30,7 @@ from open_instruct.data.shards import Shard, find_shards
 from open_instruct.data.texts import plain
 from open_instruct.data.to_json import check_types, to_lines
 from open_instruct.errors import InputError, exit_code
-from open_instruct.files import AtomicFile, check_output, write_json
+from open_instruct.files import AtomicFile, check_output, followed_by, write_json
 
 DEFAULT_OUTPUT = "data/tulu-3-sft-mixture-json/train.jsonl"
 SUFFIX_OF = {"gzip": ".gz", "zstd": ".zst"}
@@ -165,29 +168,32 @@ def run(a: argparse.Namespace) -> None:
         ]
     if a.compression:
         outputs = [path.with_name(path.name + SUFFIX_OF[a.compression]) for path in outputs]
-    for path in outputs:
+    manifest_path = a.output.with_name(f"{a.output.name}.manifest.json")
+    for path in (*outputs, manifest_path):
         check_output(path, [shard.path for shard in shards], a.overwrite)
 
     per_file = math.ceil(total / len(outputs))
     files = []
-    with tqdm(total=total, unit=" rows", unit_scale=True, disable=None) as progress:
+    progress = tqdm(total=total, unit=" rows", unit_scale=True, disable=None)
+    with progress, followed_by(manifest_path) as finished:
         for index, path in enumerate(outputs):
             bounds = (min(index * per_file, total), min((index + 1) * per_file, total))
             file = convert(shards, columns, path, *bounds, a.format, a.compression, progress)
+            finished.append(path)
             files.append(
                 {"path": str(path), "rows": bounds[1] - bounds[0], "bytes": file.num_bytes, "sha256": file.sha256}
             )
-    seconds = time.perf_counter() - started
-    manifest = {
-        "rows": total,
-        "bytes": sum(item["bytes"] for item in files),
-        "columns": {name: str(shards[0].schema.field(name).type) for name in columns},
-        "files": files,
-        "format": a.format,
-        "compression": a.compression,
-        "sources": [{"path": str(s.path), "rows": s.num_rows, "bytes": s.path.stat().st_size} for s in shards],
-    }
-    write_json(a.output.with_name(f"{a.output.name}.manifest.json"), manifest)
+        seconds = time.perf_counter() - started
+        manifest = {
+            "rows": total,
+            "bytes": sum(item["bytes"] for item in files),
+            "columns": {name: str(shards[0].schema.field(name).type) for name in columns},
+            "files": files,
+            "format": a.format,
+            "compression": a.compression,
+            "sources": [{"path": str(s.path), "rows": s.num_rows, "bytes": s.path.stat().st_size} for s in shards],
+        }
+        write_json(manifest_path, manifest)
     size = manifest["bytes"] / 1e6
     names = ", ".join(str(path) for path in outputs[:3])
     print(f"{total:,} rows, {size:,.0f} MB in {seconds:.1f} s ({size / seconds:,.0f} MB/s) → {names}")

@@ -10,6 +10,9 @@ manifest and a picture of the sources, input against subsets.
 
 from __future__ import annotations
 
+import open_instruct.interrupts  # noqa: F401 - first: it answers signals while the rest is imported
+
+# isort: split
 import argparse
 import hashlib
 import json
@@ -30,7 +33,7 @@ from open_instruct.data.kinds import COMPRESSION, file_kind, is_table
 from open_instruct.data.texts import plain
 from open_instruct.data.to_json import check_types, to_lines
 from open_instruct.errors import InputError, exit_code, input_faults
-from open_instruct.files import AtomicFile, check_output, sha256, write_json
+from open_instruct.files import AtomicFile, check_output, followed_by, sha256, write_json
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,9 @@ def run(a: argparse.Namespace) -> None:
     started = time.perf_counter()
     column = a.stratify or a.count or default_column(a.file)
     outputs = {size: a.output_dir / f"{a.file.name.split('.')[0]}_{short(size)}.jsonl" for size in sorted(set(a.sizes))}
-    for path in outputs.values():
+    stem = a.output_dir / f"{a.file.name.split('.')[0]}_subsets"
+    manifest_path, picture = stem.with_name(f"{stem.name}.manifest.json"), stem.with_name(f"{stem.name}.png")
+    for path in (*outputs.values(), manifest_path, picture):  # the manifest of other sizes would lose their hashes
         check_output(path, [a.file], a.overwrite)
     table = open_table(a.file, column)
     if table.num_rows == 0:
@@ -229,31 +234,38 @@ def run(a: argparse.Namespace) -> None:
     records, counts = [], {}
     if table.values is not None:
         counts["input"] = Counter(table.values)
-    for size, path in outputs.items():
-        file = write_subset(table, subsets[size], path, a.order == "shuffled")
-        kept = np.sort(subsets[size]).astype("<i8")
-        records.append({"path": str(path), "rows": size, "bytes": file.num_bytes, "sha256": file.sha256,
-                        "indices_sha256": hashlib.sha256(kept.tobytes()).hexdigest()})  # fmt: skip
-        if table.values is not None:
-            counts[short(size)] = Counter(table.values[index] for index in kept)
-            records[-1]["counts"] = dict(counts[short(size)].most_common())
-        print(f"{size:,} rows → {path}")
-    manifest = {
-        "input": {"path": str(a.file), "rows": table.num_rows, "bytes": a.file.stat().st_size, "sha256": table.sha256},
-        "seed": a.seed,
-        "stratify": a.stratify,
-        "order": a.order,
-        "subsets": records,
-        "column": column,
-        "counts": dict(counts["input"].most_common()) if counts else None,
-    }
-    stem = a.output_dir / f"{a.file.name.split('.')[0]}_subsets"
-    write_json(stem.with_suffix(".manifest.json"), manifest)
+    with followed_by(manifest_path) as finished:
+        for size, path in outputs.items():
+            file = write_subset(table, subsets[size], path, a.order == "shuffled")
+            finished.append(path)
+            kept = np.sort(subsets[size]).astype("<i8")
+            records.append({"path": str(path), "rows": size, "bytes": file.num_bytes, "sha256": file.sha256,
+                            "indices_sha256": hashlib.sha256(kept.tobytes()).hexdigest()})  # fmt: skip
+            if table.values is not None:
+                counts[short(size)] = Counter(table.values[index] for index in kept)
+                records[-1]["counts"] = dict(counts[short(size)].most_common())
+            print(f"{size:,} rows → {path}")
+        manifest = {
+            "input": {
+                "path": str(a.file),
+                "rows": table.num_rows,
+                "bytes": a.file.stat().st_size,
+                "sha256": table.sha256,
+            },
+            "seed": a.seed,
+            "stratify": a.stratify,
+            "order": a.order,
+            "subsets": records,
+            "column": column,
+            "counts": dict(counts["input"].most_common()) if counts else None,
+        }
+        write_json(manifest_path, manifest)
     if counts:
-        from open_instruct.report.plots import plot_sources  # matplotlib: not for --help, nor before the file is read
+        from open_instruct.report import pictures, plots  # matplotlib: not for --help, nor before the file is read
 
         print(histogram(counts))
-        plot_sources(counts, f"{column} of {a.file.name}", stem.with_suffix(".png"))
+        with pictures.optional(picture):
+            plots.plot_sources(counts, f"{column} of {a.file.name}", picture)
     print(f"drawn from {table.num_rows:,} rows in {time.perf_counter() - started:.1f} s")
 
 

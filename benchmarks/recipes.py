@@ -24,6 +24,7 @@ from accelerate.state import AcceleratorState
 from open_instruct.command_line import parse
 from open_instruct.flags import check_flags
 from open_instruct.training.base_model import Bases
+from open_instruct.training.preemption import RunGuard
 from open_instruct.training.run import run
 
 RUNS = {
@@ -70,8 +71,9 @@ def main() -> int:
             )
             check_flags(arguments, origins)
             AcceleratorState._reset_state(reset_partial_state=True)
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                summary = run(arguments, origins, bases)
+            quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+            with quiet[0], quiet[1], RunGuard() as guard:
+                summary = run(arguments, origins, guard, bases)
             assert summary is not None
             return summary["final_eval_loss"] / summary["base_eval_loss"], summary["base_eval_loss"]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from open_instruct.interrupts import as_python_does, former
 from open_instruct.streams import standard_streams
 
 BUGS = (AssertionError, NameError, ImportError)  # no input raises them: they keep their traceback
@@ -133,7 +134,7 @@ def exit_code(
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        with standard_streams(without_reader):
+        with as_python_does(), standard_streams(without_reader):
             work()
             sys.stdout.flush()
     except InputError as error:
@@ -149,5 +150,5 @@ def exit_code(
         print(interrupted, file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, former(before))
     return 0

@@ -14,25 +14,29 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # started as a file, from a clone that need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
 from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS, check_regex
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least, seed
 from open_instruct.data import reading
 from open_instruct.errors import exit_code, visible
-from open_instruct.files import check_result_folder, write_result
 from open_instruct.flags.data import BAD_ROWS
+from open_instruct.interrupts import ending_at_once
+from open_instruct.report.result_files import check_result_folder, result_folder, write_result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit code 0: done; 2: wrong input, reported in one line; 130: interrupted."""
-    return exit_code(lambda: run(parse(argv)))
+    with ExitStack() as held:
+        return exit_code(lambda: run(parse(argv), held))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -81,17 +85,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, held: ExitStack) -> None:
     """Check, measure, print, write."""
     folders.base_name(args.model_name_or_path, folders.parse_adapters(args.adapter), args.any_base)
     if args.file:
         reading.files_of(args.file)
-    check_result_folder(args.output_dir, "evaluation.json")
+    check_result_folder(args.output_dir, "evaluation")
 
-    # They import torch and matplotlib: only now that the arguments are checked.
-    from open_instruct.adapters import evaluation, harness, served
-    from open_instruct.report import evaluation as report
+    with ending_at_once():  # they import torch and matplotlib: only now that the arguments are checked
+        from open_instruct.adapters import evaluation, harness, served
+        from open_instruct.report import evaluation as report
 
+    held.enter_context(result_folder(args.output_dir, "evaluation"))
     options: dict[str, Any] = {
         "dtype": args.dtype,
         "any_base": args.any_base,

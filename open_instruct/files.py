@@ -7,18 +7,19 @@ import hashlib
 import json
 import math
 import os
-import secrets
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import Queue
 from threading import Thread
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 
-from open_instruct.errors import InputError
+from open_instruct.errors import InputError, input_faults, warn
+from open_instruct.temporary import create, forget, remove_dead, share, temporary_folder, temporary_name
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -57,7 +58,7 @@ class AtomicFile:
         data = self.queue.get()
         try:
             with ExitStack() as stack:
-                sink: Any = stack.enter_context(_create(self.working))
+                sink: Any = stack.enter_context(create(self.working))
                 if self.compression:
                     sink = stack.enter_context(pa.CompressedOutputStream(sink, self.compression))
                 while data is not None:
@@ -107,39 +108,38 @@ class AtomicFile:
 
 @contextmanager
 def _replacing(path: Path, bytes_needed: Callable[[], int] | None = None) -> Iterator[Path]:
-    """Give a temporary name beside `path`, to be created with `_create`; then rename it to `path`, or remove it.
-
-    The name is random, as a killed process leaves its file behind, and in a container the next one has the same id.
-    """
+    """Give a temporary name beside `path`, to be created with `create`; then rename it to `path`, or remove it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    working = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.writing")
+    remove_dead(path.parent)
+    working = temporary_name(path)
     try:
         yield working
         flush(working)
         os.replace(working, path)
         flush(path.parent)  # else a power cut may undo the renaming
-    except BaseException as error:
-        working.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            size = f", about {bytes_needed() / 1e6:,.0f} MB are needed" if bytes_needed else ""
-            raise InputError(
-                f"no space left for {path}{size}: free some, or write elsewhere; nothing was left behind"
-            ) from None
-        raise
-
-
-def _create(path: Path) -> BinaryIO:
-    """Open a new file for writing, with the permissions that the umask gives.
-
-    Raises:
-        InputError: the name is taken. A symbolic link counts too, so none that was planted there is ever followed.
-    """
-    try:
-        return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
-    except FileExistsError:
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        size = f", about {bytes_needed() / 1e6:,.0f} MB are needed" if bytes_needed else ""
         raise InputError(
-            f"temporary file {path} existed before it was made, so nothing was written: try again"
+            f"no space left for {path}{size}: free some, or write elsewhere; nothing was left behind"
         ) from None
+    finally:
+        forget(working)
+
+
+@contextmanager
+def replacing_by_name(path: Path) -> Iterator[Path]:
+    """Give a path to a library that writes files by name; afterwards, what it wrote replaces `path` as a whole.
+
+    The result has the umask's permissions, which safetensors would not give it.
+    """
+    with temporary_folder(path) as folder:
+        yield folder / path.name
+        share(folder)
+        flush(folder / path.name)
+        os.replace(folder / path.name, path)
+        flush(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -150,8 +150,12 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         InputError: the disk is full.
     """
-    data = text.encode(errors="backslashreplace")
-    with _replacing(path) as working, _create(working) as file:
+    write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a small file that is either the old one or the new one, never half."""
+    with _replacing(path) as working, create(working) as file:
         file.write(data)
 
 
@@ -174,6 +178,19 @@ def finite_values(value: Any) -> Any:
     return [finite_values(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+@contextmanager
+def followed_by(manifest: Path) -> Iterator[list[Path]]:
+    """Give a list for the files that are finished. If the block fails before the manifest, a warning names them."""
+    finished: list[Path] = []
+    try:
+        yield finished
+    except BaseException:
+        if finished:
+            names = ", ".join(map(str, finished))
+            warn(f"{names}: complete, but without {manifest.name}: delete, or write again with --overwrite")
+        raise
+
+
 def sha256(path: Path) -> str:
     """Return the checksum of a file's content, in hexadecimal; what is appended meanwhile is left out."""
     digest = hashlib.sha256()
@@ -194,54 +211,50 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_path(path: Path, what: str) -> None:
+    """Check that files can be written under a path, without making anything.
+
+    Args:
+        path: a folder, which need not exist.
+        what: the path as the user knows it: "--output_dir OUT".
+
+    Raises:
+        InputError: its name can't be that of a folder, it lies below a file or a link to nothing, or the operating
+            system refuses it.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # tokenizers and matplotlib take no other paths
+        raise InputError(f"path {str(path)!a} is not UTF-8: name another folder") from None
+    try:
+        existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.lexists(folder))
+        if not existing.is_dir():
+            kind = "a link to nothing" if existing.is_symlink() and not existing.exists() else "a file"
+            raise InputError(f"{what} can't be made, as {existing} is {kind}: name another folder")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"{what} can't be written ({error.strerror}): name another folder") from None
+
+
+def check_readable(folder: Path) -> None:
+    """Check that the files of a local folder can be read. Libraries say of one without permission that it is missing.
+
+    Raises:
+        InputError: naming the first that can't, and why.
+    """
+    with input_faults(f"folder {folder}", "change its permissions, or name another"):
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+    for path in files:
+        with input_faults(f"{path}", "change its permissions, or name another folder"):
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+
+
 def check_output(path: Path, sources: list[Path], overwrite: bool) -> None:
     """Raise an InputError if `path` is a folder, one of the `sources`, or a file that may not be replaced."""
     if any(path.resolve() == source.resolve() for source in sources):
         raise InputError(f"output {path} is one of the inputs: name another file with -o")
     if path.is_dir():
         raise InputError(f"output {path} is a folder: name a file")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise InputError(f"output {path} exists: pass --overwrite to replace it, or name another file")
-
-
-def check_result_folder(name: str | None, result: str) -> None:
-    """Make a folder for results before anything is computed.
-
-    Args:
-        name: the folder; None: no result will be written, so nothing is done.
-        result: name of the file that marks a result as complete, `write_result`'s KIND.json.
-
-    Raises:
-        InputError: the folder can't be made, or holds a result already.
-    """
-    if name is None:
-        return
-    folder = Path(name)
-    if (folder / result).exists():
-        raise InputError(f"--output_dir {name} holds an {Path(result).stem}: name another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output_dir {name} can't be made ({error.strerror}): name another folder") from None
-
-
-def write_result(
-    name: str | None, kind: str, text: str, plot: Callable[[dict[str, Any], Path], None], result: dict[str, Any]
-) -> None:
-    """Write a result as a page, a picture and numbers into a folder that `check_result_folder` made.
-
-    KIND.json is written last: its presence marks the result as complete.
-
-    Args:
-        name: the folder; None: nothing is written.
-        kind: stem of the three files: KIND.md, KIND.png and KIND.json.
-        text: the page, in Markdown.
-        plot: draws `result` into the PNG whose path it is given.
-        result: the numbers.
-    """
-    if name is None:
-        return
-    folder = Path(name)
-    (folder / f"{kind}.md").write_text(text + "\n", encoding="utf-8")
-    plot(result, folder / f"{kind}.png")
-    write_json(folder / f"{kind}.json", result)

@@ -17,12 +17,14 @@ from pathlib import Path
 if not __package__:  # started as a file, from a clone that need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.command_line import parse, warn_without_effect
 from open_instruct.errors import LONGEST_LINE, InputError, one_line, system_fault
 from open_instruct.flags import check_flags
+from open_instruct.interrupts import INTERRUPTED, ending_at_once
 from open_instruct.streams import standard_streams
-from open_instruct.training.preemption import PREEMPTED, Preempted, ignore_signals
+from open_instruct.training.preemption import PREEMPTED, Preempted, RunGuard
 
 
 @standard_streams(lasting=True)
@@ -32,26 +34,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. 0: done; 2: wrong input, reported in one line; 75: preempted, can be resumed; 130: interrupted.
     """
-    try:
-        flags, origins = parse(sys.argv[1:] if argv is None else argv)
-        check_flags(flags, origins)
-        warn_without_effect(flags, origins)
-        from open_instruct.training.run import run
+    with RunGuard() as guard:
+        try:
+            flags, origins = parse(sys.argv[1:] if argv is None else argv)
+            check_flags(flags, origins)
+            warn_without_effect(flags, origins)
+            with ending_at_once():
+                from open_instruct.training.run import run
 
-        run(flags, origins)
-    except InputError as error:
-        return report_error(error)
-    except (OSError, MemoryError) as error:
-        return report_error(InputError(system_fault(error)))
-    except Preempted as stop:
-        ignore_signals()  # a launcher that sees the first process end may signal the others once more
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"{stop}: continue with --resume_from_checkpoint", file=sys.stderr, flush=True)
-        return PREEMPTED
-    except KeyboardInterrupt:
-        print("interrupted: continue with --resume_from_checkpoint if there is a checkpoint", file=sys.stderr)
-        return 130
-    return 0
+            run(flags, origins, guard)
+        except InputError as error:
+            return report_error(error)
+        except (OSError, MemoryError) as error:
+            return report_error(InputError(system_fault(error)))
+        except Preempted as stop:
+            return report_stop(str(stop))
+        except RuntimeError:
+            if guard.signal is None:
+                raise
+            return report_stop(f"stopped by {guard.signal}, as were the other processes")  # contact with them is lost
+        except KeyboardInterrupt:
+            print("interrupted: continue with --resume_from_checkpoint if there is a checkpoint", file=sys.stderr)
+            return INTERRUPTED
+        return 0
+
+
+def report_stop(text: str) -> int:
+    """Print on the main process why the run was stopped, and return the exit code on which launchers requeue it."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr, flush=True)
+    return PREEMPTED
 
 
 def report_error(error: InputError) -> int:

@@ -16,23 +16,27 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 
 if not __package__:  # started as a file, from a clone that need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least, between, seed
 from open_instruct.data import reading
 from open_instruct.errors import exit_code
 from open_instruct.flags.data import BAD_ROWS
+from open_instruct.interrupts import ending_at_once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit code 0: done; 2: wrong input, reported in one line; 130: interrupted."""
-    return exit_code(lambda: run(parse(argv)), "interrupted: finished answers are kept, --resume continues")
+    with ExitStack() as held:
+        return exit_code(lambda: run(parse(argv), held), "interrupted: finished answers are kept, --resume continues")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -100,17 +104,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, held: ExitStack) -> None:
     """Check, then chat or answer a file."""
     folders.base_name(args.model_name_or_path, folders.parse_adapters(args.adapter), args.any_base)
     if args.input_file:
         reading.files_of(args.input_file)
 
-    # They import torch: only now that the arguments are checked.
-    from open_instruct.adapters import answering, interactive
-    from open_instruct.adapters.generation import Sampling
-    from open_instruct.adapters.served import load
-    from open_instruct.data.questions import read_questions
+    with ending_at_once():  # they import torch: only now that the arguments are checked
+        from open_instruct.adapters import answering, interactive
+        from open_instruct.adapters.generation import Sampling
+        from open_instruct.adapters.served import load
+        from open_instruct.data.questions import read_questions
 
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     rows, num_done = [], 0
@@ -127,6 +131,7 @@ def run(args: argparse.Namespace) -> None:
             "combine": args.combine,
             **asdict(sampling),
         }
+        held.enter_context(answering.locked_output(Path(args.output_file)))
         num_done = answering.prepare_output(Path(args.output_file), settings, args.resume)
     served = load(
         args.adapter,

@@ -10,22 +10,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 if not __package__:  # started as a file, from a clone that need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
 from open_instruct.data import reading
 from open_instruct.errors import InputError, exit_code, visible
-from open_instruct.files import check_result_folder, write_result
+from open_instruct.interrupts import ending_at_once
+from open_instruct.report.result_files import check_result_folder, result_folder, write_result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit code 0: done; 2: wrong input, reported in one line; 130: interrupted."""
-    return exit_code(lambda: run(parse(argv)))
+    with ExitStack() as held:
+        return exit_code(lambda: run(parse(argv), held))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -47,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, held: ExitStack) -> None:
     """Check, inspect, print, write."""
     if not args.adapter or len(args.adapter) > 1:
         raise InputError("give the adapter to inspect with --adapter DIR")
@@ -56,12 +60,13 @@ def run(args: argparse.Namespace) -> None:
     folders.base_name(args.model_name_or_path, adapters, args.any_base)
     if args.file:
         reading.files_of(args.file)
-    check_result_folder(args.output_dir, "inspection.json")
+    check_result_folder(args.output_dir, "inspection")
 
-    # They import torch and matplotlib: only now that the arguments are checked.
-    from open_instruct.adapters import inspection
-    from open_instruct.report import inspection as report
+    with ending_at_once():  # they import torch and matplotlib: only now that the arguments are checked
+        from open_instruct.adapters import inspection
+        from open_instruct.report import inspection as report
 
+    held.enter_context(result_folder(args.output_dir, "inspection"))
     result = inspection.inspect(
         args.adapter[0],
         args.model_name_or_path,

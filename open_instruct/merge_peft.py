@@ -19,10 +19,12 @@ from typing import Any
 if not __package__:  # started as a file, from a clone that need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags
 from open_instruct.errors import exit_code
+from open_instruct.interrupts import ending_at_once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     folders.check_mergeable(adapters, args.output)
     folders.base_name(args.model_name_or_path, adapters, args.any_base)
 
-    from open_instruct.adapters import merging  # imports torch: only now that the arguments are checked
+    with ending_at_once():
+        from open_instruct.adapters import merging  # imports torch: only now that the arguments are checked
 
     options = {"trust_remote_code": args.trust_remote_code, "allow_pickle": args.allow_pickle}
     result = merging.merge(args.adapter, args.output, args.model_name_or_path, args.dtype, args.any_base, **options)

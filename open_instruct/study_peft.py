@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 if not __package__:  # started as a file, from a clone that need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # was open_instruct/, whose modules would shadow others
 
+import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.command_line import OneLineArgumentParser, at_least
 from open_instruct.errors import InputError, exit_code
-from open_instruct.study import config, results, search, trials
+from open_instruct.interrupts import ending_at_once
+from open_instruct.study import config, folder, results, search, trials
 from open_instruct.study.config import Study
 from open_instruct.study.search import Trial
 
@@ -77,14 +79,15 @@ def run(args: argparse.Namespace) -> None:
             print(f"{trial.spec_name}: {trial.label}\n  {results.trial_command(study, trial)}")
         return
 
-    from open_instruct.study import report, workers  # torch and matplotlib: seconds that a mistake need not cost
+    with ending_at_once():
+        from open_instruct.study import report, workers  # torch and matplotlib: seconds that a mistake need not cost
 
-    if not args.report_only:
-        open_study(study)
-        with workers.choose_runner(args.workers, args.engine) as runner:
-            run_all(study, runner, shard)
-    if shard == (0, 1):
-        print(report.write(study, results.collect(study), args.workers))
+    with folder.opened(study, shard):
+        if not args.report_only:
+            with workers.choose_runner(args.workers, args.engine) as runner:
+                run_all(study, runner, shard)
+        if shard == (0, 1):
+            print(report.write(study, results.collect(study), args.workers))
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
@@ -139,17 +142,6 @@ def check(study: Study) -> Study:
 def first_trials(study: Study) -> list[Trial]:
     """Return the trials that don't depend on the results of others."""
     return [trial for spec in study.specs for trial in search.next_trials(study, spec, {})]
-
-
-def open_study(study: Study) -> None:
-    """Make the study's folder and keep a copy of its file there."""
-    try:
-        study.output_dir.mkdir(parents=True, exist_ok=True)
-        (study.output_dir / "study.yaml").write_bytes(study.path.read_bytes())
-    except OSError as error:
-        raise InputError(
-            f"output_dir {study.output_dir} can't be written ({error.strerror}): name another folder"
-        ) from None
 
 
 def run_all(study: Study, runner: workers.Runner, shard: tuple[int, int]) -> None:

@@ -33,7 +33,7 @@ def command(folder: Path, data: Path, *flags: str) -> list[str]:
     """Flags of a run that saves a checkpoint each step."""
     return [
         "--model_name_or_path", str(TINY_MODEL), "--train_file", str(data), "--output_dir", str(folder),
-        "--validation_fraction", "0.2",
+        *([] if "--validation_file" in flags else ["--validation_fraction", "0.2"]),
         "--dataset_local_cache_dir", str(folder.parent / "cache"), "--num_sample_answers", "0", "--eval_steps", "20",
         "--checkpointing_steps", "1", "--per_device_train_batch_size", "4", *flags,
     ]  # fmt: skip
@@ -127,6 +127,82 @@ def test_a_preempted_run_saves_says_so_and_resumes(name, tmp_path, data_file):
     assert len(complete_checkpoints(part / "checkpoints")) == 1
     assert start(part, data_file, *flags, "--resume_from_checkpoint").wait() == 0
     same_result(part, full)
+
+
+@pytest.fixture(scope="module")
+def slow_answers(tmp_path_factory) -> Path:
+    """Held-out conversations of many lengths, which share no batch, with long answers: they take seconds."""
+    path = tmp_path_factory.mktemp("held-out") / "heldout.jsonl"
+    turns = [("user", "a " * number) for number in range(1, 90)]
+    rows = [{"messages": [{"role": "user", "content": text}, LONG]} for _, text in turns]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+LONG = {"role": "assistant", "content": "kiwi " * 60}
+
+
+def test_a_signal_while_the_last_answers_are_computed_loses_nothing(tmp_path, data_file, slow_answers, train):
+    """No checkpoint was asked for. Meanwhile a second run is refused."""
+    flags = ["--use_prompt_tuning", *SHORT, "--validation_file", str(slow_answers)]
+    part = tmp_path / "part"
+    process = start(part, data_file, *flags, "--checkpointing_steps", "1000", "--num_sample_answers", "80")
+    wait_until((part / "adapter_model.safetensors").exists, process)
+    process.send_signal(signal.SIGSTOP)  # it would otherwise be over before the second run is refused
+    second = train("part", *flags)
+    process.send_signal(signal.SIGCONT)
+    process.terminate()
+    _, error = process.communicate()
+    assert second.code == 2 and f"is in use by process {process.pid}" in second.err and second.err.count("\n") == 1
+    assert process.returncode == PREEMPTED and error.splitlines()[-1].startswith(
+        "stopped by SIGTERM after the last step"
+    )
+    assert [path.name for path in complete_checkpoints(part / "checkpoints")] == ["step_6"]
+    assert not (part / "summary.json").exists()
+    trained = load_file(part / "adapter_model.safetensors")
+    rest = train(
+        "part", *flags, "--checkpointing_steps", "1000", "--resume_from_checkpoint", "--num_sample_answers", "1"
+    )
+    assert rest.code == 0 and len(rest.summary["samples"]) == 1 and rest.summary["steps"] == 6
+    for name, tensor in load_file(part / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, trained[name])
+
+
+def is_loaded(process: subprocess.Popen, library: str) -> bool:
+    """Whether a process has loaded a library."""
+    maps = Path(f"/proc/{process.pid}/maps")
+    return maps.exists() and library in maps.read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the moment is seen in /proc")
+@pytest.mark.parametrize("moment", ["importing", "before the first step"])
+def test_a_signal_before_anything_is_trained_says_so(moment, tmp_path, data_file):
+    folder = tmp_path / "run"
+    process = start(folder, data_file, "--use_prompt_tuning", "--max_train_steps", "1000")
+    wait_until(folder.exists if moment != "importing" else lambda: is_loaded(process, "libtorch"), process)
+    process.send_signal(signal.SIGUSR1)
+    _, error = process.communicate()
+    line = "stopped by SIGUSR1 before the first step: nothing was trained yet\n"
+    assert process.returncode == PREEMPTED and error.endswith(line) and "Traceback" not in error
+    assert not folder.exists()
+
+
+def test_an_answer_or_a_picture_that_fails_costs_nothing_else(train, monkeypatch):
+    def fails(*inputs, **options):
+        raise ValueError("no way")
+
+    monkeypatch.setattr("open_instruct.training.output.plot_losses", fails)
+    run = train("run", "--use_prompt_tuning", *SHORT)
+    assert run.code == 0 and run.summary["steps"] == 6 and "loss.png could not be drawn (no way)" in run.err
+    monkeypatch.setattr("open_instruct.training.sample_answers.SampleAnswers.compare", fails)
+    run = train("other", "--use_prompt_tuning", *SHORT)
+    assert run.code == 0 and run.summary["steps"] == 6 and "could not answer (no way)" in run.err
+
+
+@pytest.mark.parametrize("name", [r"$\lr=1$", "$x^$", "two\nlines", "名前"])
+def test_any_name_can_be_drawn(name, train):
+    run = train(name, "--use_prompt_tuning", *SHORT, "--max_train_steps", "1")
+    assert run.code == 0 and (run.folder / "loss.png").stat().st_size > 5000 and not run.err
 
 
 @pytest.mark.distributed

@@ -5,12 +5,17 @@ import hashlib
 import json
 import os
 import secrets
+import subprocess
+import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from open_instruct import files
 from open_instruct.errors import InputError
-from open_instruct.files import AtomicFile, sha256, write_json, write_text
+from open_instruct.files import AtomicFile, replacing_by_name, sha256, write_json, write_text
+from tests.conftest import ROOT
 
 
 def write_big(path, text):
@@ -88,6 +93,73 @@ def test_an_interrupt_while_a_small_file_is_flushed_keeps_the_old_one(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         write_text(tmp_path / "a.txt", "new")
     assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+HALF_WRITTEN = """
+import os, pathlib, signal, sys
+from open_instruct.files import AtomicFile
+from open_instruct.temporary import temporary_folder
+path = pathlib.Path(sys.argv[1])
+with AtomicFile(path) as file, temporary_folder(path) as folder:
+    file.write(b"x" * 100)
+    while not list(path.parent.glob(".*.writing/../.a.txt.*.writing")) or len(os.listdir(path.parent)) < 2:
+        pass
+    (folder / "inside").write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path):
+    (tmp_path / ".a.txt.notes.writing").write_text("a user's")
+    words = [sys.executable, "-c", HALF_WRITTEN, str(tmp_path / "a.txt")]
+    process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "writing\n"
+    assert len(os.listdir(tmp_path)) == 3
+    write_text(tmp_path / "b.txt", "while it lives")
+    assert len(os.listdir(tmp_path)) == 4
+    process.kill()
+    process.communicate()
+    write_text(tmp_path / "c.txt", "after it died")
+    assert sorted(os.listdir(tmp_path)) == [".a.txt.notes.writing", "b.txt", "c.txt"]
+
+
+def test_an_interrupt_that_arrives_twice_leaves_nothing(tmp_path):
+    """As when a library in C raises it once more before `__exit__` is entered: the end of the process cleans up."""
+    program = HALF_WRITTEN.replace("sys.stdin.read()", "AtomicFile.__exit__ = None; raise KeyboardInterrupt")
+    words = [sys.executable, "-c", program, str(tmp_path / "a.txt")]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert "writing" in result.stdout and result.returncode != 0 and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_of_libraries_have_the_umasks_permissions(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        with replacing_by_name(tmp_path / "a.safetensors") as path:
+            save_file({"a": torch.zeros(2)}, path)
+    finally:
+        os.umask(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
+
+
+def test_a_long_name_leaves_room_for_the_temporary_one(tmp_path):
+    write_text(tmp_path / ("é" * 127), "x")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_file_without_permission_is_not_called_missing(tmp_path):
+    (tmp_path / "model.safetensors").write_text("")
+    (tmp_path / "model.safetensors").chmod(0o600)
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(0o755)
+    program = (
+        "import os, pathlib, sys\nfrom open_instruct.files import check_readable\nos.setuid(65534)\n"
+        "check_readable(pathlib.Path(sys.argv[1]))"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert "model.safetensors can't be used (Permission denied): change its permissions" in result.stderr
 
 
 def test_small_files_need_no_thread(tmp_path, monkeypatch):

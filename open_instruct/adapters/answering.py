@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,22 @@ from open_instruct.adapters.folders import BASE
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.served import Served
 from open_instruct.data.questions import Question, prompt_ids
-from open_instruct.errors import InputError
-from open_instruct.files import write_json
+from open_instruct.errors import InputError, input_faults
+from open_instruct.files import check_path, write_json
+from open_instruct.locks import LOCK, locked
+
+
+def locked_output(path: Path) -> AbstractContextManager[None]:
+    """Lock an output file against other processes that would answer into it; see `locks.locked`.
+
+    Raises:
+        InputError: no file can be written under its name.
+    """
+    what = f"--output_file {path}"
+    if os.path.lexists(path) and not path.is_file():
+        raise InputError(f"{what} is no file: name another")
+    check_path(path.parent, what)
+    return locked(path.with_name(f".{path.name}{LOCK}"), what)
 
 
 def prepare_output(path: Path, settings: dict[str, Any], resume: bool) -> int:
@@ -34,13 +49,14 @@ def prepare_output(path: Path, settings: dict[str, Any], resume: bool) -> int:
     """
     record = path.with_name(f"{path.name}.run.json")
     if not path.exists() or not path.stat().st_size:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if record.exists() and settings.keys() - recorded_settings(record).keys():
+            raise InputError(f"--output_file {path} needs the file {record}, which is not of such a run: name another")
         write_json(record, settings)
         path.touch()
         return 0
     if not resume:
         raise InputError(f"--output_file {path} exists: name another, or pass --resume to continue it")
-    before = json.loads(record.read_text()) if record.exists() else {}
+    before = recorded_settings(record)
     different = [
         f"{name} was {before.get(name)!r} and is now {value!r}"
         for name, value in settings.items()
@@ -55,6 +71,15 @@ def prepare_output(path: Path, settings: dict[str, Any], resume: bool) -> int:
     complete = content[: content.rfind(b"\n") + 1]
     os.truncate(path, len(complete))  # a kill may have left half a line
     return complete.count(b"\n")
+
+
+def recorded_settings(record: Path) -> dict[str, Any]:
+    """Return the settings of the run that made an output file; empty where there are none."""
+    if not record.exists():
+        return {}
+    with input_faults(f"{record}", "name another --output_file"):
+        content = json.loads(record.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
 
 
 def answer_file(

@@ -7,6 +7,7 @@ is, and imports peft, transformers and torch only inside the two functions that 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from open_instruct.errors import InputError, input_faults, one_line, warn
+from open_instruct.files import check_path, check_readable
 from open_instruct.flags import FIELDS
 from open_instruct.methods import METHODS, Method, method_of_type
 
@@ -194,6 +196,7 @@ def read_folder(name: str, source: str) -> AdapterFolder:
         if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
             raise InputError(f"no such adapter folder: {source}")
         path = download(source)
+    check_readable(path)
     if not (path / CONFIG).is_file():
         hint = (
             "it holds a full model, which is a base: use --model_name_or_path"
@@ -336,8 +339,9 @@ def check_mergeable(folders: Sequence[AdapterFolder], output: str) -> None:
         InputError: the folder exists; or there is no adapter, one that no plain checkpoint can hold, or several of
             which one changes weights.
     """
-    if Path(output).exists():
+    if os.path.lexists(output) or Path(output).name in ("", ".."):
         raise InputError(f"--output {output} exists already: name another folder")
+    check_path(Path(output), f"--output {output}")
     if not folders:
         raise InputError("nothing to merge: give --adapter DIR")
     for folder in folders:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,11 @@ from open_instruct.adapters.generation import greedy_answers, turn_ends
 from open_instruct.adapters.loaded import Adapters
 from open_instruct.adapters.prompt_tokens import NewTokens
 from open_instruct.data.chat import render_texts
-from open_instruct.errors import InputError
+from open_instruct.errors import InputError, warn
 from open_instruct.files import flush, write_json
 from open_instruct.model import loading
 from open_instruct.quiet import silence_transformers
+from open_instruct.temporary import share, temporary_folder
 
 PROBES = ("The sum of seven and five is", "Write one sentence about the sea.", "x")
 NEW_TOKENS = 16  # of the greedy text that is compared
@@ -82,11 +83,7 @@ def merge(
     wanted = expected(adapters, tokenizer)
     model, new_tokens = merged_model(adapters, tokenizer, templates)
 
-    final = Path(output)
-    working = final.with_name(f".{final.name}.merging")
-    shutil.rmtree(working, ignore_errors=True)
-    working.mkdir(parents=True)
-    try:
+    with temporary_folder(Path(output)) as working:
         model.save_pretrained(working)
         tokenizer.save_pretrained(working)
         device, precision = model.device, model.dtype
@@ -107,12 +104,22 @@ def merge(
             **figures,
         }
         write_json(working / "merged.json", result)
+        share(working)
         for path in working.iterdir():
             flush(path)
-        working.rename(final)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
+        working.rename(free_name(Path(output)))
     return result
+
+
+def free_name(wanted: Path) -> Path:
+    """Return a folder's name, or one with a number if somebody has made it meanwhile: the result is not lost."""
+    number, path = 1, wanted
+    while os.path.lexists(path):
+        number += 1
+        path = wanted.with_name(f"{wanted.name}-{number}")
+    if path != wanted:
+        warn(f"--output {wanted} was made by another process meanwhile: the result is in {path}")
+    return path
 
 
 def check_length(base: Any, folders: Sequence[AdapterFolder]) -> None:

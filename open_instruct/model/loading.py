@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from open_instruct.errors import PANIC, InputError, input_faults, one_line
+from open_instruct.files import check_readable
 from open_instruct.model.backends import FLASH_CAPABILITY
 from open_instruct.model.configuration import check_causal, loader_arguments, with_arguments
 from open_instruct.model.sizes import check_sizes
@@ -117,6 +118,8 @@ def check_model_folder(name: str) -> None:
         InputError: it is not, or it does not.
     """
     path = Path(name)
+    if path.is_dir():
+        check_readable(path)
     if path.is_dir() and not (path / "config.json").exists():
         raise InputError(f"model folder {name} has no config.json: name the folder that holds the model")
     check_files(path)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from open_instruct.report import pictures
 from open_instruct.report.summary import shortened
 
 WRITING = {
@@ -86,9 +84,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         above = [max(0.0, bound[1] - value) if bound else 0.0 for value, bound in zip(values, bounds, strict=True)]
         colours = ["tab:gray", *(f"C{number}" for number in range(len(names) - 1))]
         axes.bar(range(len(names)), values, yerr=[below, above], capsize=3, color=colours)
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.set_xticks(range(len(names)), [pictures.literal(name) for name in names], rotation=45, ha="right")
         axes.set_title(metric, fontsize=10)
         axes.set_ylabel(UNITS.get(metric, ""), fontsize=8)
-    picture.tight_layout()
-    picture.savefig(path, dpi=120)
-    plt.close(picture)
+    pictures.write_picture(picture, path, dpi=120)

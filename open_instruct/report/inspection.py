@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from open_instruct.report import pictures
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -88,6 +87,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 axes.plot(values, "--", label=f"base {kind}")
             axes.set(title="length of keys and values", xlabel="layer")
             axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    pictures.write_picture(figure, path, dpi=120)

@@ -7,10 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from open_instruct.report import pictures
 
 
 def plot_losses(rows: list[dict[str, Any]], base_loss: float | None, title: str, path: Path) -> None:
@@ -45,9 +44,7 @@ def plot_losses(rows: list[dict[str, Any]], base_loss: float | None, title: str,
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    pictures.write_picture(figure, path, dpi=120)
 
 
 def plot_rates(rates: list[float], losses: list[float], before: float, chosen: float, path: Path) -> None:
@@ -70,9 +67,7 @@ def plot_rates(rates: list[float], losses: list[float], before: float, chosen: f
     axes.set(xlabel="learning rate", ylabel="loss (nats per labelled token)", title="learning-rate range test")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    pictures.write_picture(figure, path, dpi=120)
 
 
 def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
@@ -100,10 +95,8 @@ def plot_sources(counts: dict[str, Counter[str]], title: str, path: Path, most: 
         total = sum(counter.values())
         heights = [row + 0.4 - (number + 0.5) * height for row in range(len(names))]
         axes.barh(heights, [counter[name] / total for name in names], height=height, label=f"{label} ({total:,} rows)")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [pictures.literal(name) for name in names])
     axes.set_xlabel("share of the rows")
     axes.set_title(title)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    pictures.write_picture(figure, path, dpi=120)

@@ -6,13 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from open_instruct.report import pictures
 from open_instruct.study.figures import COSTS, Estimate, MethodFigures, StudyFigures, pareto_front
 
 LOSS_LABEL = "test loss (nats per labelled token)"
@@ -26,7 +24,7 @@ def draw_all(figures: StudyFigures, folder: Path) -> dict[str, str]:
         Captions by file name, in the order of the report.
     """
     colours = {method.name: f"C{index % 10}" for index, method in enumerate(figures.methods)}
-    pictures: dict[str, tuple[str, Callable[[StudyFigures, Colours], Figure]]] = {
+    kinds: dict[str, tuple[str, Callable[[StudyFigures, Colours], Figure]]] = {
         "losses.png": (
             "Test loss of each method at its chosen point: mean over seeds with 95 % interval, and each seed",
             draw_losses,
@@ -37,30 +35,30 @@ def draw_all(figures: StudyFigures, folder: Path) -> dict[str, str]:
         ),
     }
     if figures.num_questions:
-        pictures["pareto_exact.png"] = (
+        kinds["pareto_exact.png"] = (
             "Exact match against what it costs. The line joins methods that none beats in both",
             draw_pareto_exact,
         )
-    pictures["curves.png"] = (
+    kinds["curves.png"] = (
         "Held-out loss during training, all held-out rows, each seed of the chosen point",
         draw_curves,
     )
     if any(len(method.rates) > 1 for method in figures.methods):
-        pictures["rates.png"] = (
+        kinds["rates.png"] = (
             "Test loss at each learning rate that was tried, at the best of all else; the chosen one is ringed",
             draw_rates,
         )
     if figures.num_other_tokens:
-        pictures["forgetting.png"] = (
+        kinds["forgetting.png"] = (
             "Change of the loss on text that was not trained for, against the base model",
             draw_forgetting,
         )
-    for name, (_, draw) in pictures.items():
-        picture = draw(figures, colours)
-        picture.tight_layout()
-        picture.savefig(folder / name, dpi=110)
-        plt.close(picture)
-    return {name: caption for name, (caption, _) in pictures.items()}
+    drawn = {}
+    for name, (caption, draw) in kinds.items():
+        with pictures.optional(folder / name):
+            pictures.write_picture(draw(figures, colours), folder / name, dpi=110)
+            drawn[name] = caption
+    return drawn
 
 
 def wants_log_axis(values: Sequence[float]) -> bool:
@@ -88,7 +86,7 @@ def draw_losses(figures: StudyFigures, colours: Colours) -> Figure:
         axes.errorbar([method.test.value], [height], xerr=error_bar(method.test), fmt="o", color=colour, capsize=4)
         axes.plot(method.by_seed, [height + 0.18] * len(method.by_seed), "|", color=colour, markersize=9)
     axes.axvline(figures.base.loss, color="black", linestyle="--", linewidth=1, label="base model")
-    axes.set_yticks(range(len(methods)), [method.name for method in reversed(methods)])
+    axes.set_yticks(range(len(methods)), [pictures.literal(method.name) for method in reversed(methods)])
     axes.set_ylim(-0.6, len(methods) - 0.3)
     axes.set_xlabel(LOSS_LABEL)
     if wants_log_axis([*(loss for method in methods for loss in method.by_seed), figures.base.loss]):
@@ -210,7 +208,7 @@ def draw_forgetting(figures: StudyFigures, colours: Colours) -> Figure:
     picture, axes = plt.subplots(figsize=(8, 1.2 + 0.45 * len(methods)))
     for height, method in enumerate(reversed(methods)):
         axes.barh([height], [method.forgetting], color=colours[method.name])
-    axes.set_yticks(range(len(methods)), [method.name for method in reversed(methods)])
+    axes.set_yticks(range(len(methods)), [pictures.literal(method.name) for method in reversed(methods)])
     axes.axvline(0, color="black", linewidth=1)
     axes.set_xlabel("change of the loss on other text (nats per token; positive: forgotten)")
     axes.grid(alpha=0.3)

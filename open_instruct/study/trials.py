@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import math
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from open_instruct.command_line import parse
 from open_instruct.errors import InputError, input_faults
 from open_instruct.flags import Flags, check_flags
+from open_instruct.locks import Occupied
 from open_instruct.small_files import read_json
 from open_instruct.study.config import Study
 from open_instruct.study.search import Trial
@@ -156,8 +156,9 @@ def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
     from open_instruct.methods import METHODS
     from open_instruct.study.measuring import measure_trial
     from open_instruct.training.checkpoint import complete_checkpoints, damage
-    from open_instruct.training.preemption import Preempted
+    from open_instruct.training.preemption import Preempted, RunGuard
     from open_instruct.training.run import run
+    from open_instruct.training.run_folder import RunFolder
 
     outcome = read_outcome(task)
     if outcome is not None and is_finished(task):
@@ -179,16 +180,19 @@ def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
             return outcome
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
-            run(flags, origins, bases, functools.partial(measure_trial, task.study))
+            with RunGuard() as guard:
+                run(flags, origins, guard, bases, functools.partial(measure_trial, task.study))
+        except Occupied:  # nothing may be written there, not even that it failed
+            raise
         except InputError as error:  # diverged, or out of memory: a result of the study, not its end
             bases.loaded.clear()
             write_json(task.folder / FAILED, {"failed": str(error)})
         except Preempted:  # its checkpoint is written, and the next start continues from it
             raise KeyboardInterrupt from None
+    own = RunFolder.read(task.folder)
     if METHODS[flags.method].trains_base and not task.study.keep_full_weights:
-        for path in task.folder.glob("model*.safetensors*"):
-            path.unlink()
-    shutil.rmtree(task.folder / "checkpoints", ignore_errors=True)
+        own.remove(*own.has("model*.safetensors*"))
+    own.remove(*own.has("checkpoints/*"))
     outcome = read_outcome(task)
     assert outcome is not None
     return outcome

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,12 @@ from torch import nn
 
 from open_instruct.errors import InputError, input_faults, one_line, reason_of, warn
 from open_instruct.files import flush, sha256, write_json
+from open_instruct.methods import Feature
+from open_instruct.temporary import share
 from open_instruct.training import sharding, stored
+from open_instruct.training.engines import engine_of
 from open_instruct.training.optimizer import first_state, set_step
+from open_instruct.training.run_folder import CHECKPOINTS, RunFolder, step_number
 from open_instruct.training.state import TrainState
 
 COMPLETED = "COMPLETED"  # marks a finished checkpoint, and holds the checksums of its files
@@ -40,30 +43,33 @@ class Checkpoint:
 
 
 def save(
-    folder: Path,
+    own: RunFolder,
     model: nn.Module,
     optimizer: Any,
     state: TrainState,
     keep: int,
     accelerator: Accelerator,
+    alone: bool = False,
 ) -> str | None:
-    """Write `folder`/step_N under a temporary name, flush it to disk, rename it, mark it; then drop the oldest.
+    """Write checkpoints/step_N under a temporary name, flush it to disk, rename it, mark it; then drop the oldest.
 
     Every process calls this. The main one writes, whichever process holds the tensors; under ZeRO each one adds its
     part of the optimizer to the same folder, which all nodes must share.
 
     Args:
-        folder: folder of the run's checkpoints.
+        own: the run's folder.
         model: model with the trained parameters, sharded or not.
         optimizer: optimizer as the engine prepared it.
         state: counters, losses and best parameters to save.
         keep: number of checkpoints to keep, -1: all.
         accelerator: joins the run's processes.
+        alone: the main process calls this, and no other one: where it holds everything (`can_save_alone`).
 
     Returns:
         None, or why the checkpoint could not be written. In that case older ones are untouched.
     """
-    working = folder / f".step_{state.step}.writing"
+    name, half = f"{CHECKPOINTS}/step_{state.step}", f"{CHECKPOINTS}/.step_{state.step}.writing"
+    working = own.path / half
     rank, part = accelerator.process_index, sharding.part_name(accelerator)
     zero = sharding.zero_optimizer(optimizer)
     tensors = sharding.gather_full(sharding.trained_parameters(model), accelerator)
@@ -71,8 +77,8 @@ def save(
     problem = None
     try:
         if rank == 0:
-            for unfinished in folder.glob(".step_*.writing"):  # of a process that was killed while it saved
-                shutil.rmtree(unfinished, ignore_errors=True)
+            own.remove(half)
+            own.claim(half, name)
             working.mkdir(parents=True)
             save_file(tensors, working / TRAINED)
             if state.best:
@@ -80,9 +86,10 @@ def save(
             (working / STATE).write_text(json.dumps({"progress": state_values(state)}, default=str))
             if optimizer_state is not None:
                 torch.save(optimizer_state, working / OPTIMIZER)
-    except WRITE_ERRORS as error:
+    except (*WRITE_ERRORS, InputError) as error:
         problem = one_line(error)
-    accelerator.wait_for_everyone()
+    if not alone:
+        accelerator.wait_for_everyone()
     if part is not None:
         zero_part = sharding.zero_state(zero)
         try:
@@ -90,19 +97,17 @@ def save(
         except WRITE_ERRORS as error:
             problem = problem or one_line(error)
     failed = torch.tensor(float(problem is not None), device=accelerator.device)
-    num_failed = accelerator.reduce(failed, reduction="sum").item()
-    if rank == 0 and not num_failed:
-        try:
-            _finish(working, folder / f"step_{state.step}")
-            # Later ones, from which the run went back to an earlier one, don't count: this one must stay.
-            own = [path for path in complete_checkpoints(folder) if step_of(path) <= state.step]
-            for old in own[: -max(keep, 1)] if keep >= 0 else []:
-                shutil.rmtree(old)
-        except WRITE_ERRORS as error:
-            problem = one_line(error)
-    if rank == 0:
-        shutil.rmtree(working, ignore_errors=True)
-    accelerator.wait_for_everyone()
+    num_failed = (failed if alone else accelerator.reduce(failed, reduction="sum")).item()
+    try:
+        if rank == 0 and not num_failed:
+            _finish(own, half, name)
+            own.remove(*older(own, state.step)[: -max(keep, 1)] if keep >= 0 else [])
+        if rank == 0:
+            own.remove(half)
+    except (*WRITE_ERRORS, InputError) as error:
+        problem = problem or one_line(error)
+    if not alone:
+        accelerator.wait_for_everyone()
     return problem or ("another process could not write" if num_failed else None)
 
 
@@ -112,14 +117,18 @@ def state_values(state: TrainState) -> dict[str, Any]:
     return {**values, "history": asdict(state.history)}
 
 
-def _finish(working: Path, final: Path) -> None:
-    """Flush a filled folder to disk, give it its final name, and mark it with the checksums of its files."""
+def _finish(own: RunFolder, half: str, name: str) -> None:
+    """Mark a filled folder with the checksums of its files, flush it to disk, and give it its final name."""
+    working, final = own.path / half, own.path / name
+    share(working)
+    sums = {path.name: sha256(path) for path in sorted(working.iterdir())}
+    write_json(working / COMPLETED, sums)
     for path in working.iterdir():
         flush(path)
-    sums = {path.name: sha256(path) for path in sorted(working.iterdir())}
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        own.remove(name)
+        own.claim(name)
     os.replace(working, final)
-    write_json(final / COMPLETED, sums)
     flush(final.parent)
 
 
@@ -127,6 +136,17 @@ def step_of(path: Path) -> int:
     """Return the number in a checkpoint's name; -1 where another name is, as of a user's own copy."""
     number = path.name.removeprefix("step_")
     return int(number) if number.isascii() and number.isdecimal() else -1
+
+
+def older(own: RunFolder, step: int) -> list[str]:
+    """Return the run's own finished checkpoints up to a step, oldest first."""
+    names = [f"{CHECKPOINTS}/{path.name}" for path in complete_checkpoints(own.path / CHECKPOINTS)]
+    return [name for name in names if own.owns(name) and step_number(name) <= step]
+
+
+def can_save_alone(accelerator: Accelerator) -> bool:
+    """Return whether the main process holds all that a checkpoint needs."""
+    return engine_of(accelerator) in (None, Feature.DDP)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

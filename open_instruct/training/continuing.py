@@ -26,8 +26,7 @@ from open_instruct.model.training_model import causal_of
 from open_instruct.model.weights import read_tensors
 from open_instruct.training.base_model import BaseModelSettings, absolute, skeleton
 from open_instruct.training.faults import is_out_of_memory
-
-NETWORK = "trained.safetensors"  # beside an adapter whose network (P-tuning, projected prefix) PEFT's format leaves out
+from open_instruct.training.run_folder import NETWORK
 
 
 def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[str, str], AdapterFolder | None]:

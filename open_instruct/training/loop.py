@@ -7,8 +7,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -25,7 +24,8 @@ from open_instruct.training.evaluation import held_out_loss
 from open_instruct.training.faults import is_out_of_memory, out_of_memory
 from open_instruct.training.forward import Forward
 from open_instruct.training.load_data import Data
-from open_instruct.training.preemption import Preempted, StopRequest
+from open_instruct.training.preemption import Preempted, RunGuard
+from open_instruct.training.run_folder import CHECKPOINTS, RunFolder
 from open_instruct.training.state import TrainState, median_norm
 from open_instruct.training.tracking import Metrics
 
@@ -40,7 +40,6 @@ class LoopSettings:
     logging_steps: int
     eval_steps: int  # 0: none between start and end
     checkpoint_every: int  # steps; 0: none
-    checkpoints: Path
     keep_checkpoints: int  # -1: all
     keep_best: bool
     sum_loss: bool = False
@@ -64,6 +63,8 @@ class TrainingJob:
     settings: LoopSettings
     metrics: Metrics
     doctor: Doctor
+    folder: RunFolder
+    guard: RunGuard
 
 
 def fit(job: TrainingJob, state: TrainState) -> None:
@@ -88,61 +89,61 @@ def fit(job: TrainingJob, state: TrainState) -> None:
     if state.step == 0:
         measure_start(job, state)
     job.model.train()
-    with StopRequest() as stop:
-        for step in range(state.step, plan.num_steps):
-            step_started = time.perf_counter()
-            indices = plan.examples(step)
-            label_tokens = int(examples.label_counts[indices].sum())
-            loss_sum = None
-            while loss_sum is None:
-                try:
-                    loss_sum = step_gradient(job, batching, step, indices)
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    # Tried once; the rows stay half as long. With several processes the others would wait forever.
-                    halved = batching.halved(indices.tolist(), examples.lengths)
-                    if halved is None or batching is not job.forward.training or accelerator.num_processes > 1:
-                        raise out_of_memory(accelerator, step) from None
-                if loss_sum is None:  # outside of the handler, whose traceback keeps the failed step's tensors alive
-                    batching = free_memory(job, step, halved)
-            # One reduction for loss and stop request: a signal may have reached only some of the processes.
-            stop_requested = loss_sum.new_tensor(float(stop.name is not None))
-            totals = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="sum")
-            learning_rate, loss = job.schedule.get_last_lr()[0], totals[0].item() / label_tokens
-            bound = settings.clip_grad_norm if settings.clip_grad_norm > 0 else math.inf
-            grad_norm = float(sharding.full_tensor(accelerator.clip_grad_norm_(parameters, bound)))
-            if math.isfinite(loss) and math.isfinite(grad_norm):
-                optimizer.step()
-                num_skipped = 0
-            else:
-                num_skipped += 1
-                report_skipped(job, step, indices, loss, grad_norm, learning_rate, num_skipped)
-            job.schedule.step()
-            optimizer.zero_grad()
+    job.guard.remember()  # from here on there is something to save
+    for step in range(state.step, plan.num_steps):
+        step_started = time.perf_counter()
+        indices = plan.examples(step)
+        label_tokens = int(examples.label_counts[indices].sum())
+        loss_sum = None
+        while loss_sum is None:
+            try:
+                loss_sum = step_gradient(job, batching, step, indices)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                # Tried once; the rows stay half as long. With several processes the others would wait forever.
+                halved = batching.halved(indices.tolist(), examples.lengths)
+                if halved is None or batching is not job.forward.training or accelerator.num_processes > 1:
+                    raise out_of_memory(accelerator, step) from None
+            if loss_sum is None:  # outside of the handler, whose traceback keeps the failed step's tensors alive
+                batching = free_memory(job, step, halved)
+        # One reduction for loss and stop request: a signal may have reached only some of the processes.
+        stop_requested = loss_sum.new_tensor(float(job.guard.signal is not None))
+        totals = accelerator.reduce(torch.stack([loss_sum, stop_requested]), reduction="sum")
+        learning_rate, loss = job.schedule.get_last_lr()[0], totals[0].item() / label_tokens
+        bound = settings.clip_grad_norm if settings.clip_grad_norm > 0 else math.inf
+        grad_norm = float(sharding.full_tensor(accelerator.clip_grad_norm_(parameters, bound)))
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            optimizer.step()
+            num_skipped = 0
+        else:
+            num_skipped += 1
+            report_skipped(job, step, indices, loss, grad_norm, learning_rate, num_skipped)
+        job.schedule.step()
+        optimizer.zero_grad()
 
-            tokens = int(examples.lengths[indices].sum())
-            seconds = time.perf_counter() - step_started
-            state.advance(len(indices), tokens, label_tokens, seconds)
-            window_seconds, window_tokens = window_seconds + seconds, window_tokens + tokens
-            metrics.bar.update(1)
-            is_last = state.step == plan.num_steps
-            if not num_skipped:
-                report(job, state, job.doctor.step(loss, grad_norm))
-                if state.step % settings.logging_steps == 0 or is_last:
-                    speed, epoch = window_tokens / window_seconds, plan.epoch(state.step)
-                    metrics.step_row(state, epoch, loss, learning_rate, grad_norm, speed)
-                    window_seconds, window_tokens = 0.0, 0
-            if (settings.eval_steps and state.step % settings.eval_steps == 0) or is_last:
-                evaluate_held_out(job, state)
-            state.wall_seconds = seconds_before + time.perf_counter() - started
-            is_due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
-            is_preempted = totals[1].item() > 0 and not is_last
-            if is_due or is_preempted:
-                check_parameters(job, state)
-                save_checkpoint(job, state)
-            if is_preempted:
-                raise Preempted(f"stopped by {stop.name or 'a signal to another process'} after step {state.step}")
+        tokens = int(examples.lengths[indices].sum())
+        seconds = time.perf_counter() - step_started
+        state.advance(len(indices), tokens, label_tokens, seconds)
+        window_seconds, window_tokens = window_seconds + seconds, window_tokens + tokens
+        metrics.bar.update(1)
+        is_last = state.step == plan.num_steps
+        if not num_skipped:
+            report(job, state, job.doctor.step(loss, grad_norm))
+            if state.step % settings.logging_steps == 0 or is_last:
+                speed, epoch = window_tokens / window_seconds, plan.epoch(state.step)
+                metrics.step_row(state, epoch, loss, learning_rate, grad_norm, speed)
+                window_seconds, window_tokens = 0.0, 0
+        if (settings.eval_steps and state.step % settings.eval_steps == 0) or is_last:
+            evaluate_held_out(job, state)
+        state.wall_seconds = seconds_before + time.perf_counter() - started
+        is_due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
+        is_preempted = totals[1].item() > 0 and not is_last
+        if is_due or is_preempted:
+            check_parameters(job, state)
+            save_checkpoint(job, state)
+        if is_preempted:
+            raise Preempted(stopped_text(job, f"after step {state.step}"))
     state.wall_seconds = seconds_before + time.perf_counter() - started
     if not state.best_is_earlier:
         check_parameters(job, state)
@@ -312,10 +313,26 @@ def check_parameters(job: TrainingJob, state: TrainState) -> None:
         )
 
 
-def save_checkpoint(job: TrainingJob, state: TrainState) -> None:
+def stopped_text(job: TrainingJob, moment: str) -> str:
+    """Return the line of a run that a signal stopped."""
+    by = job.guard.signal or "a signal to another process"
+    return f"stopped by {by} {moment}: continue with --resume_from_checkpoint"
+
+
+def save_checkpoint(job: TrainingJob, state: TrainState, alone: bool = False) -> None:
     """Write a checkpoint. If that fails, warn and continue: the last good one is still there."""
-    folder, keep = job.settings.checkpoints, job.settings.keep_checkpoints
-    model = job.forward.model.model
-    problem = checkpoint.save(folder, model, job.optimizer, state, keep, job.accelerator)
+    keep, model = job.settings.keep_checkpoints, job.forward.model.model
+    problem = checkpoint.save(job.folder, model, job.optimizer, state, keep, job.accelerator, alone)
     if problem and job.accelerator.is_main_process:
         warn(f"checkpoint of step {state.step} could not be written ({problem})")
+
+
+def stop_at_end(job: TrainingJob, state: TrainState) -> NoReturn:
+    """Write a checkpoint of the last step on the main process, if there is none, so that the end can be done again.
+
+    Raises:
+        Preempted: always.
+    """
+    if checkpoint.damage(job.folder.path / CHECKPOINTS / f"step_{state.step}"):
+        save_checkpoint(job, state, alone=True)
+    raise Preempted(stopped_text(job, f"after the last step, {state.step}")) from None

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,25 +23,32 @@ from transformers import PreTrainedTokenizerBase
 
 from open_instruct.adapters.inspection import START
 from open_instruct.errors import InputError, one_line, warn
-from open_instruct.files import flush, write_json
+from open_instruct.files import check_path, flush, replacing_by_name, write_json
+from open_instruct.locks import LOCK, Occupied, locked
+from open_instruct.report import pictures
 from open_instruct.report.plots import plot_losses, plot_rates
+from open_instruct.temporary import share, temporary_folder
 from open_instruct.training.checkpoint import WRITE_ERRORS, Checkpoint, complete_checkpoints, find
-from open_instruct.training.continuing import NETWORK
+from open_instruct.training.preemption import RunGuard
+from open_instruct.training.run_folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    FORMER,
+    LOSS_PLOT,
+    MODEL,
+    NETWORK,
+    RATES,
+    RATES_PLOT,
+    RUN,
+    SUMMARY,
+    RunFolder,
+    named,
+)
 from open_instruct.training.sharding import trained_parameters
 from open_instruct.training.start import RangeTest
 from open_instruct.training.state import TrainState
 from open_instruct.training.tracking import METRICS, read_metrics
 
-RUN, SUMMARY, LOSS_PLOT, CHECKPOINTS = "run.json", "summary.json", "loss.png", "checkpoints"
-RATES, RATES_PLOT = "auto_lr.json", "auto_lr.png"
-RUN_FILES = (RUN, METRICS, SUMMARY, LOSS_PLOT, CHECKPOINTS, START, NETWORK, RATES, RATES_PLOT)
-MODEL_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors*",
-)
 PACKAGES = (
     "torch",
     "transformers",
@@ -61,9 +67,11 @@ class OutputSettings:
     """The run's folder, and what happens to it."""
 
     folder: Path
+    writes: bool  # False: the run stops before it would write anything there
     overwrite: bool
     resume_from: str | None  # a path, or "newest"
     inputs: Mapping[str, str]  # description → folder that the run reads
+    data: Sequence[str]  # files and folders of rows, and names on the Hub
     clean_checkpoints_at_end: bool
     upload_to: str | None  # repository on the Hub
     upload_revision: str | None
@@ -74,49 +82,89 @@ class OutputSettings:
         return self.folder / CHECKPOINTS
 
 
-def check_folder(settings: OutputSettings) -> Checkpoint | None:
-    """Refuse to touch a folder that holds another run, or that the run reads.
+def occupy_folder(settings: OutputSettings, guard: RunGuard) -> Checkpoint | None:
+    """Lock the run's folder, on the main process, and refuse one that holds anything that the run must not touch.
 
     Returns:
         The checkpoint to resume from, or None to start at step 0.
 
     Raises:
-        InputError: the folder can't be used, or holds a run that no flag overwrites or resumes.
+        InputError: the folder can't be used, or another run is at work there; or it holds files of others, or a run
+            that no flag overwrites or resumes.
     """
-    folder = settings.folder
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder} is a file: name a folder")
-    for what, name in settings.inputs.items():
-        if folder.resolve() == Path(name).resolve():
+    what = f"--output_dir {settings.folder}"
+    check_path(settings.folder, what)
+    check_inputs(settings)
+    if settings.writes and is_main_rank():
+        guard.enter_context(locked(settings.folder / LOCK, what))
+    return check_content(settings, RunFolder.read(settings.folder))
+
+
+def is_main_rank() -> bool:
+    """Return whether this is the main process of the run, before the processes know each other."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_inputs(settings: OutputSettings) -> None:
+    """Refuse a folder that the run reads, or one inside of a model's.
+
+    Raises:
+        InputError: naming what it is the folder of.
+    """
+    folder = Path(os.path.realpath(settings.folder))
+    for what, name in [*settings.inputs.items(), *(("the data", name) for name in settings.data)]:
+        source = Path(os.path.realpath(name))
+        if not source.is_dir():
+            continue
+        if folder == source:
             raise InputError(
-                f"--output_dir {folder} is also the folder of {what}, and would be overwritten: name another folder"
+                f"--output_dir {settings.folder} is also the folder of {what}, and would be overwritten: name another "
+                "folder"
             )
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise InputError(f"--output_dir {folder} can't be written ({error.strerror}): name another folder") from None
-    if (folder / SUMMARY).exists() and not settings.overwrite:
+        if what != "the data" and source in folder.parents:
+            raise InputError(f"--output_dir {settings.folder} lies inside {name}, the folder of {what}: name another")
+
+
+def check_content(settings: OutputSettings, own: RunFolder) -> Checkpoint | None:
+    """Refuse a folder whose files the run would replace or mix with its own; `own` says which ones it may."""
+    folder = settings.folder
+    if own.has(SUMMARY) and not settings.overwrite:
         raise InputError(
             f"--output_dir {folder} holds a finished run: name another folder, or pass --overwrite_output_dir"
         )
     saved = find(settings.resume_from, folder) if settings.resume_from else None
-    if saved:
+    goes_on = saved is not None and same_folder(saved.path.parent, settings.checkpoints)
+    foreign = own.foreign(after=saved.state.step if saved and goes_on else -1)
+    if foreign:
+        what = (
+            "a model that the run did not make" if any(is_model_file(name) for name in foreign) else "files of others"
+        )
+        raise Occupied(f"--output_dir {folder} holds {what} ({named(foreign)}): move them away, or name another folder")
+    if goes_on or settings.overwrite:
         return saved
-    if not settings.overwrite:  # a job that may be resumed passes --resume_from_checkpoint from its first start on
-        steps = [path.name for path in complete_checkpoints(settings.checkpoints)]
-        if steps:
-            raise InputError(
-                f"--output_dir {folder} holds an unfinished run with checkpoint {steps[-1]}: continue it with "
-                "--resume_from_checkpoint, name another folder, or pass --overwrite_output_dir"
-            )
-        is_own = settings.resume_from and (folder / RUN).exists()  # a run that was stopped before its first checkpoint
-        if not is_own and any(list(folder.glob(pattern)) for pattern in MODEL_FILES):
-            raise InputError(
-                f"--output_dir {folder} holds a model: name another folder, or pass --overwrite_output_dir"
-            )
-    return None
+    steps = own.has(f"{CHECKPOINTS}/step_*")
+    finished = [path.name for path in complete_checkpoints(settings.checkpoints)]
+    if finished:
+        remedy = "with --resume_from_checkpoint and no path" if saved else "with --resume_from_checkpoint"
+        raise InputError(
+            f"--output_dir {folder} holds an unfinished run with checkpoint {finished[-1]}: continue it {remedy}, name "
+            "another folder, or pass --overwrite_output_dir"
+        )
+    if saved and (steps or own.has(METRICS)) and own.record.get("resumed_from") != str(saved.path):
+        raise InputError(f"--output_dir {folder} holds another run than {saved.path}: name another folder")
+    if not settings.resume_from and any(is_model_file(name) for name in own.has()):
+        raise InputError(f"--output_dir {folder} holds a model: name another folder, or pass --overwrite_output_dir")
+    return saved
+
+
+def is_model_file(name: str) -> bool:
+    """Return whether a file belongs to a model or an adapter."""
+    return any(Path(name).match(pattern) for pattern in (*ADAPTER[:2], *MODEL))
+
+
+def same_folder(first: Path, second: Path) -> bool:
+    """Return whether two paths lead to one folder."""
+    return os.path.realpath(first) == os.path.realpath(second)
 
 
 def package_versions() -> dict[str, str]:
@@ -156,35 +204,43 @@ def open_folder(
     record: dict[str, Any],
     prompt_vectors: torch.Tensor | None,
     rates: RangeTest | None,
-    resumed: bool,
-) -> None:
+    saved: Checkpoint | None,
+) -> RunFolder:
     """Create the folder with its record, a soft prompt's start [P, D] and what --auto_lr measured.
 
-    A resumed run keeps the existing files.
+    A resumed run keeps the existing files. What came after its checkpoint is set aside: later checkpoints would be
+    mixed with the run's own.
+
+    Returns:
+        The folder, which from here on is the run's.
     """
-    folder = settings.folder
+    own = RunFolder.read(settings.folder)
     accelerator.wait_for_everyone()  # every process has checked the folder by now
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not resumed:
-            clear(folder)
-            if prompt_vectors is not None:
-                save_file({"embeddings": prompt_vectors.contiguous()}, folder / START)
-            if rates is not None:
-                write_json(folder / RATES, asdict(rates))
-                plot_rates(rates.rates, rates.losses, rates.before, rates.chosen, folder / RATES_PLOT)
-        write_json(folder / RUN, record)
+        in_the_way: list[str] = []
+        if saved and same_folder(saved.path.parent, settings.checkpoints):
+            in_the_way = own.later(saved.state.step)
+        elif not settings.overwrite and any(name.startswith(CHECKPOINTS) or is_model_file(name) for name in own.has()):
+            in_the_way = [*(name for name in own.has() if name != RUN), RUN]
+        elif not saved:
+            own.clear()
+        if in_the_way:
+            aside = own.set_aside(in_the_way, copies=[METRICS])
+            accelerator.print(f"{named(in_the_way)} of a former run: moved to {aside}")
+        names = {START: prompt_vectors, RATES: rates, RATES_PLOT: rates}
+        own.start(record, METRICS, SUMMARY, LOSS_PLOT, *(name for name, value in names.items() if value is not None))
+        if saved is None and prompt_vectors is not None:
+            with replacing_by_name(own.path / START) as path:
+                save_file({"embeddings": prompt_vectors.contiguous()}, path)
+        if saved is None and rates is not None:
+            write_json(own.path / RATES, asdict(rates))
+            with pictures.optional(own.path / RATES_PLOT):
+                plot_rates(rates.rates, rates.losses, rates.before, rates.chosen, own.path / RATES_PLOT)
     accelerator.wait_for_everyone()
+    return own
 
 
-def clear(folder: Path) -> None:
-    """Remove a former run's files: those of a full model beside an adapter would mislead any loader."""
-    for pattern in (*RUN_FILES, *MODEL_FILES):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, keep_network: bool = False) -> int:
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: RunFolder, keep_network: bool = False) -> int:
     """Write the adapter (or the full model) and the tokenizer under temporary names, then rename them.
 
     Args:
@@ -195,24 +251,30 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, kee
 
     Returns:
         Size of the weights in bytes.
+
+    Raises:
+        InputError: a file that is not the run's has the name of one that is to be written.
     """
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as working:
+    with temporary_folder(folder.path / "model") as working:
         # PEFT would ask the Hub whether the vocabulary grew; it never does here.
         model.save_pretrained(working, **({"save_embedding_layers": False} if isinstance(model, PeftModel) else {}))
         tokenizer.save_pretrained(working)
-        (Path(working) / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form
-        num_bytes = sum(path.stat().st_size for path in Path(working).glob("*.safetensors"))
+        (working / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form
+        num_bytes = sum(path.stat().st_size for path in working.glob("*.safetensors"))
         if keep_network:
             network = {name: value.detach().contiguous().cpu() for name, value in trained_parameters(model).items()}
-            save_file(network, Path(working) / NETWORK)
-        for path in Path(working).iterdir():
-            if path.is_file():
-                flush(path)
-                os.replace(path, folder / path.name)
+            save_file(network, working / NETWORK)
+        share(working)
+        files = [path for path in working.iterdir() if path.is_file()]
+        folder.claim(*(path.name for path in files))
+        for path in files:
+            flush(path)
+            os.replace(path, folder.path / path.name)
+        flush(folder.path)
     return num_bytes
 
 
-def save_somewhere(save: Callable[[Path], Any], folder: Path) -> Any:
+def save_somewhere(save: Callable[[RunFolder], Any], folder: RunFolder) -> Any:
     """Save into `folder`; where that fails, into a fresh temporary folder, so that no result is lost.
 
     Raises:
@@ -220,28 +282,30 @@ def save_somewhere(save: Callable[[Path], Any], folder: Path) -> Any:
     """
     try:
         return save(folder)
-    except WRITE_ERRORS as error:
+    except (*WRITE_ERRORS, InputError) as error:
         reason = one_line(error)
     try:
-        elsewhere = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
-        save(elsewhere)
-    except WRITE_ERRORS as error:
+        elsewhere = Path(tempfile.mkdtemp(prefix=f"{folder.path.name[:40]}-"))
+        save(RunFolder(elsewhere, folder.record))
+    except (*WRITE_ERRORS, InputError) as error:
         raise InputError(
-            f"the result could be saved neither in {folder} ({reason}) nor in the temporary folder ({error}): free "
-            "disk space, and continue from the last checkpoint with --resume_from_checkpoint"
+            f"the result could be saved neither in {folder.path} ({reason}) nor in the temporary folder ({error}): "
+            "free disk space, and continue from the last checkpoint with --resume_from_checkpoint"
         ) from None
-    raise InputError(f"the result could not be saved in {folder} ({reason}): it is in {elsewhere}, move it from there")
+    raise InputError(
+        f"the result could not be saved in {folder.path} ({reason}): it is in {elsewhere}, move it from there"
+    )
 
 
-def finish(settings: OutputSettings, state: TrainState, summary: dict[str, Any], title: str) -> None:
-    """Plot the losses; write summary.json, which marks the run as finished; drop checkpoints and upload."""
-    folder = settings.folder
-    plot_losses(read_metrics(folder / METRICS), state.base_eval_loss, title, folder / LOSS_PLOT)
-    write_json(folder / SUMMARY, summary)
+def finish(settings: OutputSettings, own: RunFolder, state: TrainState, summary: dict[str, Any], title: str) -> None:
+    """Write summary.json, which marks the run as finished; plot the losses; drop checkpoints and upload."""
+    write_json(own.path / SUMMARY, summary)
+    with pictures.optional(own.path / LOSS_PLOT):
+        plot_losses(read_metrics(own.path / METRICS), state.base_eval_loss, title, own.path / LOSS_PLOT)
     if settings.clean_checkpoints_at_end:
-        shutil.rmtree(settings.checkpoints, ignore_errors=True)
+        own.remove(*own.has(f"{CHECKPOINTS}/*"))
     if settings.upload_to:
-        upload(folder, settings.upload_to, settings.upload_revision)
+        upload(own.path, settings.upload_to, settings.upload_revision)
 
 
 def upload(folder: Path, repository: str, revision: str | None) -> None:
@@ -254,7 +318,10 @@ def upload(folder: Path, repository: str, revision: str | None) -> None:
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
         api.upload_folder(
-            repo_id=repository, folder_path=folder, revision=revision, ignore_patterns=[f"{CHECKPOINTS}/*"]
+            repo_id=repository,
+            folder_path=folder,
+            revision=revision,
+            ignore_patterns=[f"{CHECKPOINTS}/*", f"{FORMER}-*/*", LOCK],
         )
         print(f"uploaded to {repository} (private)")
     except Exception as error:  # the network and the Hub fail in many ways; none may cost the finished run

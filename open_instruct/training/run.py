@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from open_instruct.errors import warn
 from open_instruct.flags import Flags
 from open_instruct.methods import model_facts
 from open_instruct.model import memory
@@ -31,8 +32,9 @@ from open_instruct.training.continuing import adopt_adapter, copy_for_saving, pu
 from open_instruct.training.doctor import Doctor
 from open_instruct.training.faults import explained_faults
 from open_instruct.training.load_data import Data, load_data
-from open_instruct.training.loop import TrainingJob, fit
+from open_instruct.training.loop import TrainingJob, fit, stop_at_end
 from open_instruct.training.optimizer import make_optimizer
+from open_instruct.training.preemption import Preempted, RunGuard
 from open_instruct.training.settings import Resolved
 from open_instruct.training.state import History, TrainState, median_norm
 
@@ -40,6 +42,7 @@ from open_instruct.training.state import History, TrainState, median_norm
 def run(
     flags: Flags,
     given: dict[str, str],
+    guard: RunGuard,
     bases: base_model.Bases | None = None,
     measure: Callable[[Any, Any, Data], dict[str, Any]] = lambda model, tokenizer, data: {},
 ) -> dict[str, Any] | None:
@@ -48,6 +51,7 @@ def run(
     Args:
         flags: checked by `flags.check_flags`.
         given: where each flag that was given comes from.
+        guard: entered by the caller; it handles signals, and unlocks the run's folder at its end.
         bases: base models that earlier runs of this process loaded (one process only); None: the base is read anew.
         measure: takes trained model, tokenizer and data at the end, and returns further entries of summary.json.
 
@@ -65,7 +69,7 @@ def run(
     flags, given, adapter = adopt_adapter(flags, given)
     config = base_model.load_base_config(settings.base_model_settings(flags))
     before = settings.before_data(flags, given, config, adapter)
-    saved = output.check_folder(before.output)
+    saved = output.occupy_folder(before.output, guard)
     tracking.check_trackers(before.tracking)
     accelerator = engines.make_accelerator(before.processes)
     engine = engines.engine_of(accelerator)
@@ -133,12 +137,13 @@ def run(
             accelerator.print(f"no complete checkpoint in {before.output.checkpoints} yet: starting at step 0")
         state.identity = own
         record = resolved.record(data, accelerator.num_processes, engine, saved) | output.environment()
-        output.open_folder(before.output, accelerator, record, vectors, rates, resumed=saved is not None)
+        folder = output.open_folder(before.output, accelerator, record, vectors, rates, saved)
         tracking.start_trackers(before.tracking, accelerator, resolved.values())
         metrics = tracking.Metrics(before.output.folder / tracking.METRICS, accelerator, plan.num_steps, state.step)
         doctor = Doctor(resolved.run_info(data, plan, facts), state.history)
         loop = resolved.loop(plan)
-        job = TrainingJob(accelerator, prepared, optimizer, schedule, method, chosen, data, plan, loop, metrics, doctor)
+        parts = (accelerator, prepared, optimizer, schedule, method, chosen, data, plan, loop, metrics, doctor)
+        job = TrainingJob(*parts, folder, guard)
         with metrics, explained_faults(accelerator, state, before.output.checkpoints):
             fit(job, state)
 
@@ -160,20 +165,24 @@ def save_result(
     samples: sample_answers.SampleAnswers,
     measure: Callable[[Any, Any, Data], dict[str, Any]],
 ) -> dict[str, Any] | None:
-    """Take the best parameters or the last ones, let the model answer, and write the run's results.
+    """Write the best parameters or the last ones, then let the model answer, and write the rest of the results.
 
     Returns:
         The summary on the main process, None elsewhere.
+
+    Raises:
+        Preempted: a signal arrived before the answers were there; a checkpoint of the last step is written.
     """
-    accelerator, method, folder = job.accelerator, job.method, resolved.output.folder
+    accelerator, method = job.accelerator, job.method
     is_sharded = engines.is_sharded(engines.engine_of(accelerator))
     if state.best_is_earlier:
         accelerator.print(state.best_text())
     trained = state.best
     if is_sharded and not state.best_is_earlier:
         trained = sharding.gather_full(sharding.trained_parameters(model), accelerator)
-    if not is_sharded and state.best_is_earlier and accelerator.is_main_process:
-        state.restore_best(model)
+    is_exchanged = not is_sharded and state.best_is_earlier and accelerator.is_main_process
+    if is_exchanged:
+        state.exchange_best(model)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return None
@@ -181,11 +190,22 @@ def save_result(
         model = copy_for_saving(
             resolved.model, config, tokenizer, method, resolved.method_settings, resolved.adapter, trained
         )
-    with autocast(accelerator.device.type, resolved.compute_dtype):
-        answers, exact_match = samples.compare(model, tokenizer)
-        measured = measure(model, tokenizer, job.data)
     keep_network = method.keeps_network(resolved.method_settings)
-    num_bytes = output.save_somewhere(lambda path: output.save_model(model, tokenizer, path, keep_network), folder)
+    num_bytes = output.save_somewhere(
+        lambda folder: output.save_model(model, tokenizer, folder, keep_network), job.folder
+    )
+    answers: list[dict[str, str]] = []
+    exact_match, measured = None, {}
+    try:
+        with job.guard.stoppable(), autocast(accelerator.device.type, resolved.compute_dtype):
+            answers, exact_match = samples.compare_or_warn(model, tokenizer)
+            measured = measure(model, tokenizer, job.data)
+    except Preempted:
+        if checkpoint.can_save_alone(accelerator):
+            if is_exchanged:
+                state.exchange_best(model)
+            stop_at_end(job, state)
+        warn(f"stopped by {job.guard.signal}: the sample answers are left out, everything else is saved")
     summary = {
         **state.summary(),
         **memory.counts(model),
@@ -195,6 +215,6 @@ def save_result(
         "samples": answers,
         **measured,
     }
-    output.finish(resolved.output, state, summary, f"{method.name}: {folder.name}")
+    output.finish(resolved.output, job.folder, state, summary, f"{method.name}: {job.folder.path.name}")
     print(summary_lines(summary, answers, exact_match, str(resolved.flags.output_dir)))
     return summary

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from open_instruct.adapters.generation import greedy_answers
 from open_instruct.data.dataset import Examples
+from open_instruct.errors import reason_of, warn
 
 MAX_NEW_TOKENS = 256
 
@@ -74,6 +75,16 @@ class SampleAnswers:
         ]
         exact = {name: sum(s[name] == s["reference"] for s in samples) / len(samples) for name in ("base", "tuned")}
         return samples, {**exact, "number": len(samples)}
+
+    def compare_or_warn(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[list[dict[str, str]], dict[str, float] | None]:
+        """Ask the tuned model as `compare` does; where that fails, nothing is returned, for the model is trained."""
+        try:
+            return self.compare(model, tokenizer)
+        except Exception as error:
+            warn(f"the sample answers are left out, as the tuned model could not answer ({reason_of(error)})")
+            return [], None
 
 
 def ask_base(

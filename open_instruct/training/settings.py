@@ -182,7 +182,6 @@ class Resolved(Settings):
             logging_steps=flags.logging_steps,
             eval_steps=self.eval_steps(plan),
             checkpoint_every=plan.steps_per_epoch if checkpoint_every is None else checkpoint_every,
-            checkpoints=self.output.checkpoints,
             keep_checkpoints=flags.keep_last_n_checkpoints,
             keep_best=flags.keep_best,
             sum_loss=flags.reduce_loss == "sum",
@@ -308,9 +307,20 @@ def before_data(
         ),
         output=OutputSettings(
             folder=Path(flags.output_dir),
+            writes=not (flags.dry_run or flags.cache_dataset_only),
             overwrite=flags.overwrite_output_dir,
             resume_from=flags.resume_from_checkpoint,
             inputs={what: name for what, name in inputs.items() if name},
+            data=[
+                name
+                for name in (
+                    *(flags.train_file or ()),
+                    *(name for name, _ in mixture_members(flags.dataset_mixer, flags.dataset_mixer_list)),
+                    flags.validation_file,
+                    flags.dataset_name,
+                )
+                if name
+            ],
             clean_checkpoints_at_end=flags.clean_checkpoints_at_end,
             upload_to=repository if flags.push_to_hub else None,
             upload_revision=flags.hf_repo_revision,

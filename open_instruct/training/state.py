@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from open_instruct.ranking import finite_or_inf
-from open_instruct.training.sharding import gather_full, load_full, trained_parameters
+from open_instruct.training.sharding import gather_full, trained_parameters
 
 
 @dataclass
@@ -80,9 +80,13 @@ class TrainState:
             gathered = gather_full(trained_parameters(model), accelerator)
             self.best = {name: tensor.clone() for name, tensor in gathered.items()}
 
-    def restore_best(self, model: nn.Module) -> None:
-        """Give a model that is not sharded the best parameters."""
-        load_full(trained_parameters(model), self.best)
+    @torch.no_grad()
+    def exchange_best(self, model: nn.Module) -> None:
+        """Exchange the parameters of a model that is not sharded for the best ones; once more, and they are back."""
+        for name, parameter in trained_parameters(model).items():
+            current = parameter.detach().to(self.best[name].device, copy=True)
+            parameter.copy_(self.best[name])
+            self.best[name] = current
 
     @property
     def best_is_earlier(self) -> bool:

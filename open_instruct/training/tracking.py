@@ -16,8 +16,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from open_instruct.errors import InputError
-from open_instruct.files import json_text
+from open_instruct.errors import InputError, warn
+from open_instruct.files import json_text, write_text
 from open_instruct.training.state import TrainState
 
 METRICS = "metrics.jsonl"
@@ -91,15 +91,19 @@ class Metrics:
         if not self.is_main:
             return
         kept = [line for line in read_metrics(path) if line["step"] <= first_step] if first_step else []
-        working = path.with_suffix(".writing")
-        working.write_text("".join(json_text(line) + "\n" for line in kept))
-        os.replace(working, path)
+        write_text(path, "".join(json_text(line) + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
+        self.is_full = False
 
     def write(self, row: dict[str, Any]) -> None:
-        """Write one row to file and trackers."""
+        """Write one row to file and trackers. A full disk costs the row, not the run."""
         if self.is_main:
-            self.file.write(json_text(row) + "\n")
+            try:
+                self.file.write(json_text(row) + "\n")
+            except OSError as error:
+                if not self.is_full:
+                    warn(f"{METRICS}: rows from step {row['step']} on could not be written ({error.strerror})")
+                self.is_full = True
         numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=row["step"])
 
@@ -152,7 +156,8 @@ class Metrics:
         """End the progress bar and the file."""
         self.bar.close()
         if self.is_main:
-            self.file.close()
+            with suppress(OSError):  # a row that a full disk refused, and that was reported
+                self.file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
