@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_instruct.command_line import parse
-from open_instruct.errors import InputError
+from open_instruct.errors import InputError, input_faults
 from open_instruct.flags import Flags, check_flags
 from open_instruct.study.config import Study
 from open_instruct.study.search import Trial
@@ -66,13 +66,17 @@ def read_figures(path: Path) -> dict[str, Any]:
 
     Args:
         path: summary.json, failed.json or base-*.json.
+
+    Raises:
+        InputError: it is damaged.
     """
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("rows", "other"):
-        rows = content.get("study", {}).get(name)
-        if rows:
-            content["study"][name] = [[math.nan if loss is None else loss, count] for loss, count in rows]
-    return content
+    with input_faults(f"result {path}", "delete its folder, and the trial is run again"):
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("rows", "other"):
+            rows = content.get("study", {}).get(name)
+            if rows:
+                content["study"][name] = [[math.nan if loss is None else loss, count] for loss, count in rows]
+        return content
 
 
 def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
