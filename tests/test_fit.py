@@ -97,7 +97,7 @@ def test_a_base_that_does_not_fit_is_refused_before_data_and_when_loaded(case, t
 
 @pytest.mark.parametrize("case", VALUES)
 def test_a_base_that_is_not_finite_is_refused(case, tmp_path):
-    with pytest.raises(InputError, match="NaN or infinite: model.layers.2"):
+    with pytest.raises(InputError, match="NaN or infinite: model"):
         load(copy_of_base(tmp_path, with_value(VALUES[case])))
 
 
@@ -423,6 +423,52 @@ def test_parameters_that_are_not_finite_are_no_result(steps, train):
                 "--lr_scheduler_type", "constant", "--checkpointing_steps", "1")  # fmt: skip
     assert run.code == 2 and "not" in run.err and "last good checkpoint: none" in run.err, run.err
     assert run.summary is None and not (run.folder / "adapter_model.safetensors").exists()
+
+
+@torch.no_grad()
+def test_a_merge_that_computes_nan_is_not_verified():
+    from open_instruct.adapters.generation import greedy_answers
+    from open_instruct.adapters.merging import PROBES, Expected, verify
+
+    model, tokenizer = load(TINY_MODEL), loaded.tokenizer_for(str(TINY_MODEL), [])
+    probes = [tokenizer(text)["input_ids"] for text in PROBES]
+    logits = [model(input_ids=torch.tensor([ids])).logits[0] for ids in probes]
+    wanted = Expected({"x": logits}, {"x": greedy_answers(model, tokenizer, probes, 16)})
+    assert verify(model, tokenizer, tokenizer, [], wanted)["largest_difference"] < 1e-5
+    model.model.norm.weight[3] = float("nan")
+    with pytest.raises(InputError, match="differ from base"):
+        verify(model, tokenizer, tokenizer, [], wanted)
+
+
+@pytest.mark.parametrize("key, value", [("eos_token_id", "x"), ("eos_token_id", [2, "x"]), ("pad_token_id", 1.5)])
+def test_token_ids_that_are_no_numbers_are_one_line(key, value, tmp_path):
+    folder = copy_of_base(tmp_path)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=key):
+        load(folder)
+
+
+def test_adapters_with_settings_that_compute_nan_or_need_a_package_are_one_line(tmp_path):
+    for name, value in {"lora_alpha": float("nan"), "megatron_config": 5, "alora_invocation_tokens": 5}.items():
+        folder = adapter(tmp_path, "lora", **{name: value})
+        with pytest.raises(InputError):
+            Adapters(load_adapted_base(str(TINY_MODEL), "float32"), [read_folder("x", str(folder))])
+
+
+@pytest.mark.parametrize("losses, best", [
+    ([float("nan"), 1.0, 0.5], 3), ([1.0, float("nan"), 2.0], 1), ([float("inf"), 3.0], 2), ([float("nan")], None),
+])  # fmt: skip
+def test_the_best_parameters_are_never_those_of_a_nan(losses, best):
+    from accelerate import Accelerator
+
+    from open_instruct.training.state import TrainState
+
+    state, model, accelerator = TrainState(), torch.nn.Linear(1, 1), Accelerator(cpu=True)
+    for step, loss in enumerate(losses, start=1):
+        state.step = step
+        state.keep_if_best(loss, model, accelerator)
+    assert state.best_step == best
 
 
 def test_json_has_no_nan():

@@ -24,7 +24,8 @@ class ModelFlags:
     )
     additional_model_arguments: str | None = flag(
         None,
-        "JSON object with further arguments for from_pretrained",
+        "JSON object with attributes of the model's config.json to change, and from_pretrained's attn_implementation; "
+        "the adapter's other commands use the same",
         in_study="same",
         check=lambda flags: checks.not_an_object(flags.additional_model_arguments),
         form="json",

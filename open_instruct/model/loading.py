@@ -287,6 +287,7 @@ def load_model(
     with readable(f"model {name}"):
         model, info = loader.from_pretrained(name, config=config, dtype=dtype, **options)
     check_fit(name, config, model, info, arguments)
+    check_token_ids(name, model)
     tensors = (*model.named_parameters(), *scales_of(model))
     half = ", or a --dtype with a larger range, as float16 ends at 65,504" if dtype == torch.float16 else ""
     check_finite(tensors, f"model {name}", f"download it again{half}")
@@ -370,6 +371,21 @@ def check_fit(
             f"the weights of model {name} do not fit its configuration ({problem}): give the config.json that belongs "
             f"to the weights, or download the folder again{changed}"
         )
+
+
+def check_token_ids(name: str, model: PreTrainedModel) -> None:
+    """Refuse settings in which the ids that end or pad a text are no numbers: transformers would not.
+
+    Raises:
+        InputError: naming one.
+    """
+    for file, settings in (("config.json", model.config), ("generation_config.json", model.generation_config)):
+        for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+            value = getattr(settings, key, None)
+            if not all(
+                type(item) is int for item in (value if isinstance(value, list) else [value]) if item is not None
+            ):
+                raise InputError(f"model {name}: the {key} {str(value)[:80]!r} of its {file} is no number: repair it")
 
 
 @torch.no_grad()
