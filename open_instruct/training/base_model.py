@@ -58,11 +58,13 @@ class TokenizerSettings:
 
 
 def load_base_config(settings: BaseModelSettings) -> PretrainedConfig:
-    """Load the base's configuration, and check the weights of a local folder.
+    """Load the base's configuration, and check the weights of a local folder and the requested attention.
 
     Raises:
-        InputError: there is no configuration, there are no weights, or only pickled ones that are not allowed.
+        InputError: there is no configuration, there are no weights, or only pickled ones that are not allowed; or
+            FlashAttention is required and can't run.
     """
+    loading.choose_attention(settings.use_flash_attn, settings.dtype, settings.compute_dtype)
     config = loading.load_config(
         settings.config_name or settings.name,
         revision=settings.revision,
