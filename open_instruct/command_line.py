@@ -131,7 +131,7 @@ def add_flag(section: Any, item: Field[Any], kind: Any) -> None:
     default: Any = item.default if item.default_factory is MISSING else item.default_factory()
     options: dict[str, Any] = {"help": item.metadata["description"].replace("%", "%%"), "default": default}
     if get_origin(kind) is Literal:
-        options["choices"] = get_args(kind)
+        options |= {"choices": get_args(kind), "type": str.lower}  # PEFT writes TEXT where this project writes text
     elif get_origin(kind) is list:
         options |= {"type": get_args(kind)[0], "nargs": "+", "metavar": "TEXT"}
     elif kind is bool:

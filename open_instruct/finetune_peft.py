@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             flags, origins = parse(sys.argv[1:] if argv is None else argv)
             check_flags(flags, origins)
-            warn_without_effect(flags, origins)
+            if int(os.environ.get("RANK", "0")) == 0:
+                warn_without_effect(flags, origins)
             with ending_at_once():
                 from open_instruct.training.run import run
 

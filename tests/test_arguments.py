@@ -240,6 +240,11 @@ def test_zero_virtual_tokens_mean_the_recipes():
     assert parse([*GOOD, "--num_virtual_tokens", "0"])[0].num_virtual_tokens is None
 
 
+@pytest.mark.parametrize("name", ["TEXT", "SAMPLE_VOCAB", "RANDOM"])
+def test_names_are_accepted_as_peft_writes_them(name):
+    assert parse([*GOOD, "--prompt_tuning_init", name])[0].prompt_tuning_init == name.lower()
+
+
 def test_the_table_of_flags_is_generated_from_the_code():
     assert (ROOT / "docs" / "flags.md").read_text() == render(), "run: python -m docs.make_flags"
 

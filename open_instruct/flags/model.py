@@ -34,8 +34,8 @@ class ModelFlags:
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto",
-        "precision of the frozen base; auto: bfloat16 on a GPU that supports it, float32 elsewhere. "
-        "Adapters are always float32",
+        "precision of the frozen base; auto: bfloat16 on a GPU that computes it (Ampere or newer), float32 elsewhere. "
+        "Adapters are always float32; float16 scales their loss on the way back, and is not for full fine-tuning",
         in_study="same",
         on_resume="same",
         check=checks.float16_weights,

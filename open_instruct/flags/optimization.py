@@ -157,7 +157,8 @@ class OptimizationFlags:
     )
     attn_backend: ATTENTION_BACKENDS | None = flag(
         None,
-        "attention of packed rows; unset: blocked on CPU, flash_attn or varlen on a GPU in 16 bits, else sdpa",
+        "attention of packed rows; unset: blocked on CPU, else the first that runs of flash_attn, varlen (16 bits on "
+        "Ampere or newer) and sdpa",
         check=checks.needs_packing,
         on_resume="content",
     )

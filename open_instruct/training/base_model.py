@@ -62,12 +62,13 @@ def absolute(name: str | None) -> str | None:
 
 
 def load_base_config(settings: BaseModelSettings) -> PretrainedConfig:
-    """Load the base's configuration, and check the weights of a local folder before any data is read.
+    """Load the base's configuration, and check the weights of a local folder and the attention before any data is read.
 
     Raises:
         InputError: there is no configuration of a causal language model, or no weights that fit it, or only pickled
-            ones that are not allowed.
+            ones that are not allowed; or FlashAttention is required and can't run.
     """
+    loading.choose_attention(settings.use_flash_attn, settings.dtype, settings.compute_dtype)
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     config = loading.load_config(settings.config_name or settings.name, settings.arguments, **options)
     loading.check_weights(settings.name, settings.allow_pickle)
