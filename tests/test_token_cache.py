@@ -67,7 +67,7 @@ def same(first: Examples, second: Examples) -> bool:
 
 
 ODD = [b"[" * 100_000, b"null", b"[]", b'{"sha256": 1}', b"9" * 5000, b"\xff"]
-KINDS = ["flipped", "zeroed", "truncated", "longer", "missing", "folder", "empty", "odd", "entry is a file"]
+KINDS = ["flipped", "zeroed", "truncated", "longer", "missing", "folder", "pipe", "empty", "odd", "entry is a file"]
 
 
 @pytest.mark.parametrize("name", [TOKENS, COUNTS])
@@ -91,10 +91,12 @@ def test_a_damaged_entry_is_made_anew(kind, name, tokenizer, filled, expected, t
     elif kind == "odd":
         content = bytearray(rng.choice(ODD))
     path.write_bytes(b"" if kind == "empty" else content)
-    if kind in ("missing", "folder"):
+    if kind in ("missing", "folder", "pipe"):
         path.unlink()
     if kind == "folder":
         path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
     if kind == "entry is a file":
         entry = entry_of(cache)
         shutil.rmtree(entry)

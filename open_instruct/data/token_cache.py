@@ -128,6 +128,9 @@ def read(entry: Path) -> Tokenised | None:
         return None
     try:
         with input_faults(f"entry {entry} of the token cache", "tokenising again"):
+            missing = next((name for name in (COUNTS, TOKENS) if not (entry / name).is_file()), None)
+            if missing:
+                raise ValueError(f"{missing} is missing")
             known = json.loads((entry / COUNTS).read_text(encoding="utf-8"))
             if known.pop("sha256") != record_sum(known):
                 raise ValueError(f"{COUNTS} does not match its checksum")

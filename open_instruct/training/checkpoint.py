@@ -215,7 +215,7 @@ def check_sums(path: Path) -> None:
     Raises:
         ValueError: a file is missing or differs.
     """
-    if not (path / COMPLETED).exists():
+    if not (path / COMPLETED).is_file():
         raise ValueError("it was never finished")
     sums = json.loads((path / COMPLETED).read_text(encoding="utf-8"))
     if not isinstance(sums, dict) or not {TRAINED, STATE} <= sums.keys():

@@ -165,7 +165,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     A number that was not finite, null in the file, is nan.
     """
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     return [row for row in map(row_of, lines) if row is not None]
 
 
