@@ -18,8 +18,8 @@ if not __package__:  # started as a file, from a clone that need not be installe
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
-from open_instruct.command_line import parse, warn_without_effect
-from open_instruct.errors import LONGEST_LINE, InputError, one_line, system_fault
+from open_instruct.command_line import parse, warn_of_lost_lists, warn_without_effect
+from open_instruct.errors import InputError, for_terminal, system_fault
 from open_instruct.flags import check_flags
 from open_instruct.streams import standard_streams
 from open_instruct.training.preemption import PREEMPTED, Preempted, ignore_signals
@@ -33,9 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. 0: done; 2: wrong input, reported in one line; 75: preempted, can be resumed; 130: interrupted.
     """
     try:
-        flags, origins = parse(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        flags, origins = parse(words)
         check_flags(flags, origins)
         warn_without_effect(flags, origins)
+        warn_of_lost_lists(words)
         from open_instruct.training.run import run
 
         run(flags, origins)
@@ -62,7 +64,7 @@ def report_error(error: InputError) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(5)  # if all processes meet the error, the first reports it, and the launcher ends this one meanwhile
-    print(f"error: {f'process {rank}: ' if rank else ''}{one_line(error, LONGEST_LINE)}", file=sys.stderr, flush=True)
+    print(f"error: {f'process {rank}: ' if rank else ''}{for_terminal(error)}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         os._exit(2)

@@ -24,6 +24,7 @@ from transformers import (
 
 from open_instruct.errors import PANIC, InputError, input_faults, one_line
 from open_instruct.model.sizes import check_sizes
+from open_instruct.small_files import check_regular
 
 SMALL_FILES = ("*.json", "*.jinja")  # what transformers reads beside the weights
 
@@ -92,11 +93,8 @@ def check_files(folder: Path) -> None:
     """
     names = [name for pattern in SMALL_FILES for name in folder.glob(pattern)] if folder.is_dir() else []
     for path in names:
-        if path.is_dir() or (path.exists() and not path.is_file()):  # a pipe would be waited for, for ever
-            raise InputError(
-                f"{path} is {'a folder' if path.is_dir() else 'a pipe or a device'}, not a file: remove it"
-            )
-        with input_faults(str(path), "mend its permissions, or copy it again"):
+        with input_faults(str(path), "mend it, or copy it again"):
+            check_regular(path)
             path.open("rb").close()
 
 
