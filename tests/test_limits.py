@@ -319,6 +319,21 @@ def test_a_run_outlives_whoever_read_its_output():
     stream.close()
 
 
+def test_a_run_goes_on_when_its_reader_has_seen_enough(tmp_path, data_file):
+    """As under `| head -1`: the result is what counts."""
+    words = [
+        "--model_name_or_path", str(TINY_MODEL), "--train_file", str(data_file), "--use_ia3", "--max_train_steps", "20",
+        "--output_dir", str(tmp_path / "run"), "--dataset_skip_cache", "--num_sample_answers", "0",
+    ]  # fmt: skip
+    command = [sys.executable, "-u", str(ROOT / "open_instruct" / "finetune_peft.py"), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(600) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 20
+
+
 def test_characters_that_the_terminal_lacks_are_escapes():
     code = "from open_instruct.streams import standard_streams\nwith standard_streams(False): print('→ \\ud800')"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
