@@ -38,6 +38,12 @@ class OneLineArgumentParser(argparse.ArgumentParser):
                 self.error(f"{name if name in ('file', 'sources') else f'--{name}'} {reason}")
         return values
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # argparse drops "--" from a flag's values, and gives a flag of one value an empty list.
+        if action.option_strings and "--" in arg_strings:
+            raise argparse.ArgumentError(action, "-- is no value")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
         print(f"error: {one_line(message, 2000)} (see --help)", file=sys.stderr)
@@ -171,7 +177,6 @@ def parse(argv: Sequence[str]) -> tuple[Flags, dict[str, str]]:
     if unknown:
         parser.error(describe_unknown(unknown))
     values = {name: getattr(namespace, name) for name in FIELDS}
-    warn_of_lost_lists(argv)
     origins = dict.fromkeys(flags_in(from_config), "config") | dict.fromkeys(flags_in(argv), "flag")
     if values["save_to_hub"] and "push_to_hub" in origins and not values["push_to_hub"]:
         parser.error("--save_to_hub asks for an upload, and --push_to_hub False forbids it: drop one")

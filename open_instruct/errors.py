@@ -16,7 +16,7 @@ from open_instruct.streams import standard_streams
 
 BUGS = (AssertionError, NameError, ImportError)  # no input raises them: they keep their traceback
 PANIC = "PanicException"  # of libraries in Rust, as tokenizers and safetensors are; it is no Exception
-LONGEST_LINE = 4000  # characters of an error on the terminal
+LONGEST_LINE = 2500  # characters of an error on the terminal
 REMEDIES = {
     errno.ENOSPC: "free disk space, or name another place",
     errno.EDQUOT: "free disk space, or name another place",
@@ -51,6 +51,13 @@ def one_line(error: BaseException | str, longest: int = 300) -> str:
     """Return an error's text without line breaks and control characters, cut at `longest` characters."""
     text = visible(" ".join(str(error).split()))
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def for_terminal(error: BaseException | str) -> str:
+    """Return an error as one line; of a very long one, as with a value of a megabyte, both ends."""
+    text = one_line(error, sys.maxsize)
+    half = LONGEST_LINE // 2
+    return text if len(text) <= LONGEST_LINE else f"{text[:half]} … {text[-half:]}"
 
 
 def reason_of(error: BaseException) -> str:
@@ -105,7 +112,7 @@ def system_fault(error: OSError | MemoryError) -> str:
 
 def warn(text: str) -> None:
     """Print a warning on the error stream."""
-    print(f"warning: {one_line(text, LONGEST_LINE)}", file=sys.stderr, flush=True)
+    print(f"warning: {for_terminal(text)}", file=sys.stderr, flush=True)
 
 
 class Terminated(KeyboardInterrupt):
@@ -138,13 +145,13 @@ def exit_code(
             work()
             sys.stdout.flush()
     except InputError as error:
-        print(f"error: {one_line(error, LONGEST_LINE)}", file=sys.stderr)
+        print(f"error: {for_terminal(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at its end
         return 128 + signal.SIGPIPE
     except (OSError, MemoryError) as error:
-        print(f"error: {system_fault(error)}", file=sys.stderr)
+        print(f"error: {for_terminal(system_fault(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

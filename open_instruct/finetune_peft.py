@@ -19,8 +19,8 @@ if not __package__:  # started as a file, from a clone that need not be installe
 
 import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
-from open_instruct.command_line import parse, warn_without_effect
-from open_instruct.errors import LONGEST_LINE, InputError, one_line, system_fault
+from open_instruct.command_line import parse, warn_of_lost_lists, warn_without_effect
+from open_instruct.errors import InputError, for_terminal, system_fault
 from open_instruct.flags import check_flags
 from open_instruct.interrupts import INTERRUPTED, ending_at_once
 from open_instruct.streams import standard_streams
@@ -36,10 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     with RunGuard() as guard:
         try:
-            flags, origins = parse(sys.argv[1:] if argv is None else argv)
+            words = sys.argv[1:] if argv is None else argv
+            flags, origins = parse(words)
             check_flags(flags, origins)
             if int(os.environ.get("RANK", "0")) == 0:
                 warn_without_effect(flags, origins)
+                warn_of_lost_lists(words)
             with ending_at_once():
                 from open_instruct.training.run import run
 
@@ -75,7 +77,7 @@ def report_error(error: InputError) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         time.sleep(5)  # if all processes meet the error, the first reports it, and the launcher ends this one meanwhile
-    print(f"error: {f'process {rank}: ' if rank else ''}{one_line(error, LONGEST_LINE)}", file=sys.stderr, flush=True)
+    print(f"error: {f'process {rank}: ' if rank else ''}{for_terminal(error)}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         os._exit(2)

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -78,5 +79,6 @@ def evaluating_input(what: str, remedy: str, seconds: float = SECONDS) -> Iterat
     Raises:
         InputError: it raised an error, took longer, or wanted more memory.
     """
-    with limited_time(what, remedy, seconds), input_faults(what, remedy), limited_memory():
+    with limited_time(what, remedy, seconds), input_faults(what, remedy), limited_memory(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python's parsers, about expressions that may mean something else one day
         yield

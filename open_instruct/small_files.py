@@ -38,14 +38,24 @@ def read_text(path: Path, what: str, remedy: str, max_bytes: int = MAX_BYTES) ->
         InputError: it can't be read, is a folder, a pipe or a device, too large, or not UTF-8.
     """
     with input_faults(what, remedy):
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):  # reading a pipe would wait for ever, and a device has no end
-            raise ValueError("it is a folder" if stat.S_ISDIR(mode) else "it is a pipe or a device, not a file")
+        check_regular(path)
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
         if len(data) > max_bytes:
             raise ValueError(f"it has more than {max_bytes:,} bytes")
         return data.decode("utf-8-sig")
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is there and is no file: reading a pipe would wait for ever, and a device has no end.
+
+    Raises:
+        OSError: nothing is there.
+        ValueError: it is a folder, a pipe or a device.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError("it is a folder" if stat.S_ISDIR(mode) else "it is a pipe or a device, not a file")
 
 
 def read_json(path: Path, what: str, remedy: str, max_bytes: int = MAX_BYTES) -> Any:

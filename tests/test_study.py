@@ -7,16 +7,19 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from open_instruct import study_peft
 from open_instruct.finetune_peft import main as finetune
+from open_instruct.study import trials
 from open_instruct.study.results import other_loss
 from tests.conftest import ROOT, TINY_MODEL, write_conversations
 
@@ -107,6 +110,57 @@ def test_figures_are_those_of_the_trials(finished):
         assert method["forgetting"] == pytest.approx(other_loss(summary) - report["base"]["other"])
     values = [method["test"]["value"] for method in report["methods"]]
     assert values == sorted(values) and f"{values[0]:.4f}" in report["sentences"][1]
+
+
+SPOILT = {
+    "summary.json": ["", "[", "{}", '{"study": {"rows": 5}}', "9" * 5000],
+    "run.json": ["[]", '{"flags": {"learning_rate": 5}}'],
+    "metrics.jsonl": ['{"step": "x", "eval_loss": 1}', "5\n"],
+}
+
+
+def test_a_damaged_trial_is_said_and_the_others_are_reported(finished, tmp_path, capsys):
+    folder = tmp_path / "study"
+    shutil.copytree(finished, folder)
+    (trial,) = folder.glob("trials/lora-*")
+    words = ["--config", str(finished.parent / "study.yaml"), "--output_dir", str(folder), "--report_only"]
+    for name, contents in SPOILT.items():
+        whole = (trial / name).read_text()
+        for content in contents[-1:] if name != "summary.json" else contents[-2:]:
+            (trial / name).write_text(content)
+            capsys.readouterr()
+            assert study_peft.main(words) == 0
+            error = capsys.readouterr().err
+            report = json.loads((folder / "report.json").read_text())
+            assert error.count("\n") == 1 and name in error and "lora" in error, error
+            assert any(name in sentence for sentence in report["sentences"]) and len(report["methods"]) == 4
+        (trial / name).write_text(whole)
+    for contents in SPOILT.values():
+        for content in contents:
+            (trial / "summary.json").write_text(content)
+            assert read_damaged(trial)
+
+
+def read_damaged(folder: Path) -> bool:
+    """Whether a trial's outcome counts as none."""
+    task = SimpleNamespace(folder=folder)
+    return trials.read_outcome(task) is None
+
+
+def test_figures_of_a_base_that_are_damaged_are_measured_anew(finished, tmp_path, capsys):
+    folder = tmp_path / "study"
+    shutil.copytree(finished, folder)
+    (base,) = folder.glob("base-*.json")
+    before = json.loads(base.read_text())
+    base.write_text("{")
+    words = ["--config", str(finished.parent / "study.yaml"), "--output_dir", str(folder)]
+    assert study_peft.main([*words, "--report_only"]) == 2
+    error = capsys.readouterr().err
+    assert "no trial of" in error and "Traceback" not in error
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/summary.json")}
+    assert study_peft.main(words) == 0
+    assert json.loads(base.read_text()) == before
+    assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
 @pytest.mark.parametrize("method", ["full", "ia3", "prompt_tuning", "prefix_tuning"])
@@ -272,6 +326,25 @@ BAD = {
         "methods": {"ia3": {"num_virtual_tokens": 3}}
     },
     "report.other_text nowhere.txt: no such file": {"report": {"other_text": "nowhere.txt"}},
+    "flags.cache_dataset_only is decided by the study": {"flags": {"cache_dataset_only": True}},
+    "flags.seed is set twice": {"flags": {"split-seed": 1, "split_seed": 2, "seed": 3, "no_seed": 1}},
+    "seeds [1099511627776]: give": {"seeds": [1 << 40]},
+    "seeds [True]: give": {"seeds": [True]},
+    "search.points 1000000000000 is not a whole number": {"search": {"kind": "random", "points": 10**12}},
+    "there are 4,000,000 trials, and 10,000 are allowed": {
+        "search": {"kind": "grid", "space": {"learning_rate": list(range(1, 2001)), "weight_decay": list(range(2000))}},
+        "methods": {"ia3": None},
+    },
+    "low below high": {"search": {"kind": "random", "space": {"learning_rate": {"low": 1.0, "high": float("inf")}}}},
+    "report.answer_regex '(((' can't be used": {"report": {"answer_regex": "((("}},
+    "report.answer_regex '5' can't be used": {"report": {"answer_regex": 5}},
+    "set flags.max_train_steps to a number": {"search": {"kind": "halving"}, "flags": {"max_train_steps": "many"}},
+    "keep_full_weights 'no' is neither true nor false": {"keep_full_weights": "no"},
+    "name '../x' is no name": {"name": "../x"},
+    "methods 'a/b' is no name": {"methods": {"a/b": {"method": "ia3"}}},
+    "methods '-x' is no name": {"methods": {"-x": {"method": "ia3"}}},
+    "methods 'x\\ny' is no name": {"methods": {"x\ny": {"method": "ia3"}}},
+    "output_dir '5' is no name of a folder": {"output_dir": 5},
 }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from open_instruct.adapters import writing
 from open_instruct.bootstrap import interval
 from open_instruct.errors import InputError
-from open_instruct.limits import evaluating_input
+from open_instruct.limits import SECONDS, evaluating_input
 
 METRICS = ("loss", "exact_match", "rouge", "bleu")
 NORMALISERS = ("none", "text", "number")
@@ -63,7 +63,7 @@ def final_answer(text: str, regex: str | None) -> str:
     """
     if regex is None:
         return text
-    with evaluating_input(f"--answer_regex {regex!r}", "give one that needs no backtracking"):
+    with evaluating_input(f"--answer_regex {regex!r}", "give one that needs no backtracking", SECONDS):
         matches = deque(re.finditer(regex, text), maxlen=1)
     if not matches:
         return ""

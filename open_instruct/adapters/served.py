@@ -120,6 +120,7 @@ def load(
             chat_template_name = "tulu"
     if chat_template_name:
         chat.set_chat_template(tokenizer, chat_template_name)
+    chat.check_question(tokenizer)
     base = loaded.load_adapted_base(name, dtype, folders, trust_remote_code, allow_pickle)
     return Served(Adapters(base, folders), tokenizer)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -138,6 +139,21 @@ def render_texts(
                 raise ValueError(f"it writes {len(text):,} characters")
             text.encode()  # half of a surrogate pair can't be tokenised
     return texts, spans
+
+
+def check_question(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a template that can't write a plain question, before a model is loaded.
+
+    One that refuses it on purpose may take others, as those with a system message.
+
+    Raises:
+        InputError: as `render_texts`.
+    """
+    try:
+        render_texts(tokenizer, [PROBE[:1]], add_generation_prompt=True)
+    except InputError as error:
+        if type(error.__cause__) is not TemplateError:
+            raise
 
 
 def render(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages]) -> tuple[list[str], list[Spans]]:

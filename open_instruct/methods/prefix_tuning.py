@@ -58,11 +58,13 @@ class PrefixTuning(Method):
     def num_numbers(self, model: Any, settings: PrefixTuningSettings) -> int:
         """See `Method`: keys and values of each layer, with a network the layer that computes them too."""
         text = model.config.get_text_config()
-        hidden, all_layers = int(text.hidden_size), 2 * int(text.num_hidden_layers) * int(text.hidden_size)
-        if not settings.prefix_projection:  # fewer with grouped heads, by the size of a head
-            return settings.num_virtual_tokens * all_layers // max(text.num_attention_heads, 1)
-        width = settings.encoder_hidden_size or hidden
-        return settings.num_virtual_tokens * hidden + width * (hidden + all_layers)
+        num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        keys = num_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        all_layers = 2 * text.num_hidden_layers * keys
+        if not settings.prefix_projection:
+            return int(settings.num_virtual_tokens * all_layers)
+        width = settings.encoder_hidden_size or text.hidden_size
+        return int(settings.num_virtual_tokens * keys + width * (keys + all_layers))
 
     def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
         """Return a rate in proportion to the spread of the base's own keys, or a lower one for a network."""

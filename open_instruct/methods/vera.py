@@ -61,11 +61,11 @@ class Vera(LayerMethod):
         return {"vera_rank": adapter.get("r", 256), "vera_dropout": adapter.get("vera_dropout", 0.0)}
 
     def num_numbers(self, model: Any, settings: VeraSettings) -> int:
-        """See `Method`: nearly all are in the two shared matrices, as large as the largest layer needs."""
+        """See `Method`: nearly all are in two frozen matrices. Without a gradient, each counts half."""
         from open_instruct.model.sizes import linear_sizes
 
         inputs, outputs = zip(*linear_sizes(model), strict=True)
-        return settings.vera_rank * (max(inputs) + max(outputs))
+        return settings.vera_rank * (max(inputs) + max(outputs)) // 2
 
     def drops_inputs(self, settings: VeraSettings) -> bool:
         """See `Method`."""

@@ -30,6 +30,7 @@ from open_instruct.model.backends import FLASH_CAPABILITY
 from open_instruct.model.configuration import check_causal, loader_arguments, with_arguments
 from open_instruct.model.sizes import check_sizes
 from open_instruct.model.weights import check_finite, misfit, scales_of, some_of
+from open_instruct.small_files import check_regular
 
 OF_TEXT_MODEL = re.compile(r"(^|\.)(language_model|text_model)\.|^(model\.)?layers\.\d")  # within other models, too
 INDEX = "model.safetensors.index.json"  # of weights in several files
@@ -103,11 +104,8 @@ def check_files(folder: Path) -> None:
     """
     names = [name for pattern in SMALL_FILES for name in folder.glob(pattern)] if folder.is_dir() else []
     for path in names:
-        if path.is_dir() or (path.exists() and not path.is_file()):  # a pipe would be waited for, for ever
-            raise InputError(
-                f"{path} is {'a folder' if path.is_dir() else 'a pipe or a device'}, not a file: remove it"
-            )
-        with input_faults(str(path), "mend its permissions, or copy it again"):
+        with input_faults(str(path), "mend it, or copy it again"):
+            check_regular(path)
             path.open("rb").close()
 
 

@@ -164,6 +164,8 @@ def read_result(study: Study, trial: Trial) -> TrialResult | None:
         with input_faults(str(run_file), f"delete {task.folder}, and {trials.REPEAT}"):
             rate = float(content["flags"]["learning_rate"]["value"])
     with input_faults(str(task.folder / "metrics.jsonl"), f"delete {task.folder}, and {trials.REPEAT}"):
+        if (task.folder / "metrics.jsonl").exists():
+            small_files.check_regular(task.folder / "metrics.jsonl")
         rows = read_metrics(task.folder / "metrics.jsonl")
         curve = [(int(row["step"]), trials.loss_of(row["eval_loss"])) for row in rows if "eval_loss" in row]
     return TrialResult(

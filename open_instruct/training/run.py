@@ -151,7 +151,7 @@ def run(
     summary = save_result(resolved, job, state, config, tokenizer, model, samples, measure)
     if bases:
         bases.give_back(before.model, model)
-    accelerator.end_training()
+    tracking.end_trackers(accelerator)
     return summary
 
 

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from open_instruct.errors import InputError, warn
+from open_instruct.errors import InputError, input_faults, reason_of, warn
 from open_instruct.files import json_text, write_text
 from open_instruct.training.state import TrainState
 
@@ -57,7 +57,16 @@ def start_trackers(settings: TrackingSettings, accelerator: Accelerator, flags: 
             name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in flags.items()
         }
         wandb_options = {"name": settings.run_name, "entity": settings.entity}
-        accelerator.init_trackers(settings.project, config=config, init_kwargs={"wandb": wandb_options})
+        with input_faults(f"--report_to {' '.join(settings.trackers)}", "mend the tracker's settings, or drop it"):
+            accelerator.init_trackers(settings.project, config=config, init_kwargs={"wandb": wandb_options})
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """Close the trackers. The run's result is written already, so that a tracker that fails is only said."""
+    try:
+        accelerator.end_training()
+    except Exception as error:  # of whatever type a tracker raises
+        warn(f"a tracker could not be closed ({reason_of(error)}): the run's own files are complete")
 
 
 def peak_memory_mb() -> float:
@@ -86,6 +95,7 @@ class Metrics:
         """Open the file. A resumed run first drops the rows after its checkpoint."""
         self.accelerator = accelerator
         self.total_steps = total_steps
+        self.tracks = True  # until a tracker fails
         self.is_main = accelerator.is_main_process
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None if self.is_main else True)
         if not self.is_main:
@@ -105,7 +115,13 @@ class Metrics:
                     warn(f"{METRICS}: rows from step {row['step']} on could not be written ({error.strerror})")
                 self.is_full = True
         numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
-        self.accelerator.log(numbers, step=row["step"])
+        if not self.tracks:
+            return
+        try:
+            self.accelerator.log(numbers, step=row["step"])
+        except Exception as error:  # of whatever type a tracker raises; training does not end for it
+            self.tracks = False
+            warn(f"trackers get no more rows from step {row['step']} on ({reason_of(error)}): metrics.jsonl has all")
 
     def step_row(
         self, state: TrainState, epoch: float, loss: float, learning_rate: float, grad_norm: float, speed: float
