@@ -264,7 +264,7 @@ def run(a: argparse.Namespace) -> None:
         from open_instruct.report import pictures, plots  # matplotlib: not for --help, nor before the file is read
 
         print(histogram(counts))
-        with pictures.optional(picture):
+        with pictures.if_possible(picture):
             plots.plot_sources(counts, f"{column} of {a.file.name}", picture)
     print(f"drawn from {table.num_rows:,} rows in {time.perf_counter() - started:.1f} s")
 

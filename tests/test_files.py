@@ -102,7 +102,7 @@ from open_instruct.temporary import temporary_folder
 path = pathlib.Path(sys.argv[1])
 with AtomicFile(path) as file, temporary_folder(path) as folder:
     file.write(b"x" * 100)
-    while not list(path.parent.glob(".*.writing/../.a.txt.*.writing")) or len(os.listdir(path.parent)) < 2:
+    while len(list(path.parent.glob(f".a.txt.{os.getpid()}-*.writing"))) < 2:
         pass
     (folder / "inside").write_text("half")
     print("writing", flush=True)

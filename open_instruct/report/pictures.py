@@ -49,7 +49,7 @@ def write_picture(figure: Figure, path: Path, dpi: int) -> None:
 
 
 @contextmanager
-def optional(path: Path) -> Iterator[None]:
+def if_possible(path: Path) -> Iterator[None]:
     """Draw a picture in the block. Where that fails, whatever the reason, a warning is all: the numbers are saved."""
     try:
         yield

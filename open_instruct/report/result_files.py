@@ -69,5 +69,5 @@ def write_result(
     folder = Path(name)
     write_text(folder / f"{kind}.md", text + "\n")
     write_json(folder / f"{kind}.json", result)
-    with pictures.optional(folder / f"{kind}.png"):
+    with pictures.if_possible(folder / f"{kind}.png"):
         plot(result, folder / f"{kind}.png")

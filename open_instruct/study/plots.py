@@ -55,7 +55,7 @@ def draw_all(figures: StudyFigures, folder: Path) -> dict[str, str]:
         )
     drawn = {}
     for name, (caption, draw) in kinds.items():
-        with pictures.optional(folder / name):
+        with pictures.if_possible(folder / name):
             pictures.write_picture(draw(figures, colours), folder / name, dpi=110)
             drawn[name] = caption
     return drawn

@@ -234,7 +234,7 @@ def open_folder(
                 save_file({"embeddings": prompt_vectors.contiguous()}, path)
         if saved is None and rates is not None:
             write_json(own.path / RATES, asdict(rates))
-            with pictures.optional(own.path / RATES_PLOT):
+            with pictures.if_possible(own.path / RATES_PLOT):
                 plot_rates(rates.rates, rates.losses, rates.before, rates.chosen, own.path / RATES_PLOT)
     accelerator.wait_for_everyone()
     return own
@@ -300,7 +300,7 @@ def save_somewhere(save: Callable[[RunFolder], Any], folder: RunFolder) -> Any:
 def finish(settings: OutputSettings, own: RunFolder, state: TrainState, summary: dict[str, Any], title: str) -> None:
     """Write summary.json, which marks the run as finished; plot the losses; drop checkpoints and upload."""
     write_json(own.path / SUMMARY, summary)
-    with pictures.optional(own.path / LOSS_PLOT):
+    with pictures.if_possible(own.path / LOSS_PLOT):
         plot_losses(read_metrics(own.path / METRICS), state.base_eval_loss, title, own.path / LOSS_PLOT)
     if settings.clean_checkpoints_at_end:
         own.remove(*own.has(f"{CHECKPOINTS}/*"))
