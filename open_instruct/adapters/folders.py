@@ -123,6 +123,8 @@ class AdapterFolder:
         if not path.exists():
             return {}
         with input_faults(f"adapter {self.name}: {path}", REPAIR):
+            if not path.is_file():  # reading a pipe would wait for ever
+                raise ValueError("it is no file")
             content = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(content, dict) or not isinstance(content.get("flags", {}), dict):
                 raise ValueError("it holds no flags")
