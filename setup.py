@@ -13,7 +13,6 @@ CORE = [
     "jinja2>=3.1",
     "polars>=1.20",
     "pyarrow>=18",
-    "ijson>=3.5",
     "protobuf>=4",  # transformers needs it for bare SentencePiece tokenizers
 ]
 EXTRAS = {

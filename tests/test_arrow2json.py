@@ -222,6 +222,21 @@ def bad_source(case, tmp_path):
         return [str(write_stream(tmp_path / "nan.arrow", pa.table({"x": [1.0, float("nan")]})))]
     if case == "binary":
         return [str(write_stream(tmp_path / "binary.arrow", pa.table({"x": pa.array([b"x"])})))]
+    if case == "column twice":
+        return [str(stream), "--columns", "id", "id"]
+    if case == "columns of one name":
+        return [str(write_stream(tmp_path / "two.arrow", pa.table([pa.array([1]), pa.array([2])], names=["a", "a"])))]
+    if case == "fields of one name":
+        fields = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+        return [str(write_stream(tmp_path / "two.arrow", pa.table({"s": fields})))]
+    if case == "empty":
+        return [""]
+    if case == "offsets":
+        small = write_stream(tmp_path / "small.arrow", pa.table({"a": ["hello"]}))
+        data = small.read_bytes()
+        at = data.rindex((0).to_bytes(4, "little") + (5).to_bytes(4, "little"))
+        small.write_bytes(data[: at + 4] + (-7).to_bytes(4, "little", signed=True) + data[at + 8 :])
+        return [str(small)]
     if case == "no column":
         return [str(stream), "--columns", "nope"]
     if case == "many shards":
@@ -251,6 +266,11 @@ CASES = {
     "not utf-8": "column id of row 1 of these can't be used (byte 0 is not UTF-8)",
     "nan": "NaN or an infinity",
     "binary": "can't hold the columns x (binary)",
+    "column twice": "column 'id' stands there twice",
+    "columns of one name": "column 'a' stands there twice",
+    "fields of one name": "can't hold the columns s",
+    "empty": "name of a data file is empty",
+    "offsets": "truncated or damaged",
     "no column": "no column nope: there are id, messages, source",
     "many shards": "--shards 1000 is more than the 270 rows",
     "same file": "is one of the inputs",
@@ -323,3 +343,34 @@ def test_the_tools_start_anywhere_and_load_nothing_heavy_for_their_help(script, 
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_values_of_every_exact_type_are_verified(tmp_path):
+    table = pa.table(
+        {
+            "": pa.array(["no name", None]),
+            "float32": pa.array([0.1, 1e-45], pa.float32()),
+            "nested": pa.array([[{"x": 0.1}], []], pa.list_(pa.struct([("x", pa.float32())]))),
+            "big": pa.array([2**64 - 1, 0], pa.uint64()),
+            "view": pa.array(["é", ""], pa.string_view()),
+            "pairs": pa.array([[1, 2], [3, 4]], pa.list_(pa.int8(), 2)),
+            "category": pa.array(["a", "b"]).dictionary_encode(),
+            "nothing": pa.nulls(2),
+        }
+    )
+    source = write_stream(tmp_path / "t.arrow", table)
+    assert main([str(source), "-o", str(tmp_path / "o.jsonl"), "--verify"]) == 0
+    rows = rows_in(tmp_path / "o.jsonl")
+    assert list(rows[0]) == table.column_names and rows[0]["float32"] == 0.1 and rows[0]["big"] == 2**64 - 1
+    assert [row["category"] for row in rows] == ["a", "b"] and rows[0]["nested"] == [{"x": 0.1}]
+
+
+def test_a_changed_float32_fails_verification(tmp_path, monkeypatch, capsys):
+    """Negative control of the comparison in the column's own precision."""
+    import arrow2json
+
+    source = write_stream(tmp_path / "t.arrow", pa.table({"x": pa.array([0.1], pa.float32())}))
+    real = arrow2json.to_lines
+    monkeypatch.setattr(arrow2json, "to_lines", lambda batch, source: real(batch, source).replace(b"0.1", b"0.10001"))
+    assert main([str(source), "-o", str(tmp_path / "o.jsonl"), "--verify"]) == 2
+    assert "row 0 differs" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Every kind of bad file gives one error that names the place, the value and the remedy."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from open_instruct.data import reading
+from open_instruct.data import lines, reading
 from open_instruct.errors import InputError
 
 GOOD = {"id": "1", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "source": "s"}
@@ -83,3 +84,67 @@ def test_mixture_amounts_are_shares_with_a_point_and_rows_without(tmp_path, amou
 def test_bad_mixture_amounts_are_named(amount, says):
     with pytest.raises(InputError, match=says):
         reading.mixture_count("a.jsonl", amount, 10)
+
+
+ROW = json.dumps(GOOD).encode()
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("f.jsonl", b"\xef\xbb\xbf" + ROW),
+        ("f.json", b"\xef\xbb\xbf[" + ROW + b"]"),
+        ("f.jsonl", ROW + b"\r\n\r\n"),
+        ("f.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + ROW, mtime=0)),
+        ("f.json.gz", gzip.compress(b"[" + ROW + b"]", mtime=0)),
+        ("f.jsonl.zst", pa.compress(ROW, "zstd", asbytes=True)),
+    ],
+    ids=range(6),
+)
+def test_what_means_nothing_is_accepted(name, content, tmp_path):
+    """A byte order mark of UTF-8, line ends of Windows, white space, compression."""
+    (tmp_path / name).write_bytes(content)
+    assert [messages for _, messages in read(tmp_path / name)] == [GOOD["messages"]]
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("f.jsonl", ROW.decode().encode("utf-16"), "is no UTF-8 text"),
+        ("f.jsonl", ROW.decode().encode("utf-16-le"), "is no UTF-8 text"),
+        ("f.jsonl", ROW.decode().encode("utf-32"), "is no UTF-8 text"),
+        ("f.jsonl", gzip.compress(ROW, mtime=0), r"is compressed: give it a name that ends in \.gz"),
+        ("f.jsonl.gz", ROW, "is not compressed as its name says"),
+        ("f.jsonl.gz", gzip.compress(ROW, mtime=0)[:-4], "Truncated compressed stream"),
+        ("f.jsonl.zst", pa.compress(ROW, "zstd", asbytes=True)[:-4], "Truncated compressed stream"),
+        ("f.jsonl.gz", gzip.compress(ROW, mtime=0) + b"garbage", "zlib inflate failed"),
+        ("f.parquet", ROW, "neither Arrow nor Parquet"),
+        ("f.jsonl", b"a,b\n1,2\n", r"f\.jsonl:1: malformed JSON"),
+    ],
+    ids=range(10),
+)
+def test_files_that_are_not_what_their_names_say_are_named(name, content, says, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=says):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name, content", [("f.jsonl.gz", b'{"a": "'), ("f.json.gz", b'[{"a": "')], ids=range(2))
+def test_a_small_file_can_not_fill_the_memory(name, content, tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "MAX_ROW_BYTES", 1 << 20)
+    (tmp_path / name).write_bytes(gzip.compress(content + b"x" * (4 << 20), mtime=0))
+    assert (tmp_path / name).stat().st_size < 10_000
+    with pytest.raises(InputError, match="is longer than 1 MB"):
+        read(tmp_path / name)
+
+
+def test_a_file_that_grows_is_read_to_where_it_ended(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(ROW + b"\n")
+    rows = reading.read_rows(path)
+    count = 0
+    for _ in rows:
+        count += 1
+        with path.open("ab") as file:
+            file.write(ROW + b"\n")
+    assert count == 1

@@ -151,6 +151,12 @@ def test_lines_longer_than_a_chunk(tmp_path, monkeypatch):
         ('[{"a": 1e400}]', ["--sizes", "1"], "Out of range float values are not JSON compliant"),
         ('[{"a": "\\ud800"}]', ["--sizes", "1"], "half of a surrogate pair"),
         ("[1, 2]", ["--sizes", "1", "--stratify", "a"], "row 1 is a number"),
+        ('{"a": 1}\n{"a": 2,}\n', ["--sizes", "2"], "malformed JSON"),
+        ('{"a": 1}\n{"a": 2} {"a": 3}\n', ["--sizes", "2"], "malformed JSON"),
+        ('{"a": 1}\n{"a": 2, "a": 3}\n', ["--sizes", "2"], "the key 'a' stands there twice"),
+        ('{"a": 1}\n[1]\n', ["--sizes", "1"], "row 2 is malformed JSON, or no object"),
+        ('{"a": 1}\n{"a":', ["--sizes", "1"], "row 2 is malformed JSON, or no object"),
+        ('{"a": 1}\n"\x1b[2J"\n', ["--sizes", "1"], "x1b[2J"),
         ("{}\n", ["--sizes", "none"], "none is not a whole number"),
         ("{}\n", ["--size", "1"], "--size"),
         ("{}\n", ["--sizes", "1", "-o", "{folder}", "--exists"], "pass --overwrite"),
@@ -189,3 +195,31 @@ def test_numbers_of_an_array_are_copied_as_json_reads_them(tmp_path):
     assert main([str(tmp_path / "t.json"), "--sizes", "1"]) == 0
     again = json.dumps(json.loads(row), separators=(",", ":")) + "\n"
     assert (tmp_path / "t_1.jsonl").read_text() == again
+
+
+def test_a_byte_order_mark_is_not_copied(tmp_path):
+    (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
+    assert main([str(tmp_path / "t.jsonl"), "--sizes", "2"]) == 0
+    assert (tmp_path / "t_2.jsonl").read_bytes() == b'{"a": 1}\n{"a": 2}\n'
+
+
+@pytest.mark.parametrize("value", ["\x1b[2Jx", "x" * 100_000, "a\nb", "😀"])
+def test_any_value_can_be_a_stratum(value, tmp_path, capsys):
+    rows = [{"a": i, "source": value if i % 2 else "plain"} for i in range(20)]
+    source = write(tmp_path / "t.jsonl", rows)
+    assert main([str(source), "--sizes", "10", "--stratify", "source"]) == 0
+    assert Counter(row["source"] for row in read(tmp_path / "t_10.jsonl")) == {value: 5, "plain": 5}
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and max(map(len, out.splitlines())) < 300
+
+
+def test_a_stratum_for_each_row_takes_no_time_squared():
+    values = [str(i) for i in range(200_000)]
+    subsets = nested_subsets(len(values), [1000, 100_000], 1, values)
+    assert len(set(subsets[100_000].tolist())) == 100_000
+
+
+def test_a_table_with_values_that_json_does_not_have_is_refused(tmp_path, capsys):
+    pyarrow.parquet.write_table(pa.table({"a": [b"x"] * 3}), tmp_path / "t.parquet")
+    assert main([str(tmp_path / "t.parquet"), "--sizes", "1"]) == 2
+    assert "can't hold the columns a (binary)" in capsys.readouterr().err

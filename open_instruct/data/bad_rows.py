@@ -63,9 +63,10 @@ class BadRows:
     def described(self, of: str) -> str:
         """Return the number of bad rows, and the first of them with their reasons."""
         total = self.num_bad + self.num_good
-        count = "no row" if not self.num_good and total > 1 else f"{self.num_bad:,} {of} {total:,} rows"
         first = "; ".join(self.reasons) + ("; …" if self.num_bad > len(self.reasons) else "")
-        return f"{count} can be used ({first})" if count == "no row" else f"{count} can't be used ({first})"
+        if self.num_good or total == 1:
+            return f"{self.num_bad:,} {of} {total:,} rows can't be used ({first})"
+        return f"no row {of} {total:,} can be used ({first})"
 
     def remedy(self) -> str:
         """Return what the user can do."""

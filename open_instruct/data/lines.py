@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from queue import Queue
 from threading import Thread
 from typing import Any, BinaryIO
 
-import ijson
 import numpy as np
 
 from open_instruct.data.kinds import BYTE_ORDER_MARK, open_bytes
 from open_instruct.data.texts import kind_of, shown
-from open_instruct.errors import InputError, input_faults, one_line
+from open_instruct.errors import InputError, input_faults
 
 CHUNK_BYTES = 1 << 24
-ARRAY_CHUNK_BYTES = 1 << 20  # smaller: ijson makes all rows of a chunk before it gives the first
+ARRAY_CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 1 << 28  # a few hundred bytes of .gz can hold a line that fills the memory; no conversation is so long
 TAIL_BYTES = 300  # at the end of a row, in which its last column is looked for before the row is parsed
-# The first half of a surrogate pair, written as an escape, that the second half does not follow. An even number of
-# backslashes stands before it, else its own would be escaped. `.{6}`: a chunk that ends too early gives no match.
-HALF_PAIR = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])(?=.{6})", re.DOTALL)
-NOT_TEXT = r"not UTF-8, or half of a surrogate pair (\ud800 to \udfff),"
 OPEN, CLOSE = b"{}"
-PAIR_BYTES = 12  # of a surrogate pair written as two escapes
+WHITE_SPACE = re.compile(r"[ \t\n\r]*")
+TOKEN_LENGTH = 16  # characters: more than any of JSON's words and escapes has
 
 
 def index_lines(path: Path, column: str | None = None) -> tuple[np.ndarray, list[str] | None, str]:
@@ -124,30 +121,8 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(doubled(next(key for key in keys if keys.count(key) > 1)))
+        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} stands there twice")
     return made
-
-
-def doubled(key: str) -> str:
-    """Return the error message for an object that has a key twice."""
-    return f"the key {shown(key)} stands there twice"
-
-
-class JsonObject(dict[str, Any]):
-    """A JSON object as ijson makes it, key after key. ijson crashes if a method raises, so a doubled key is noted."""
-
-    __slots__ = ("doubled",)
-
-    def __init__(self) -> None:
-        """Begin without keys."""
-        super().__init__()
-        self.doubled: str | None = None
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        """Add a key."""
-        if key in self:
-            self.doubled = key
-        super().__setitem__(key, value)
 
 
 def parse_object(source: str, line: bytes) -> dict[str, Any]:
@@ -240,91 +215,129 @@ def array_rows(path: Path) -> Iterator[Any]:
     Raises:
         InputError: no array, malformed JSON, or text that is not UTF-8, with the number of the bad row.
     """
-    num_rows, sizes = 0, [0]
     with open_bytes(path) as file:
-        # Not with `use_float`, which refuses integers beyond 64 bits and numbers like 1e400.
-        items = ijson.items(ijson.from_iter(array_chunks(file, path, sizes)), "item", map_type=JsonObject)
-        while True:
-            source = f"{path} row {num_rows + 1}"
-            with input_faults(source, "fix the file there"), array_faults(path, num_rows + 1):
-                row = next(items, items)
-                if row is items:
+        text = ArrayText(file, path)
+        for number in itertools.count(1):
+            with input_faults(f"{path} row {number}", "fix the file there"), array_faults(path, number):
+                if not text.has_row(first=number == 1):
                     return
-                row = finished(row)
+                row = text.row()
             yield row
-            num_rows += 1
-            sizes[0] = 0
 
 
 @contextmanager
 def array_faults(path: Path, number: int) -> Iterator[None]:
-    """Say better than ijson what is wrong with a row of a JSON array."""
+    """Say where in a JSON array text is malformed."""
     try:
         yield
-    except ijson.JSONError as error:
-        (message,) = error.args  # bytes where the text around the mistake, which it quotes, is not UTF-8
-        message = message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)
-        reason = one_line(message.split("\n")[0]).removesuffix(".")
-        if "UTF8" in reason:
-            raise InputError(f"{path}: not UTF-8 in row {number}: convert the file to UTF-8") from None
-        raise InputError(f"{path}: malformed JSON in row {number} ({reason}): fix the file there") from None
-    except UnicodeDecodeError:  # yajl checks less than Python
-        raise InputError(f"{path}: {NOT_TEXT} in row {number}: fix the file there") from None
-    except InvalidOperation:  # of Decimal
-        raise InputError(f"{path}: a number in row {number} is out of range: fix the file there") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: malformed JSON in row {number} ({error.msg}): fix the file there") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 in row {number}: convert the file to UTF-8") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: half of a surrogate pair in row {number}: fix the file there") from None
 
 
-def array_chunks(file: BinaryIO, path: Path, sizes: list[int]) -> Iterator[bytes]:
-    r"""Yield the bytes of a file for ijson, with two checks that its parser, yajl, leaves out.
-
-    yajl writes "?" for the first half of a surrogate pair (`\ud800`) that the second does not follow, which would
-    change the data without a word. And of the file `{"item": 1}` ijson would give 1, as if it were the array `[1]`.
-
-    Args:
-        file: the file.
-        path: its name, for errors.
-        sizes: bytes since the last row; the reader of the rows sets them to 0.
-
-    Raises:
-        InputError: the file holds no array, half of a surrogate pair, or a row that is too long.
-    """
-    started = False
-    unchecked, offset = b"", 0  # the end of the last chunk, in which an escape may be cut; where it begins in the file
-    while True:
-        chunk = file.read(ARRAY_CHUNK_BYTES if started else max(ARRAY_CHUNK_BYTES, len(BYTE_ORDER_MARK)))
-        chunk, started = chunk if started else chunk.removeprefix(BYTE_ORDER_MARK), True
-        sizes[0] += len(chunk)
-        if sizes[0] > MAX_ROW_BYTES:
-            raise too_long(f"{path}: a row")
-        data = unchecked + (chunk or b" " * PAIR_BYTES)
-        if offset == 0 and not data.lstrip().startswith(b"["):
-            raise InputError(f"{path} holds no JSON array")
-        if (b"\\ud" in data or b"\\uD" in data) and (match := HALF_PAIR.search(data)):
-            raise InputError(f"{path}: {NOT_TEXT} near byte {offset + match.end() - 6:,}: fix the file there")
-        if not chunk:
-            return
-        yield chunk
-        cut = max(len(data) - PAIR_BYTES, 0)
-        while cut > 0 and data[cut - 1] == ord("\\"):  # never between a backslash and what it escapes
-            cut -= 1
-        unchecked, offset = data[cut:], offset + cut
+def no_number(name: str) -> None:
+    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
+    raise json.JSONDecodeError(f"{name} is not JSON", "", 0)
 
 
-def finished(value: Any) -> Any:
-    """Return a value of ijson as `json.loads` gives it: floats in place of Decimals, dicts in place of JsonObjects.
+class ArrayText:
+    """The text of a JSON array, of which no more is held than the chunks in which the current row stands."""
 
-    Raises:
-        ValueError: an object has a key twice.
-    """
-    if isinstance(value, Decimal):
-        return float(value)
-    if isinstance(value, list):
-        return [finished(inner) if isinstance(inner, COMPOSED) else inner for inner in value]
-    if isinstance(value, JsonObject):
-        if value.doubled is not None:
-            raise ValueError(doubled(value.doubled))
-        return {key: finished(inner) if isinstance(inner, COMPOSED) else inner for key, inner in value.items()}
-    return value
+    decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=no_number)
 
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        """Begin before the bracket."""
+        self.path = path
+        self.file = file
+        self.utf8 = codecs.getincrementaldecoder("utf-8-sig")()  # leaves out a byte order mark
+        self.fault: UnicodeDecodeError | None = None  # at the end of `text`
+        self.text, self.at, self.ended = "", 0, False  # read but not used is text[at:]
 
-COMPOSED = (Decimal, list, JsonObject)
+    def has_row(self, first: bool) -> bool:
+        """Skip what stands before a row: the bracket or a comma. Return False at the end of the array.
+
+        Raises:
+            InputError: there is no bracket.
+            JSONDecodeError: something else stands there, or after the end.
+        """
+        found = self.next_character()
+        if first:
+            if found != "[":
+                raise InputError(f"{self.path} holds no JSON array")
+            self.at += 1
+            found = self.next_character()
+            if found != "]":
+                return True
+        if found == "]":
+            self.at += 1
+            if self.next_character():
+                raise json.JSONDecodeError("text follows after the end of the array", self.text, self.at)
+            return False
+        if found != ",":
+            reason = "a comma is missing before it" if found else "the file ends within the array"
+            raise json.JSONDecodeError(reason, self.text, self.at)
+        self.at += 1
+        return True
+
+    def next_character(self) -> str:
+        """Skip white space, and return the next character without using it; "" at the end."""
+        while True:
+            self.at = WHITE_SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text) or not self.read():
+                return self.text[self.at : self.at + 1]
+
+    def row(self) -> Any:
+        """Return the row that begins here.
+
+        Raises:
+            JSONDecodeError: it is malformed.
+            UnicodeEncodeError: it holds half of a surrogate pair, which Python reads and no file can hold.
+        """
+        self.next_character()
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                # More text can mend only what is wrong at the end: a string that does not close, half of a word.
+                is_cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - TOKEN_LENGTH
+                if not is_cut or not self.read():
+                    raise
+                continue
+            # What is no object may be the beginning of a number that goes on in the next chunk, as 1 is of 1e+5.
+            if isinstance(value, dict) or end < len(self.text) - 2 or not self.read():
+                break
+        if any(self.text.find(escape, self.at, end) >= 0 for escape in ("\\ud", "\\uD")):
+            json.dumps(value, ensure_ascii=False).encode()
+        self.at = end
+        return value
+
+    def read(self) -> bool:
+        """Read as much as is waiting already, so that a long row is not parsed too often. Return False at the end.
+
+        Raises:
+            UnicodeDecodeError: what follows is not UTF-8.
+            InputError: the row is too long.
+        """
+        if self.fault:
+            raise self.fault
+        waiting = self.text[self.at :]
+        parts, size = [waiting], 0
+        while size <= len(waiting) and not self.ended and not self.fault:
+            chunk = self.file.read(ARRAY_CHUNK_BYTES)
+            self.ended = not chunk
+            try:
+                part = self.utf8.decode(chunk, final=self.ended)
+            except UnicodeDecodeError as error:
+                part, self.fault = error.object[: error.start].decode("utf-8"), error
+            parts.append(part)
+            size += len(part)
+        if len(waiting) + size > MAX_ROW_BYTES:
+            raise too_long(f"{self.path}: a row")
+        if size:
+            self.text, self.at = "".join(parts), 0
+        elif self.fault:
+            raise self.fault
+        return size > 0

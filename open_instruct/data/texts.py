@@ -10,20 +10,9 @@ LONGEST = 80  # characters
 
 def shown(value: object) -> str:
     """Return a value as Python writes it, cut at 80 characters and a few levels; control characters are escapes."""
-    return cut(Short().repr(value))
-
-
-class Short(reprlib.Repr):
-    """A writer of values that looks at no more of them than it writes."""
-
-    def __init__(self) -> None:
-        """Set the longest parts."""
-        super().__init__()
-        self.maxstring = self.maxother = self.maxlong = LONGEST
-
-    def repr1(self, x: object, level: int) -> str:
-        """Write one value; subclasses of dict as dicts are."""
-        return self.repr_dict(x, level) if isinstance(x, dict) else super().repr1(x, level)
+    writer = reprlib.Repr()
+    writer.maxstring = writer.maxother = writer.maxlong = LONGEST
+    return cut(writer.repr(value))
 
 
 def plain(text: str) -> str:
