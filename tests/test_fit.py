@@ -17,6 +17,7 @@ from open_instruct.errors import InputError
 from open_instruct.files import json_text
 from open_instruct.model import loading
 from open_instruct.model.configuration import parse_arguments
+from open_instruct.model.fit import INDEX
 from open_instruct.model.weights import not_finite
 from open_instruct.quiet import silence_transformers
 from tests.conftest import TINY_MODEL
@@ -160,7 +161,7 @@ def sharded(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
     (folder / WEIGHTS).unlink()
     model.save_pretrained(folder, max_shard_size="1MB")
-    return folder, folder / loading.INDEX, sorted(folder.glob("model-*.safetensors"))
+    return folder, folder / INDEX, sorted(folder.glob("model-*.safetensors"))
 
 
 def test_shards_are_all_there_once(tmp_path):
@@ -347,7 +348,7 @@ ARGUMENTS = {
     '{"rope_scaling": 7}': "is not an object",
     '{"rope_parameters": {"rope_type": "linear", "factor": -1}}': "not a positive number",
     '{"num_hidden_layers": 3}': "do not fit .*drop --additional_model_arguments",
-    '{"num_hidden_layers": -1}': "do not fit",
+    '{"num_hidden_layers": -1}': "num_hidden_layers",
     '{"hidden_act": "nonsense"}': "can't be loaded",
     '{"attention_dropout": 5}': "dropout probability",
     '{"num_attention_heads": 3}': "not a multiple",
@@ -417,11 +418,21 @@ def test_what_an_adapter_was_trained_with_is_what_it_is_used_with(tmp_path, trai
         load_adapted_base(str(TINY_MODEL), "float32", [folder])
 
 
+@pytest.mark.parametrize("decay", ["0", "100"])  # parameters of 1e38, and infinite ones
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_parameters_that_are_not_finite_are_no_result(steps, train):
-    run = train("run", "--use_lora", "--learning_rate", "1e300", "--warmup_ratio", "0", "--max_train_steps", str(steps),
-                "--lr_scheduler_type", "constant", "--checkpointing_steps", "1")  # fmt: skip
-    assert run.code == 2 and "not" in run.err and "last good checkpoint: none" in run.err, run.err
+def test_parameters_that_are_not_finite_are_no_result(steps, decay, train):
+    rate = [
+        "--learning_rate",
+        "1e38",
+        "--weight_decay",
+        decay,
+        "--warmup_ratio",
+        "0",
+        "--lr_scheduler_type",
+        "constant",
+    ]
+    run = train("run", "--use_lora", *rate, "--max_train_steps", str(steps), "--checkpointing_steps", "1")
+    assert run.code == 2 and "not" in run.err and "last good checkpoint: " in run.err, run.err
     assert run.summary is None and not (run.folder / "adapter_model.safetensors").exists()
 
 

@@ -17,7 +17,7 @@ from open_instruct.adapters.served import Served, load
 from open_instruct.data import questions, reading
 from open_instruct.errors import InputError, warn
 from open_instruct.model.tokens import ordinary_tokens
-from open_instruct.model.weights import check_keys, read_tensors
+from open_instruct.model.weights import check_tensor_names, read_tensors
 
 START = "soft_prompt_start.safetensors"  # beside the adapter: the vectors before the first step
 
@@ -114,7 +114,7 @@ def start_of(folder: AdapterFolder, shape: torch.Size) -> torch.Tensor | None:
         return None
     what, remedy = f"the soft prompt's start ({path})", "delete it: what is known without it is shown"
     tensors = read_tensors(path, "the soft prompt's start", remedy)
-    check_keys(tensors, ["embeddings"], what, remedy)
+    check_tensor_names(tensors, ["embeddings"], what, remedy)
     if tensors["embeddings"].shape != shape:
         raise InputError(f"{what} has another shape than the adapter: {remedy}")
     return tensors["embeddings"].float()
@@ -132,8 +132,8 @@ def drift(folder: AdapterFolder, start: torch.Tensor, broken: list[str]) -> list
         broken: receives what is wrong with checkpoints that can't be read; these are left out.
     """
     rows = []
-    found = [path for path in folder.path.glob("checkpoints/step_*/trained.safetensors") if step_of(path) is not None]
-    for path in sorted(found, key=lambda path: step_of(path) or 0):
+    found = [path for path in folder.path.glob("checkpoints/step_*/trained.safetensors") if step_at(path) is not None]
+    for path in sorted(found, key=lambda path: step_at(path) or 0):
         try:
             tensors = list(read_tensors(path, "checkpoint", "its step is left out").values())
         except InputError as error:
@@ -141,11 +141,11 @@ def drift(folder: AdapterFolder, start: torch.Tensor, broken: list[str]) -> list
             continue
         if len(tensors) == 1 and tensors[0].shape == start.shape:
             distance = (tensors[0] - start).norm(dim=1).mean().item()
-            rows.append({"step": step_of(path), "distance": distance, "norm": tensors[0].norm(dim=1).mean().item()})
+            rows.append({"step": step_at(path), "distance": distance, "norm": tensors[0].norm(dim=1).mean().item()})
     return rows
 
 
-def step_of(path: Path) -> int | None:
+def step_at(path: Path) -> int | None:
     """Return the step of a checkpoint's file; None where its folder is named otherwise, as a user's copy is."""
     digits = path.parent.name.removeprefix("step_")
     return int(digits) if re.fullmatch(r"[0-9]{1,18}", digits) else None

@@ -26,7 +26,8 @@ from open_instruct.limits import evaluating_input
 from open_instruct.methods import METHODS
 from open_instruct.model import loading
 from open_instruct.model.configuration import parse_arguments
-from open_instruct.model.weights import check_keys, misfit, read_tensors
+from open_instruct.model.fit import try_out
+from open_instruct.model.weights import check_tensor_names, misfit, read_tensors
 
 PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
 PATTERN_SECONDS = 1.0  # of CPU time for one pattern on the names of all layers; real ones take milliseconds
@@ -60,9 +61,13 @@ class Adapters:
                 )
             self.keys[folder.name] = f"adapter_{len(self.keys)}"
             self.models[folder.name] = put_on(folder, base, self.keys[folder.name])
+        if not any(parameter.is_meta for parameter in base.parameters()):
+            try_out(
+                self.base, f"model {name_of(base)}", "repair its config.json, or use another --dtype", training=False
+            )
         for folder in folders:
             remedy = "use another --dtype, or train the adapter anew"
-            loading.try_out(self.use(folder.name), f"base + adapter {folder.name}", remedy, training=False)
+            try_out(self.use(folder.name), f"base + adapter {folder.name}", remedy, training=False)
         self.use(BASE)
 
     def use(self, name: str) -> Any:
@@ -140,7 +145,7 @@ def read_weights(folder: AdapterFolder, base: Any) -> dict[str, torch.Tensor]:
     """
     weights = read_tensors(folder.path / WEIGHTS, f"adapter {folder.name}", "copy the adapter again, or train it anew")
     if folder.prompt_kind:
-        check_keys(weights, ["prompt_embeddings"], f"adapter {folder.name}", "give a file that PEFT wrote")
+        check_tensor_names(weights, ["prompt_embeddings"], f"adapter {folder.name}", "give a file that PEFT wrote")
         check_shape(folder, base, tuple(weights["prompt_embeddings"].shape))
     return weights
 

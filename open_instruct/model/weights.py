@@ -97,7 +97,7 @@ def check_finite(tensors: Iterable[tuple[str, Any]], what: str, remedy: str) -> 
         raise InputError(f"{what} can't be used (not finite, NaN or infinite: {some_of(names)}): {remedy}")
 
 
-def check_keys(tensors: Mapping[str, Any], expected: Iterable[str], what: str, remedy: str) -> None:
+def check_tensor_names(tensors: Mapping[str, Any], expected: Iterable[str], what: str, remedy: str) -> None:
     """Refuse a file that does not hold exactly the expected names.
 
     Raises:

@@ -18,6 +18,8 @@ from open_instruct.data import chat
 from open_instruct.errors import warn
 from open_instruct.model import loading
 from open_instruct.model.configuration import canonical, loader_arguments
+from open_instruct.model.fit import try_out
+from open_instruct.model.precision import autocast
 from open_instruct.training import engines
 
 
@@ -120,7 +122,12 @@ def load_base(
         model.name_or_path = str(
             Path(settings.name).resolve()
         )  # an adapter records it; absolute, it works from any folder
-    return model if settings.quantise or sharded else model.to(accelerator.device)
+    if sharded:
+        return model
+    model = model if settings.quantise else model.to(accelerator.device)
+    with autocast(accelerator.device.type, settings.compute_dtype):
+        try_out(model, f"model {settings.name}", "repair its config.json, or choose another --dtype", training=False)
+    return model
 
 
 def skeleton(settings: BaseModelSettings, config: PretrainedConfig) -> Any:

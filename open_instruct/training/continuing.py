@@ -20,7 +20,7 @@ from open_instruct.errors import BUGS, InputError, input_faults, one_line, warn
 from open_instruct.flags import Flags, check_flags
 from open_instruct.methods import METHODS, Method
 from open_instruct.methods.base import TrainedAdapter
-from open_instruct.model import loading
+from open_instruct.model.fit import try_out
 from open_instruct.model.sizes import check_memory
 from open_instruct.model.training_model import causal_of
 from open_instruct.model.weights import read_tensors
@@ -163,7 +163,7 @@ def put_adapter_on(
         wrapped = method.wrap_trained(model, tokenizer, settings, TrainedAdapter(folder.config, weights, network))
     set_revision(wrapped, revision)
     if weights is not None:
-        loading.try_out(wrapped, what, remedy, training=True)
+        try_out(wrapped, what, remedy, training=True)
     return wrapped
 
 

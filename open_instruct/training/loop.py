@@ -140,13 +140,13 @@ def fit(job: TrainingJob, state: TrainState) -> None:
         is_due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
         is_preempted = totals[1].item() > 0 and not is_last
         if is_due or is_preempted:
-            check_parameters(job, state)
+            check_trained_finite(job, state)
             save_checkpoint(job, state)
         if is_preempted:
             raise Preempted(stopped_text(job, f"after step {state.step}"))
     state.wall_seconds = seconds_before + time.perf_counter() - started
     if not state.best_is_earlier:
-        check_parameters(job, state)
+        check_trained_finite(job, state)
 
 
 def step_gradient(job: TrainingJob, batching: Batching, step: int, indices: np.ndarray) -> torch.Tensor:
@@ -295,7 +295,7 @@ def free_memory(job: TrainingJob, step: int, batching: Any) -> Batching:
     return batching
 
 
-def check_parameters(job: TrainingJob, state: TrainState) -> None:
+def check_trained_finite(job: TrainingJob, state: TrainState) -> None:
     """Refuse to save trained parameters that are not finite. Every process calls this, and learns of the others'.
 
     Raises:

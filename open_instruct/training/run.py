@@ -11,6 +11,7 @@ from open_instruct.errors import warn
 from open_instruct.flags import Flags
 from open_instruct.methods import model_facts
 from open_instruct.model import memory
+from open_instruct.model.fit import try_out
 from open_instruct.model.precision import autocast
 from open_instruct.quiet import silence_transformers
 from open_instruct.report.summary import hyperparameter_lines, summary_lines
@@ -171,6 +172,7 @@ def save_result(
         The summary on the main process, None elsewhere.
 
     Raises:
+        InputError: the trained model computes what is not finite.
         Preempted: a signal arrived before the answers were there; a checkpoint of the last step is written.
     """
     accelerator, method = job.accelerator, job.method
@@ -190,6 +192,12 @@ def save_result(
         model = copy_for_saving(
             resolved.model, config, tokenizer, method, resolved.method_settings, resolved.adapter, trained
         )
+    elif not resolved.flags.compile:  # it would compile for this alone
+        with (
+            explained_faults(accelerator, state, resolved.output.checkpoints),
+            autocast(accelerator.device.type, resolved.compute_dtype),
+        ):
+            try_out(model, "the trained model", "lower --learning_rate", training=False)
     keep_network = method.keeps_network(resolved.method_settings)
     num_bytes = output.save_somewhere(
         lambda folder: output.save_model(model, tokenizer, folder, keep_network), job.folder
