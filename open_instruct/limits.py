@@ -19,7 +19,7 @@ MEMORY = 1 << 30  # bytes beyond what the process has
 
 
 @contextmanager
-def limited_time(what: str, remedy: str, seconds: float = SECONDS) -> Iterator[None]:
+def limited_time(what: str, remedy: str, seconds: float | None = None) -> Iterator[None]:
     """Stop a block of pure Python, or of `re`, that computes for ever.
 
     Uses the process's virtual timer, whose signal reaches the main thread only: in other threads, and within another
@@ -28,7 +28,7 @@ def limited_time(what: str, remedy: str, seconds: float = SECONDS) -> Iterator[N
     Args:
         what: the input that the block evaluates, as the user knows it.
         remedy: what the user can do.
-        seconds: CPU seconds that the block may take.
+        seconds: CPU seconds that the block may take; None: `SECONDS`.
 
     Raises:
         InputError: it took longer.
@@ -36,6 +36,8 @@ def limited_time(what: str, remedy: str, seconds: float = SECONDS) -> Iterator[N
     if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_VIRTUAL)[0]:
         yield
         return
+
+    seconds = SECONDS if seconds is None else seconds
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise InputError(f"{what} can't be used (it was still computing after {seconds:g} s): {remedy}")
@@ -68,13 +70,13 @@ def limited_memory(num_bytes: int = MEMORY) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating_input(what: str, remedy: str, seconds: float = SECONDS) -> Iterator[None]:
+def evaluating_input(what: str, remedy: str, seconds: float | None = None) -> Iterator[None]:
     """Evaluate what a user wrote, with all limits: whatever it raises, or never finishes, is one line.
 
     Args:
         what: the input, as the user knows it.
         remedy: what the user can do.
-        seconds: CPU seconds that the block may take.
+        seconds: CPU seconds that the block may take; None: `SECONDS`.
 
     Raises:
         InputError: it raised an error, took longer, or wanted more memory.
