@@ -182,7 +182,7 @@ def speed(name: str, dtype: str, arguments: argparse.Namespace) -> str:
     vocab_size = shape[-1]
     model = make_model(method, virtual, shape, dtype, device)
     batching = Packing(ROW_TOKENS)
-    backend = backends.candidates(None, torch.device(device), getattr(torch, dtype))[0]
+    backend = backends.backend_names(None, torch.device(device), getattr(torch, dtype))[0]
     make_packed = partial(PackedModel, model, partial(METHODS[method].soft_prompt, model), backends.BACKENDS[backend])
     torch._dynamo.utils.counters.clear()
     rng = np.random.default_rng(0)

@@ -63,10 +63,10 @@ def test_auto_takes_bfloat16_where_the_gpu_computes_it(capability, expected, gpu
 ])  # fmt: skip
 def test_the_back_ends_of_a_gpu(capability, dtype, head_size, flash, expected, gpu):
     gpu(capability, flash)
-    assert backends.candidates(None, CUDA, dtype, True, head_size) == expected
+    assert backends.backend_names(None, CUDA, dtype, True, head_size) == expected
     if "varlen" not in expected:
         with pytest.raises(InputError, match=r"--attn_backend varlen can't be used: it .*use sdpa"):
-            backends.candidates("varlen", CUDA, dtype, True, head_size)
+            backends.backend_names("varlen", CUDA, dtype, True, head_size)
 
 
 @pytest.mark.parametrize("asked", [None, True, False])
@@ -132,18 +132,28 @@ def test_a_kernel_is_tried_before_it_is_used(kernel, monkeypatch):
 
 def test_the_next_kernel_is_taken_with_a_line(monkeypatch, capsys):
     """A kernel may fail in the model alone, whose layers may have heads of several sizes."""
-    monkeypatch.setattr(backends, "candidates", lambda *arguments: ["flash_attn", "varlen", "sdpa"])
+    monkeypatch.setattr(backends, "backend_names", lambda *arguments: ["flash_attn", "varlen", "sdpa"])
     monkeypatch.setitem(backends.BACKENDS, "flash_attn", refuses(RuntimeError("head dimension at most 256")))
     monkeypatch.setitem(backends.BACKENDS, "varlen", without_mask)
     model, method = wrap("lora", random_model("llama"))
     accelerator = Accelerator(cpu=True)
-    settings = SimpleNamespace(attn_backend=None, use_flash_attn=True, max_length=64)
+    settings = SimpleNamespace(attn_backend=None, use_flash_attn=True, max_length=64, num_virtual_tokens=0)
     soft_prompt = partial(method.soft_prompt, model)
     chosen: Any = partial(forward.choose_packed, model, soft_prompt, settings, accelerator)
     assert chosen(torch.float32) == ("sdpa", "linear", "")
     said = capsys.readouterr().out
     assert said.count("\n") == 2 and "flash_attn is left out: " in said and "head dimension at most 256" in said
     assert "varlen is left out: " in said
+
+
+def test_a_requested_kernel_that_does_not_run_is_an_error(monkeypatch):
+    monkeypatch.setattr(backends, "backend_names", lambda *arguments: ["varlen"])
+    monkeypatch.setattr(backends, "trial", lambda *arguments: "it does not run here: no kernel image")
+    model, method = wrap("lora", random_model("llama"))
+    settings = forward_settings(attn_backend="varlen")
+    accelerator = SimpleNamespace(device=CUDA)
+    with pytest.raises(InputError, match="--attn_backend varlen can't be used: it does not run here: no kernel image"):
+        forward.choose_packed(model, partial(method.soft_prompt, model), settings, accelerator, torch.bfloat16)  # type: ignore[arg-type]
 
 
 def test_out_of_memory_is_no_reason_to_choose_another_kernel(monkeypatch):
@@ -237,7 +247,7 @@ def test_heads_of_different_sizes_are_no_shape():
     assert backends.head_shape(SimpleNamespace(get_text_config=lambda: text)) is None
 
 
-@pytest.mark.parametrize("max_length, packs", [(64, True), (65, False)])
+@pytest.mark.parametrize("max_length, packs", [(59, True), (60, False)])  # 5 virtual tokens come before
 def test_a_window_in_the_mask_alone_bounds_what_is_packed(max_length, packs):
     """PhiMoE and Doge cut by their mask, which packed rows don't have."""
     options = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}

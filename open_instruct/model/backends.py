@@ -131,7 +131,7 @@ def missing(name: str, device: torch.device, dtype: torch.dtype, head_size: int 
     )
 
 
-def candidates(
+def backend_names(
     name: str | None, device: torch.device, dtype: torch.dtype, flash: bool = True, head_size: int | None = None
 ) -> list[str]:
     """Return the names of the back ends to try, the fastest first: all that may run here, or the requested one alone.
@@ -156,7 +156,7 @@ def candidates(
     return [candidate for candidate in names if missing(candidate, device, dtype, head_size) is None]
 
 
-def trial(name: str, device: torch.device, dtype: torch.dtype, shape: HeadShape) -> str:
+def trial(name: str, device: torch.device, dtype: torch.dtype, shape: HeadShape | None) -> str:
     """Compute a little attention and its gradient by a back end, and by the equations; return what is wrong, or "".
 
     A kernel that was built for another GPU or another torch, or that lacks this head size, shows only when it runs.
@@ -165,8 +165,9 @@ def trial(name: str, device: torch.device, dtype: torch.dtype, shape: HeadShape)
         name: a key of BACKENDS.
         device: where attention is computed.
         dtype: the type in which it is computed.
-        shape: heads of the model.
+        shape: heads of the model; None: of several shapes, in place of which a usual one is tried.
     """
+    shape = shape or HeadShape(8, 2, 64)
     generator, lengths, num_shared = torch.Generator().manual_seed(0), (5, 16), 3
     sizes = [(shape.num_heads, sum(lengths)), *2 * [(shape.num_key_heads, sum(lengths))]]
     sizes += 2 * [(shape.num_key_heads, num_shared)]

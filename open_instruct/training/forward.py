@@ -197,17 +197,19 @@ def choose_packed(
     """
     device, causal = accelerator.device, causal_of(model)
     probe_device, shape = causal.device.type, backends.head_shape(causal.config)
-    size = shape.size if shape else None
-    names = backends.candidates(settings.attn_backend, device, dtype, settings.use_flash_attn, size)
+    size, longest = shape.size if shape else None, settings.max_length + settings.num_virtual_tokens
+    names = backends.backend_names(settings.attn_backend, device, dtype, settings.use_flash_attn, size)
     for name in names:
-        problem = backends.trial(name, device, dtype, shape) if shape and device.type != "cpu" else ""
+        problem = backends.trial(name, device, dtype, shape) if device.type != "cpu" else ""
+        if problem and settings.attn_backend:
+            raise InputError(f"--attn_backend {name} can't be used: {problem}")
         head, structure = None, ""
         if not problem and probe_device != "meta":
             # Before weights are sharded, they lie on the main process's CPU.
             probed = name if probe_device == device.type else "blocked"
             try:
                 with autocast(probe_device, dtype):
-                    head, problem = probe(model, soft_prompt, probed, dtype, settings.max_length)
+                    head, problem = probe(model, soft_prompt, probed, dtype, longest)
             except CannotPack as obstacle:
                 structure = str(obstacle)
         if engines.is_sharded(engines.engine_of(accelerator)):
@@ -236,7 +238,7 @@ def probe(
         soft_prompt: see `PackedModel`.
         backend: a key of BACKENDS.
         dtype: precision in which attention is computed.
-        max_length: tokens of the longest example.
+        max_length: positions of the longest example, the virtual tokens before it included.
 
     Returns:
         The form of the model's head (see `PackedModel`), and the reason against this back end; "" if there is none.
