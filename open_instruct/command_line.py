@@ -88,7 +88,7 @@ def at_least(smallest: int, largest: int = MAX_INT) -> Callable[[str], int]:
 seed = at_least(0, MAX_SEED)
 
 
-def between(smallest: float, largest: float) -> Callable[[str], float]:
+def number_from(smallest: float, largest: float) -> Callable[[str], float]:
     """Return an argparse type for numbers from `smallest` to `largest`."""
 
     def number(text: str) -> float:

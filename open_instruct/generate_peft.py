@@ -26,7 +26,7 @@ if not __package__:  # started as a file, from a clone that need not be installe
 import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
-from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least, between, seed
+from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least, number_from, seed
 from open_instruct.data import reading
 from open_instruct.errors import exit_code
 from open_instruct.flags.data import BAD_ROWS
@@ -61,17 +61,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("sampling, as in transformers").add_argument
     add("--max_new_tokens", type=at_least(1), default=256, help="largest number of tokens of an answer (default: 256)")
     add("--do_sample", action="store_true", help="draw tokens at random, instead of taking the likeliest one")
-    add("--temperature", type=between(1e-4, 1e4), default=1.0, help="divisor of the scores (default: 1.0)")
+    add("--temperature", type=number_from(1e-4, 1e4), default=1.0, help="divisor of the scores (default: 1.0)")
     add(
         "--top_p",
-        type=between(1e-9, 1),
+        type=number_from(1e-9, 1),
         default=1.0,
         help="draw from the likeliest tokens with this probability (default: 1.0)",
     )
     add("--top_k", type=at_least(0), default=0, help="draw from this many likeliest tokens; 0: all (default: 0)")
     add(
         "--repetition_penalty",
-        type=between(0.01, 100),
+        type=number_from(0.01, 100),
         default=1.0,
         help="above 1: repetition is less likely (default: 1.0)",
     )

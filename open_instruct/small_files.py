@@ -38,7 +38,7 @@ def read_text(path: Path, what: str, remedy: str, max_bytes: int = MAX_BYTES) ->
         InputError: it can't be read, is a folder, a pipe or a device, too large, or not UTF-8.
     """
     with input_faults(what, remedy):
-        check_regular(path)
+        must_be_file(path)
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
         if len(data) > max_bytes:
@@ -46,7 +46,7 @@ def read_text(path: Path, what: str, remedy: str, max_bytes: int = MAX_BYTES) ->
         return data.decode("utf-8-sig")
 
 
-def check_regular(path: Path) -> None:
+def must_be_file(path: Path) -> None:
     """Refuse what is there and is no file: reading a pipe would wait for ever, and a device has no end.
 
     Raises:

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
             with workers.choose_runner(args.workers, args.engine) as runner:
                 run_all(study, runner, shard)
         if shard == (0, 1):
-            print(report.write(study, results.collect(study), args.workers))
+            print(report.write_report(study, results.collect(study), args.workers))
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
@@ -120,7 +120,7 @@ def check(study: Study) -> Study:
     for source in [*(first.train_file or []), *([first.validation_file] if first.validation_file else [])]:
         reading.files_of(source)
     if study.other_text:
-        other_text.check(study.other_text)
+        other_text.check_text(study.other_text)
     if first.validation_fraction == 0 and not first.validation_file:
         raise InputError(
             f"study {study.path}: without held-out rows nothing can be compared: "

@@ -80,7 +80,7 @@ def test_a_mistyped_flag_is_one_line_before_heavy_imports(script, tmp_path):
 
 ADAPTER = "--adapter {adapter}"
 WRONG = {
-    "generate: value": ("generate", f"{ADAPTER} --top_p 2", "--top_p 2.0 must be above 0"),
+    "generate: value": ("generate", f"{ADAPTER} --top_p 2", "--top_p: 2 is not a number from"),
     "generate: seed": ("generate", f"{ADAPTER} --seed -1", "-1 is not a whole number of at least 0"),
     "generate: adapter": ("generate", "--adapter ./missing", "no such adapter folder: ./missing"),
     "generate: file": (

@@ -175,7 +175,7 @@ def test_report_json_keeps_its_names(tmp_path):
         trial_result(name, {}, seed, [loss] * 4) for name, loss in (("ia3", 20.0), ("lora", 30.0)) for seed in (1, 2)
     ]
     trials.append(trial_result("full", {}, 1, [1.0] * 4, failed="diverged"))
-    report.write(study_in(tmp_path, ["ia3", "lora", "full"]), results_of(trials, num_missing=1), 1)
+    report.write_report(study_in(tmp_path, ["ia3", "lora", "full"]), results_of(trials, num_missing=1), 1)
     content = json.loads((tmp_path / "report.json").read_text())
     assert set(content) == {
         "name", "sentences", "base", "test_rows", "choosing_rows", "test_tokens", "questions", "other_tokens",
@@ -202,7 +202,7 @@ def test_pages_escape_what_users_write(tmp_path):
     """A name with tags stays text in HTML; a bar stays in its cell in Markdown."""
     names = ["<script>alert('1')</script>", "bar|bar"]
     trials = [trial_result(name, {}, seed, [20.0] * 4) for name in names for seed in (1, 2)]
-    report.write(study_in(tmp_path, ["ia3", "lora"]), results_of(trials), 1)
+    report.write_report(study_in(tmp_path, ["ia3", "lora"]), results_of(trials), 1)
     page = (tmp_path / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and "<script" not in page and "<b>" not in page
     assert "<script>alert('1')</script>" in html.unescape(page)

@@ -179,7 +179,7 @@ def make_model(served: Served, name: str, batch_size: int) -> Any:
                 prompts = [self.tok_encode(requests[i].args[0])[-longest:] for i in indices]
                 for i, texts in served.stream(prompts, name, sampling, batch_size):
                     stops = requests[indices[i]].args[1].get("until") or []
-                    answers[indices[i]] = cut([stops] if isinstance(stops, str) else stops, texts[0])
+                    answers[indices[i]] = cut_at([stops] if isinstance(stops, str) else stops, texts[0])
             return answers
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -203,7 +203,7 @@ def sampling_of(options: dict[str, Any]) -> Sampling:
     )
 
 
-def cut(stops: Sequence[str], answer: str) -> str:
+def cut_at(stops: Sequence[str], answer: str) -> str:
     """Return an answer up to the first stop text."""
     ends = [answer.find(stop) for stop in stops if stop and stop in answer]
     return answer[: min(ends)] if ends else answer

@@ -13,13 +13,13 @@ from open_instruct.errors import reason_of
 def not_an_object(text: str) -> str | None:
     """Refuse text that is not a JSON object."""
     try:
-        parse_object(text)
+        json_object(text)
     except (ValueError, RecursionError) as error:
         return f"it is not a JSON object ({reason_of(error)}): check quotes and braces"
     return None
 
 
-def parse_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
     """Return a JSON object of different keys and finite numbers.
 
     Raises:
@@ -49,7 +49,7 @@ def bad_mixer(text: str) -> str | None:
     """Refuse a mixture that is no JSON object of data sets and amounts."""
     if reason := not_an_object(text):
         return reason
-    return bad_mixture([part for name, amount in parse_object(text).items() for part in (name, str(amount))])
+    return bad_mixture([part for name, amount in json_object(text).items() for part in (name, str(amount))])
 
 
 def bad_mixture(words: list[str]) -> str | None:

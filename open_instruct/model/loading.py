@@ -29,7 +29,7 @@ from open_instruct.model.configuration import check_causal, loader_arguments, wi
 from open_instruct.model.fit import INDEX, check_fit, check_index, check_token_ids, try_out
 from open_instruct.model.sizes import check_sizes
 from open_instruct.model.weights import check_finite, scales_of
-from open_instruct.small_files import check_regular
+from open_instruct.small_files import must_be_file
 
 SMALL_FILES = ("*.json", "*.jinja")  # what transformers reads beside the weights
 
@@ -102,7 +102,7 @@ def check_files(folder: Path) -> None:
     names = [name for pattern in SMALL_FILES for name in folder.glob(pattern)] if folder.is_dir() else []
     for path in names:
         with input_faults(str(path), "mend it, or copy it again"):
-            check_regular(path)
+            must_be_file(path)
             path.open("rb").close()
 
 

@@ -95,7 +95,7 @@ def read_study(path: Path) -> Study:
     if not specs:
         problems.append(f"methods is empty: name at least one of {', '.join(METHOD_NAMES)}")
     name = content.get("name") or path.stem
-    check_name(name, "name", problems)
+    check_label(name, "name", problems)
     output_dir = content.get("output_dir") or f"output/studies/{name}"
     if not isinstance(output_dir, str) or unusable_text(output_dir):
         problems.append(f"output_dir {visible(str(output_dir))!r} is no name of a folder")
@@ -162,7 +162,7 @@ def most_trials(study: Study, spec: MethodSpec) -> int:
     return 2 * study.num_candidates + num_seeds if study.search_kind == "halving" else study.num_candidates + num_seeds
 
 
-def check_name(name: Any, source: str, problems: list[str]) -> None:
+def check_label(name: Any, source: str, problems: list[str]) -> None:
     """Add a name to `problems` that can't be part of the name of a folder, or that no report could show."""
     is_name = isinstance(name, str) and name.strip() == name and name.isprintable() and 0 < len(name) <= MAX_NAME
     if not is_name or name.startswith((".", "-")) or "/" in name or "\\" in name:
@@ -195,7 +195,7 @@ def method_spec(
     if not isinstance(content, dict):
         problems.append(f"methods.{name} is {content!r}: it must map flags to values")
         content = {}
-    check_name(name, "methods", problems)
+    check_label(name, "methods", problems)
     source = f"methods.{name}" + (".method" if "method" in content else "")
     method = one_of(content.get("method", name), METHOD_NAMES, source, problems)
     own_space = mapping(content, "space", problems, f"methods.{name}.")

@@ -83,5 +83,5 @@ def other_examples(study: Study, tokenizer: Any, longest: int) -> list[dict[str,
     if other_text.is_plain(study.other_text):
         ids = [tokenizer(line)["input_ids"][:longest] for line in other_text.passages(study.other_text)]
         return [{"input_ids": row, "spans": [1, len(row)]} for row in ids if len(row) > 1]
-    examples = dataset.build(other_text.conversations(study.other_text), tokenizer, longest, "", None)
+    examples = dataset.build(other_text.other_conversations(study.other_text), tokenizer, longest, "", None)
     return [examples[i] for i in range(min(other_text.MAX_ROWS, len(examples)))]

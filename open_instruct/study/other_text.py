@@ -27,17 +27,17 @@ def passages(path: Path) -> list[str]:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:MAX_ROWS]
 
 
-def conversations(path: Path) -> Any:
+def other_conversations(path: Path) -> Any:
     """Return the conversations of a file, unread."""
     return reading.conversations(reading.read_files(reading.files_of(str(path))), "messages")
 
 
-def check(path: Path) -> None:
+def check_text(path: Path) -> None:
     """Read the beginning of a text, so that a wrong one is said before the first trial.
 
     Raises:
         InputError: it can't be used, or is empty.
     """
-    rows = passages(path) if is_plain(path) else list(islice(conversations(path), MAX_ROWS))
+    rows = passages(path) if is_plain(path) else list(islice(other_conversations(path), MAX_ROWS))
     if not rows:
         raise InputError(f"report.other_text {path} holds no text: name another, or remove it")

@@ -57,7 +57,7 @@ class Picture:
     data: str  # base64
 
 
-def write(study: Study, results: StudyResults, num_workers: int) -> str:
+def write_report(study: Study, results: StudyResults, num_workers: int) -> str:
     """Write report.html, report.md, trials.csv, report.json and pictures into the study's folder.
 
     Args:

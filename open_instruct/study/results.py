@@ -165,7 +165,7 @@ def read_result(study: Study, trial: Trial) -> TrialResult | None:
             rate = float(content["flags"]["learning_rate"]["value"])
     with input_faults(str(task.folder / "metrics.jsonl"), f"delete {task.folder}, and {trials.REPEAT}"):
         if (task.folder / "metrics.jsonl").exists():
-            small_files.check_regular(task.folder / "metrics.jsonl")
+            small_files.must_be_file(task.folder / "metrics.jsonl")
         rows = read_metrics(task.folder / "metrics.jsonl")
         curve = [(int(row["step"]), trials.loss_of(row["eval_loss"])) for row in rows if "eval_loss" in row]
     return TrialResult(
