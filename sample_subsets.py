@@ -196,7 +196,7 @@ def checked_line(line: bytes, path: Path, number: int) -> bytes:
     Raises:
         InputError: it is malformed.
     """
-    lines.parse_object(f"{path} row {number + 1}", line)
+    lines.parse_line(f"{path} row {number + 1}", line)
     return line
 
 
@@ -235,7 +235,7 @@ def run(a: argparse.Namespace) -> None:
     if table.values is not None:
         counts["input"] = Counter(table.values)
     with followed_by(manifest_path) as finished:
-        for size, path in outputs.items():
+        for size, path in reversed(outputs.items()):  # the largest first: a bad row is met before a file is complete
             file = write_subset(table, subsets[size], path, a.order == "shuffled")
             finished.append(path)
             kept = np.sort(subsets[size]).astype("<i8")
@@ -255,7 +255,7 @@ def run(a: argparse.Namespace) -> None:
             "seed": a.seed,
             "stratify": a.stratify,
             "order": a.order,
-            "subsets": records,
+            "subsets": records[::-1],
             "column": column,
             "counts": dict(counts["input"].most_common()) if counts else None,
         }
@@ -263,6 +263,7 @@ def run(a: argparse.Namespace) -> None:
     if counts:
         from open_instruct.report import pictures, plots  # matplotlib: not for --help, nor before the file is read
 
+        counts = {name: counts[name] for name in ["input", *map(short, outputs)]}
         print(histogram(counts))
         with pictures.if_possible(picture):
             plots.plot_sources(counts, f"{column} of {a.file.name}", picture)

@@ -269,7 +269,7 @@ CASES = {
     "column twice": "column 'id' stands there twice",
     "columns of one name": "column 'a' stands there twice",
     "fields of one name": "can't hold the columns s",
-    "empty": "name of a data file is empty",
+    "empty": "is empty: give a value",
     "offsets": "truncated or damaged",
     "no column": "no column nope: there are id, messages, source",
     "many shards": "--shards 1000 is more than the 270 rows",

@@ -70,7 +70,7 @@ def to_messages(source: str, row: dict[str, Any], key: str = "messages", answere
     if form == "ShareGPT":
         messages = sharegpt(source, row)
     elif form == "Alpaca":
-        parts = [text_of(source, row, "instruction"), text_of(source, row, "input")]
+        parts = [optional_text(source, row, "instruction"), optional_text(source, row, "input")]
         question = "\n\n".join(part for part in parts if part)
         messages = [{"role": "user", "content": question}, *optional(row.get("output"), answered)]
     elif form == "prompt and completion":
@@ -92,7 +92,7 @@ def to_messages(source: str, row: dict[str, Any], key: str = "messages", answere
 
 def sharegpt(source: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the messages of ShareGPT's turns; a `system` column becomes the first message."""
-    system = text_of(source, row, "system")
+    system = optional_text(source, row, "system")
     messages = [{"role": "system", "content": system}] if system else []
     for number, turn in enumerate(row["conversations"], start=1):
         speaker = turn.get("from") if isinstance(turn, dict) else None
@@ -104,7 +104,7 @@ def sharegpt(source: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
-def text_of(source: str, row: dict[str, Any], name: str) -> str:
+def optional_text(source: str, row: dict[str, Any], name: str) -> str:
     """Return the text of a column; "" where it is null or missing.
 
     Raises:

@@ -34,7 +34,7 @@ def file_kind(path: Path) -> str:
             name says.
     """
     with input_faults(str(path), "fetch it again, mend its permissions, or name another file"):
-        check_regular(path)
+        check_data_file(path)
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
         if not head:
@@ -58,7 +58,7 @@ def file_kind(path: Path) -> str:
     return "json array" if head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"[") else "json lines"
 
 
-def check_regular(path: Path) -> None:
+def check_data_file(path: Path) -> None:
     """Refuse what is missing, and what is no regular file: a pipe never ends, and can't be read twice.
 
     Raises:

@@ -125,7 +125,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def parse_object(source: str, line: bytes) -> dict[str, Any]:
+def parse_line(source: str, line: bytes) -> dict[str, Any]:
     """Parse one line.
 
     Args:
@@ -185,7 +185,7 @@ def column_text(line: bytes, column: str, path: Path, index: int) -> str:
     Raises:
         InputError: the row is malformed or has no such column.
     """
-    return text_of(parse_object(f"{path} row {index + 1}", line), column, path, index)
+    return text_of(parse_line(f"{path} row {index + 1}", line), column, path, index)
 
 
 def text_of(row: Any, column: str, path: Path, index: int) -> str:

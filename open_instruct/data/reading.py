@@ -32,7 +32,7 @@ def files_of(source: str, split: str = "train", configuration: str | None = None
     Raises:
         InputError: nothing is there, a shard is missing, or a configuration is given for a file or folder.
     """
-    shards.check_name(source)
+    shards.check_source_name(source)
     with input_faults(shown(source), "name a file, a folder or a data set"):
         path = Path(source).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
@@ -114,7 +114,7 @@ def read_json_lines(path: Path, bad: BadRows | None = None) -> Iterator[Row]:
             if not text:
                 continue
             try:
-                row = lines.parse_object(source, text)
+                row = lines.parse_line(source, text)
             except InputError as error:
                 note(bad, error)
                 continue

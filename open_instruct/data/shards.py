@@ -6,7 +6,6 @@ A shard is one file. Record batches are read one at a time, so memory does not d
 from __future__ import annotations
 
 import glob
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,11 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from open_instruct.data.arrow_checks import check_batch
-from open_instruct.data.kinds import TABLE_MAGIC, TABLE_SUFFIXES, check_regular, file_kind
+from open_instruct.data.kinds import TABLE_MAGIC, TABLE_SUFFIXES, file_kind
 from open_instruct.data.texts import shown
 from open_instruct.errors import InputError, input_faults, one_line
+from open_instruct.small_files import read_json
 
 BATCH_ROWS = 1000
+MAX_RECORD_BYTES = 1 << 28  # a manifest may count millions of values
 AGAIN = "fetch the folder again, or name its files"
 RECORDS = (".manifest.json", ".run.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
@@ -138,7 +139,7 @@ def source_files(source: str, split: str, configuration: str | None = None) -> l
     Raises:
         InputError: nothing is there, a shard is missing, or a configuration is given for a file or folder.
     """
-    check_name(source)
+    check_source_name(source)
     path = Path(source).expanduser()
     is_local = path.exists() or glob.has_magic(source)
     if configuration and is_local:
@@ -160,7 +161,7 @@ def source_files(source: str, split: str, configuration: str | None = None) -> l
     return files
 
 
-def check_name(source: str) -> None:
+def check_source_name(source: str) -> None:
     """Raise an InputError if a source has no name: "" would be the current folder."""
     if not source.strip():
         raise InputError("the name of a data file is empty: name a file, a folder or a data set")
@@ -239,8 +240,7 @@ def metadata(path: Path) -> Iterator[Any]:
         InputError: the file is damaged, or holds something else.
     """
     with input_faults(str(path), AGAIN):
-        check_regular(path)
-        yield json.loads(path.read_text(encoding="utf-8"))
+        yield read_json(path, str(path), AGAIN, MAX_RECORD_BYTES)
 
 
 def list_of(value: Any, key: str) -> list[Any]:

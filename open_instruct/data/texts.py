@@ -12,15 +12,15 @@ def shown(value: object) -> str:
     """Return a value as Python writes it, cut at 80 characters and a few levels; control characters are escapes."""
     writer = reprlib.Repr()
     writer.maxstring = writer.maxother = writer.maxlong = LONGEST
-    return cut(writer.repr(value))
+    return abridged(writer.repr(value))
 
 
 def plain(text: str) -> str:
     """Return a text without quotes, cut at 80 characters; control characters and half surrogates are escapes."""
-    return cut("".join(char if char.isprintable() else repr(char)[1:-1] for char in text[: LONGEST + 1]))
+    return abridged("".join(char if char.isprintable() else repr(char)[1:-1] for char in text[: LONGEST + 1]))
 
 
-def cut(text: str) -> str:
+def abridged(text: str) -> str:
     """Return a text of at most 80 characters."""
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
