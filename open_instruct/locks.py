@@ -76,7 +76,7 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
 def _take(path: Path, purpose: str) -> int:
     """Return a descriptor that holds a lock file."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
             content = os.read(descriptor, 1000).decode(errors="replace").strip()
             if content and not content.startswith(MARK):

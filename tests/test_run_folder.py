@@ -51,12 +51,16 @@ def test_files_of_others_that_are_named_like_a_runs_are_refused(name, flags, tra
     assert content(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "metrics.jsonl", "run.json"])
-def test_a_link_in_place_of_a_file_is_not_followed(name, train, tmp_path):
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to(path.parents[1] / "nothing"), os.mkfifo])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "loss.png", "run.json", LOCK])
+def test_a_link_or_a_pipe_in_place_of_a_file_is_left_alone(name, make, train, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).symlink_to(tmp_path / "nothing")
+    make(tmp_path / "run" / name)
+    before = [(path, path.lstat().st_mode, path.lstat().st_ino) for path in (tmp_path / "run").iterdir()]
     run = train("run", *SHORT, "--overwrite_output_dir")
-    assert run.code == 2 and name in run.err and not (tmp_path / "nothing").exists()
+    assert run.code == 2 and run.err.count("\n") == 1 and (name in run.err or "can't be written" in run.err)
+    after = [(path, path.lstat().st_mode, path.lstat().st_ino) for path in (tmp_path / "run").iterdir()]
+    assert after == before and not (tmp_path / "nothing").exists()
 
 
 def test_what_others_keep_in_the_folder_survives_every_run(train, tmp_path, data_file):

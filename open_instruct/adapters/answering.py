@@ -49,7 +49,7 @@ def prepare_output(path: Path, settings: dict[str, Any], resume: bool) -> int:
     """
     record = path.with_name(f"{path.name}.run.json")
     if not path.exists() or not path.stat().st_size:
-        if record.exists() and settings.keys() - recorded_settings(record).keys():
+        if os.path.lexists(record) and settings.keys() - recorded_settings(record).keys():
             raise InputError(f"--output_file {path} needs the file {record}, which is not of such a run: name another")
         write_json(record, settings)
         path.touch()
@@ -75,7 +75,7 @@ def prepare_output(path: Path, settings: dict[str, Any], resume: bool) -> int:
 
 def recorded_settings(record: Path) -> dict[str, Any]:
     """Return the settings of the run that made an output file; empty where there are none."""
-    if not record.exists():
+    if not record.is_file():
         return {}
     with input_faults(f"{record}", "name another --output_file"):
         content = json.loads(record.read_text(encoding="utf-8"))

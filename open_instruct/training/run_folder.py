@@ -58,6 +58,8 @@ class RunFolder:
     @classmethod
     def read(cls, path: Path) -> RunFolder:
         """Read who owns what; nothing is the run's where run.json is missing, or another program's."""
+        if not (path / RUN).is_file():  # reading a pipe would wait for ever
+            return cls(path)
         try:
             record = json.loads((path / RUN).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
