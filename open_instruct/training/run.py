@@ -111,6 +111,7 @@ def run(
     candidates = start.init_candidates(method, resolved.method_settings, model, tokenizer) if is_new else []
     pad = tokenizer.pad_token_id
     chosen = forward.choose_forward(model, method, before.forward, accelerator, before.compute_dtype, pad)
+    engines.check_agreement(accelerator, {"attention": chosen.attention})
     accelerator.print(f"forward pass: {chosen.description}")
     with chosen:
         start.search_init(method, candidates, accelerator, chosen, data.train, plan)
