@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             run(flags, origins, guard)
         except InputError as error:
-            return report_error(error)
+            return report_error(error, guard)
         except (OSError, MemoryError) as error:
-            return report_error(InputError(system_fault(error)))
+            return report_error(InputError(system_fault(error)), guard)
         except Preempted as stop:
             return report_stop(str(stop))
         except RuntimeError:
@@ -69,7 +69,7 @@ def report_stop(text: str) -> int:
     return PREEMPTED
 
 
-def report_error(error: InputError) -> int:
+def report_error(error: InputError, guard: RunGuard) -> int:
     """Print the error on one line and return exit code 2; with several processes, end this one at once.
 
     Its launcher then ends the others, which may be waiting for it in a collective.
@@ -79,6 +79,7 @@ def report_error(error: InputError) -> int:
         time.sleep(5)  # if all processes meet the error, the first reports it, and the launcher ends this one meanwhile
     print(f"error: {f'process {rank}: ' if rank else ''}{for_terminal(error)}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        guard.close()  # the folder's lock, which `_exit` would leave behind
         sys.stdout.flush()
         os._exit(2)
     return 2
