@@ -59,11 +59,11 @@ def index_lines(path: Path, column: str | None = None) -> tuple[np.ndarray, list
 
     def add_row(data: bytes, start: int, end: int, offset: int) -> None:
         """Note the line data[start:end]; `offset` is where `data` begins in the file."""
+        if offset + start == 0 and data.startswith(BYTE_ORDER_MARK):
+            start += len(BYTE_ORDER_MARK)
         # Only a line whose first bytes are white space may be blank: the others are not copied to find out.
         if not data[start : min(end, start + 64)].strip() and not data[start:end].strip():
             return
-        if offset + start == 0 and data.startswith(BYTE_ORDER_MARK):
-            start += len(BYTE_ORDER_MARK)
         if not (data[start] == OPEN and data[end - 1] == CLOSE):  # else white space stands there, or it is no object
             check_braces(data[start:end], path, len(bounds) // 2)
         bounds.append(offset + start)
