@@ -153,7 +153,7 @@ def test_a_requested_kernel_that_does_not_run_is_an_error(monkeypatch):
     settings = forward_settings(attn_backend="varlen")
     accelerator = SimpleNamespace(device=CUDA)
     with pytest.raises(InputError, match="--attn_backend varlen can't be used: it does not run here: no kernel image"):
-        forward.choose_packed(model, partial(method.soft_prompt, model), settings, accelerator, torch.bfloat16)  # type: ignore[arg-type]
+        forward.choose_packed(model, partial(method.soft_prompt, model), settings, accelerator, torch.bfloat16)
 
 
 def test_out_of_memory_is_no_reason_to_choose_another_kernel(monkeypatch):
