@@ -47,6 +47,7 @@ def stopped(train) -> Callable[..., Any]:
         result.is_equal = result.code == 0 and without_measurements(result.metrics) == without_measurements(
             full.metrics
         )
+        result.left = {path.parent.name for path in folder.glob("checkpoints/*/trained.safetensors")}
         shutil.rmtree(folder)
         return result
 
@@ -213,26 +214,40 @@ def test_edited_tensors_with_right_checksums_are_refused(stopped, tmp_path, monk
     assert not (tmp_path / "executed").exists()
 
 
+COPIES = ("step_3.bak", "step_abc", "step_", "step_²", "step_٣", "step_-1", "step_1e9", "STEP_9")
+
+
 def test_what_lies_beside_the_checkpoints_is_left_alone(stopped):
-    """Users keep copies and notes there; only step_N with digits is a checkpoint, and no later one is pruned."""
+    """Users keep copies and notes there; only step_N with digits is a checkpoint."""
 
     def beside(folder: Path) -> None:
-        for name in ("step_3.bak", "step_abc", "step_", "step_²", "step_٣", "step_-1", "step_1e9", "STEP_9"):
+        for name in COPIES:
             shutil.copytree(folder / "step_3", folder / name)
-        (folder / "step_77").write_text("a file")
-        (folder / "step_78").mkdir()
-        (folder / "step_79").mkdir()
-        (folder / "step_79" / "COMPLETED").mkdir()
-        (folder / "step_1000000000").mkdir()
-        os.mkfifo(folder / "step_1000000000" / "COMPLETED")
-        (folder.parent / "metrics.jsonl").rename(folder.parent / "kept")
-        os.mkfifo(folder.parent / "metrics.jsonl")
-        shutil.copytree(folder / "step_1", folder / "step_999999999")
         (folder / ".step_2.writing").mkdir()
 
     result = stopped("run", beside)
     assert result.code == 0, result.err
-    assert "resuming after step 1" in result.out  # the copy of step 1 with the highest number
+    assert "resuming after step 3" in result.out
+    assert result.left.issuperset(COPIES)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "pipe", "copy"])
+def test_later_checkpoints_that_the_run_did_not_write_are_named(stopped, kind):
+    """They would be taken for the run's, or pruned instead of its own."""
+
+    def beside(folder: Path) -> None:
+        place = folder / "step_77"
+        if kind == "file":
+            place.write_text("a file")
+        elif kind == "copy":
+            shutil.copytree(folder / "step_1", place)
+        else:
+            place.mkdir()
+        if kind == "pipe":
+            os.mkfifo(place / "COMPLETED")
+
+    result = stopped("run", beside)
+    assert result.code == 2 and "step_77" in result.err and result.err.count("error:") == 1
 
 
 def test_the_checkpoint_that_was_just_written_is_never_pruned(train):

@@ -74,8 +74,9 @@ class RunFolder:
         return cls(path, record, safe)
 
     def owns(self, name: str) -> bool:
-        """Return whether a name is of the run's own, and is no link that somebody put in its place."""
-        return name in self.files and not (self.path / name).is_symlink()
+        """Return whether a name is of the run's own, and no link or pipe is in its place, which others put there."""
+        path = self.path / name
+        return name in self.files and not path.is_symlink() and (path.is_file() or path.is_dir() or not path.exists())
 
     def has(self, *patterns: str) -> list[str]:
         """Return the run's own files and checkpoints that are there, and match one of the patterns (none: all)."""
