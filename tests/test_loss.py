@@ -56,7 +56,7 @@ def wrapped(method: str, packed: bool = False) -> TrainingModel:
 def gradient_of(model, examples, batching) -> tuple[float, torch.Tensor]:
     """Mean loss and adapter gradient of one step over all examples."""
     model.zero_grad()
-    settings = SimpleNamespace(sum_loss=False, sync_each_batch=False, accumulation_steps=1, seed=0)
+    settings = SimpleNamespace(in_float16=False, sum_loss=False, sync_each_batch=False, accumulation_steps=1, seed=0)
     data = SimpleNamespace(train=examples)
     job = SimpleNamespace(accelerator=Accelerator(), settings=settings, data=data, model=model)
     labels = int(examples.label_counts.sum())

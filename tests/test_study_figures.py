@@ -119,13 +119,13 @@ def trial_result(
 
 def results_of(trials: list[TrialResult], num_missing: int = 0) -> StudyResults:
     """Return the results of invented trials."""
-    return StudyResults(trials, num_missing, {trial.spec_name: trial.base for trial in trials if not trial.failed})
+    return StudyResults(trials, num_missing, {trial.spec_name: trial.base for trial in trials if not trial.failed}, [])
 
 
 def study_in(folder: Path, methods: list[str]) -> Study:
     """Return a study whose report goes into a folder."""
     path = folder / "study.yaml"
-    content = {"name": "a <b>bold</b> name", "output_dir": str(folder), "methods": methods, "seeds": [1, 2]}
+    content = {"name": "a <b>bold<b> name", "output_dir": str(folder), "methods": methods, "seeds": [1, 2]}
     path.write_text(yaml.safe_dump(content))
     return config.read_study(path)
 

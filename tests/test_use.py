@@ -247,9 +247,9 @@ def test_the_adapter_that_is_gone_on_from_is_never_overwritten(trained, tmp_path
     ("evaluate", ["--file", "{blank}"], "holds no row"),
     ("evaluate", ["--file", "{questions}", "--output_dir", "{questions}"], "can't be made"),
     ("evaluate", ["--file", "{questions}", "--seed", "-1"], "at least 0"),
-    ("evaluate", ["--file", "{questions}", "--answer_regex", "("], "is no regular expression"),
-    ("evaluate", ["--file", "{questions}", "--chat_template_name", "{strict}"], "refuses a conversation"),
-    ("generate", ["--repetition_penalty", "0", "--top_p", "2"], "must be above 0; 1 is none"),
+    ("evaluate", ["--file", "{questions}", "--answer_regex", "("], "give a regular expression of Python"),
+    ("evaluate", ["--file", "{questions}", "--chat_template_name", "{strict}"], "assistant can't be used"),
+    ("generate", ["--repetition_penalty", "0", "--top_p", "2"], "0 is not a number from 0.01 to 100"),
     ("generate", ["--combine", "vote"], "belong to --input_file"),
     ("inspect", ["--output_dir", "{questions}"], "can't be made"),
 ])  # fmt: skip

@@ -62,7 +62,7 @@ class DataFlags:
     sft_messages_key: str = flag(
         "messages", "column that holds the conversation", in_study="same", differs="the same", on_resume="content"
     )
-    bad_rows: Literal["error", "skip"] = flag("error", BAD_ROWS, in_study="same", on_resume="content")
+    bad_rows: Literal["error", "skip"] = flag("error", BAD_ROWS, in_study="same", on_resume="free")
     validation_file: str | None = flag(
         None,
         "held-out conversations, a file or folder like train_file; never trained on",

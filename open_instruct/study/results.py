@@ -167,6 +167,8 @@ def read_result(study: Study, trial: Trial) -> TrialResult | None:
         if (task.folder / "metrics.jsonl").exists():
             small_files.must_be_file(task.folder / "metrics.jsonl")
         rows = read_metrics(task.folder / "metrics.jsonl")
+        if len(rows) < num_lines(task.folder / "metrics.jsonl"):
+            raise ValueError("a line is no row")
         curve = [(int(row["step"]), trials.loss_of(row["eval_loss"])) for row in rows if "eval_loss" in row]
     return TrialResult(
         spec_name=trial.spec_name,
@@ -181,6 +183,11 @@ def read_result(study: Study, trial: Trial) -> TrialResult | None:
         learning_rate=rate,
         curve=curve,
     )
+
+
+def num_lines(path: Path) -> int:
+    """Return the number of lines of a file, or 0 where there is none."""
+    return len(path.read_bytes().splitlines()) if path.is_file() else 0
 
 
 def same_rows(base: dict[str, Any], summary: dict[str, Any]) -> bool:
