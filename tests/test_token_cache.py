@@ -6,6 +6,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +20,11 @@ from open_instruct.data import chat, dataset, token_cache
 from open_instruct.data.dataset import Examples
 from open_instruct.data.token_cache import COUNTS, TOKENS
 from open_instruct.errors import InputError
-from tests.conftest import TINY_MODEL
+from tests.conftest import ROOT, TINY_MODEL
 
 FORK = multiprocessing.get_context("fork")  # a new process would import torch for seconds
+# A child inherits the locks that the parent's other threads hold, so a process that has run much else must not fork.
+forking = pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="run by test_tests_that_fork")
 NAMED = [
     ("row", [{"role": "user", "content": "word " * (n % 7 + 1)}, {"role": "assistant", "content": f"answer {n}"}])
     for n in range(1200)
@@ -185,6 +189,25 @@ def start(work: Callable[[Any], object]) -> tuple[Any, Any]:
     return process, here
 
 
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="they run in this process")
+def test_tests_that_fork():
+    """The tests below, in a process that has run nothing else."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "killed or full_disk or together",
+    ]
+    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@forking
 def test_what_a_killed_process_leaves_is_removed_and_what_a_living_one_makes_is_not(tokenizer, expected, tmp_path):
     cache = tmp_path / "cache"
 
@@ -210,6 +233,7 @@ def test_what_a_killed_process_leaves_is_removed_and_what_a_living_one_makes_is_
     assert [path.name for path in cache.iterdir()] == [built.fingerprint]
 
 
+@forking
 def test_a_full_disk_is_one_line_and_leaves_nothing(tokenizer, tmp_path):
     """A limit on the size of files stands for it."""
     cache = tmp_path / "cache"
@@ -228,6 +252,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tokenizer, tmp_path):
     assert "\n" not in message and list(cache.iterdir()) == []
 
 
+@forking
 def test_processes_that_fill_one_entry_together_agree(tokenizer, expected, tmp_path):
     """Over a damaged entry, too: whoever comes last takes what is there, and nobody reads half an entry."""
     cache = tmp_path / "cache"

@@ -45,8 +45,11 @@ def main() -> int:
             return int(bool(problems))
         share = args.draws // args.workers
         jobs = [(args.first + number * share, share, root) for number in range(args.workers)]
-        with multiprocessing.get_context("fork").Pool(args.workers) as pool:
-            failures = [failure for found in pool.starmap(work, jobs) for failure in found]
+        if args.workers == 1:  # a pool has threads, and a process that forks should have none
+            failures = work(*jobs[0])
+        else:
+            with multiprocessing.get_context("fork").Pool(args.workers) as pool:
+                failures = [failure for found in pool.starmap(work, jobs) for failure in found]
         print(*failures, f"{len(failures)} of {args.draws} draws went wrong", sep="\n")
         return int(bool(failures))
 
