@@ -1,4 +1,4 @@
-"""2,000 wrong inputs to all commands: no traceback, no hang, nothing lost, nothing wrong accepted."""
+"""Wrong inputs to all commands, drawn by seed: no traceback, no hang, nothing lost, nothing wrong accepted."""
 
 import subprocess
 import sys
@@ -7,8 +7,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-DRAWS, SHARES = 2000, 2
-CASES: list[int] = []  # seeds beyond the first 2,000 that once failed
+DRAWS, SHARES = 600, 2
+CASES = [631, 932]  # later seeds that once failed
 
 
 def try_seeds(first: int, count: int) -> None:

@@ -85,9 +85,8 @@ def check_token_ids(name: str, model: PreTrainedModel) -> None:
     for file, settings in (("config.json", model.config), ("generation_config.json", model.generation_config)):
         for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
             value = getattr(settings, key, None)
-            if not all(
-                type(item) is int for item in (value if isinstance(value, list) else [value]) if item is not None
-            ):
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(type(item) is int for item in ids):
                 raise InputError(f"model {name}: the {key} {str(value)[:80]!r} of its {file} is no number: repair it")
 
 

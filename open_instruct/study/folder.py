@@ -35,7 +35,7 @@ def opened(study: Study, shard: tuple[int, int]) -> Iterator[None]:
     with locked(folder / f"{LOCK}{suffix}", what):
         write_json(folder / MARKER, {"study": study.name})
         content = study.path.read_bytes()
-        if not (folder / COPY).exists() or (folder / COPY).read_bytes() != content:
+        if not (folder / COPY).is_file() or (folder / COPY).read_bytes() != content:  # reading a pipe would never end
             write_bytes(folder / COPY, content)
         yield
 
