@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from open_instruct.errors import InputError, input_faults
+from open_instruct.small_files import must_be_file
 
 COMPARABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of which torch finds the extremes
 
@@ -80,6 +81,7 @@ def read_tensors(path: Path, what: str, remedy: str) -> dict[str, torch.Tensor]:
         InputError: it is missing, damaged or no safetensors, or holds what is not finite.
     """
     with input_faults(f"{what} ({path})", remedy):
+        must_be_file(path)
         path.open("rb").close()  # safetensors says of a file that may not be read that there is none
         tensors = load_file(path)
     check_finite(tensors.items(), f"{what} ({path})", remedy)

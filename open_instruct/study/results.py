@@ -163,11 +163,13 @@ def read_result(study: Study, trial: Trial) -> TrialResult | None:
         content = small_files.read_json(run_file, str(run_file), f"delete {task.folder}, and {trials.REPEAT}")
         with input_faults(str(run_file), f"delete {task.folder}, and {trials.REPEAT}"):
             rate = float(content["flags"]["learning_rate"]["value"])
-    with input_faults(str(task.folder / "metrics.jsonl"), f"delete {task.folder}, and {trials.REPEAT}"):
-        if (task.folder / "metrics.jsonl").exists():
-            small_files.must_be_file(task.folder / "metrics.jsonl")
-        rows = read_metrics(task.folder / "metrics.jsonl")
-        if len(rows) < num_lines(task.folder / "metrics.jsonl"):
+    metrics, remedy = task.folder / "metrics.jsonl", f"delete {task.folder}, and {trials.REPEAT}"
+    lines = (
+        small_files.read_text(metrics, str(metrics), remedy, trials.MAX_BYTES).splitlines() if metrics.exists() else []
+    )
+    with input_faults(str(metrics), remedy):
+        rows = read_metrics(metrics)
+        if len(rows) < len(lines):
             raise ValueError("a line is no row")
         curve = [(int(row["step"]), trials.loss_of(row["eval_loss"])) for row in rows if "eval_loss" in row]
     return TrialResult(
@@ -183,11 +185,6 @@ def read_result(study: Study, trial: Trial) -> TrialResult | None:
         learning_rate=rate,
         curve=curve,
     )
-
-
-def num_lines(path: Path) -> int:
-    """Return the number of lines of a file, or 0 where there is none."""
-    return len(path.read_bytes().splitlines()) if path.is_file() else 0
 
 
 def same_rows(base: dict[str, Any], summary: dict[str, Any]) -> bool:

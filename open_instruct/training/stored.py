@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from open_instruct.model.weights import not_finite, some_of
 from open_instruct.training.state import TrainState
 
 MAX_COUNT = 2**62
@@ -128,14 +129,9 @@ def check_parameters(values: Mapping[str, torch.Tensor], shapes: Mapping[str, tu
             f"{name} holds other parameters than those that this run trains ({key}: {other.get(key, 'missing')} "
             f"instead of {shapes.get(key, 'none')}): give the same method and sizes"
         )
-    broken = next((key for key, tensor in values.items() if not is_finite(tensor)), None)
-    if broken is not None:
-        raise ValueError(f"{name} holds numbers in {broken} that are not finite")
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether all numbers of a tensor of floats are finite; a tensor of other numbers is."""
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    broken = not_finite(values.items())
+    if broken:
+        raise ValueError(f"{name} holds numbers in {some_of(broken)} that are not finite")
 
 
 def check_moments(
@@ -161,7 +157,7 @@ def check_moments(
             expected[shape] = layout(first_state(shape))
         if layout(values) != expected[shape]:
             raise ValueError(f"its moments of parameter {number} are those of another optimizer, or of another shape")
-        if not all(is_finite(tensor) for tensor in tensors_of(values)):
+        if not_finite(("", tensor) for tensor in tensors_of(values)):
             raise ValueError(f"its moments of parameter {number} are not finite")
     return moments
 
