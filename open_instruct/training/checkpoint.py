@@ -269,7 +269,7 @@ def restore(
             best = load_file(path / BEST)
             stored.check_parameters(best, shapes, BEST)
             state.best = best if accelerator.is_main_process else {}
-        kept = torch.load(path / (part or OPTIMIZER), weights_only=True, map_location="cpu")
+        kept = stored.load_optimizer(path / (part or OPTIMIZER))
         if part is None:
             ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             own_shapes = [sharding.full_shape(parameter) for parameter in ordered]

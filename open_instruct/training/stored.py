@@ -7,9 +7,12 @@ other versions, other tools or other runs, and edits by hand.
 from __future__ import annotations
 
 import math
+import pickle
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -132,6 +135,20 @@ def check_parameters(values: Mapping[str, torch.Tensor], shapes: Mapping[str, tu
     broken = not_finite(values.items())
     if broken:
         raise ValueError(f"{name} holds numbers in {some_of(broken)} that are not finite")
+
+
+def load_optimizer(path: Path) -> Any:
+    """Return what an optimizer's file holds; no code in it is run.
+
+    Raises:
+        ValueError: it holds something else than tensors and plain values.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of a pickle's protocol before it refuses the pickle
+        try:
+            return torch.load(path, weights_only=True, map_location="cpu")
+        except pickle.UnpicklingError:  # whose text advises to load the file all the same
+            raise ValueError(f"{path.name} is no file of tensors") from None
 
 
 def check_moments(
