@@ -2,17 +2,14 @@
 
 CACHE/FINGERPRINT/tokens.arrow    rows, as an Arrow stream, memory-mapped
 CACHE/FINGERPRINT/counts.json     counts of conversations, and the checksums of both files
-CACHE/.FINGERPRINT-xxxx           an entry in the making, locked by its process
+CACHE/.FINGERPRINT.….writing      an entry in the making, locked by its process
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import re
-import secrets
 import shutil
 import signal
 import threading
@@ -30,11 +27,11 @@ from tqdm import tqdm
 
 from open_instruct.errors import InputError, input_faults, system_fault, warn
 from open_instruct.files import flush
+from open_instruct.temporary import temporary_folder, temporary_name
 
 TOKENS, COUNTS = "tokens.arrow", "counts.json"
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32()))])
 COUNTED = ("num_read", "num_truncated", "num_skipped", "first_label")
-UNFINISHED = re.compile(r"\.[0-9a-f]{16}-.+")
 REMEDY = "free some space, name another folder with --dataset_local_cache_dir, or pass --dataset_skip_cache"
 
 
@@ -101,21 +98,16 @@ def load_or_fill(entry: Path, tables: Iterable[pa.Table], counts: dict[str, Any]
     if found is not None:
         return found
     replaces = os.path.lexists(entry)
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(entry.parent)
-        working, lock = make_working(entry)
-    except OSError as error:
-        warn(f"the token cache can't be written ({system_fault(error)}): the tokens of this run are kept in memory")
-        return in_memory(tables, counts)
-    try:
-        with removed_by_sigterm(working):
-            write(working, tables, counts)
-            with input_faults(f"token cache {entry.parent}", REMEDY):
-                publish(working, entry, replaces)
-    finally:
-        remove(working)
-        os.close(lock)
+    with ExitStack() as held:
+        try:
+            working = held.enter_context(temporary_folder(entry))
+        except OSError as error:
+            warn(f"the token cache can't be written ({system_fault(error)}): the tokens of this run are kept in memory")
+            return in_memory(tables, counts)
+        held.enter_context(removed_by_sigterm(working))
+        write(working, tables, counts)
+        with input_faults(f"token cache {entry.parent}", REMEDY):
+            publish(working, entry, replaces)
     written = read(entry)
     if written is None:
         raise InputError(f"token cache {entry.parent} does not keep what is written: {REMEDY}")
@@ -190,7 +182,7 @@ def publish(working: Path, entry: Path, replaces: bool) -> None:
                 raise
             if not replaces and read(entry) is not None:
                 return
-            old = entry.with_name(f".{entry.name}-{secrets.token_hex(4)}")
+            old = temporary_name(entry)
             with suppress(FileNotFoundError):  # another process was faster
                 os.replace(entry, old)
             remove(old)
@@ -213,38 +205,6 @@ def checksum(path: Path) -> str:
             digest.update(block)
             bar.update(len(block))
     return digest.hexdigest()
-
-
-def make_working(entry: Path) -> tuple[Path, int]:
-    """Make and lock the folder of an entry in the making, with the permissions that the umask gives.
-
-    Returns:
-        The folder, and the descriptor that holds its lock. The system drops the lock when the process ends, however
-        that happens; without locks, as on some network file systems, others leave the folder alone.
-    """
-    while True:
-        working = entry.with_name(f".{entry.name}-{secrets.token_hex(4)}")
-        working.mkdir()
-        lock = os.open(working, os.O_RDONLY)
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if working.exists():
-            return working, lock
-        os.close(lock)  # removed by another process, between its creation and its lock
-
-
-def remove_unfinished(cache: Path) -> None:
-    """Remove what killed processes left in the making: nobody holds the lock on it."""
-    for path in cache.iterdir():
-        if not UNFINISHED.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
-            continue
-        with suppress(OSError):
-            lock = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove(path)
-            finally:
-                os.close(lock)
 
 
 def remove(path: Path) -> None:
