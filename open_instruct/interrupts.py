@@ -26,6 +26,7 @@ TOOLS = (
     "evaluate_peft.py",
     "inspect_peft.py",
     "merge_peft.py",
+    "merge_lora.py",
     "arrow2json.py",
     "sample_subsets.py",
 )

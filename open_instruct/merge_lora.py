@@ -17,10 +17,12 @@ from pathlib import Path
 if not __package__:  # started as a file, from a clone that need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, parse
 from open_instruct.errors import InputError, exit_code
+from open_instruct.interrupts import ending_at_once
 from open_instruct.merge_peft import summary
 
 
@@ -72,8 +74,9 @@ def run(args: argparse.Namespace) -> None:
     stated = "4bit" if args.qlora else None
     folders.quantisation(adapters, stated)
 
-    from open_instruct.adapters import merging  # imports torch: only now that the arguments are checked
-    from open_instruct.model import loading
+    with ending_at_once():
+        from open_instruct.adapters import merging  # imports torch: only now that the arguments are checked
+        from open_instruct.model import loading
 
     tokenizer = None
     if args.tokenizer_name_or_path:

@@ -26,6 +26,10 @@ def without_template(folder):
     (folder / "chat_template.jinja").unlink()
 
 
+def silent_template(folder):
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.role }}\n{% endfor %}")
+
+
 def small_vocabulary(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
@@ -38,6 +42,10 @@ CASES = {
     "no weights": ((lambda folder: (folder / "model.safetensors").unlink(), []), "holds no weights"),
     "torn weights": ((lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), []), "can't be loaded"),
     "no template": ((without_template, ["--chat_template_name", "tokenizer"]), "has no chat template"),
+    "template without answers": (
+        (silent_template, ["--chat_template_name", "tokenizer"]),
+        "chat template tokenizer writes no answer of the assistant",
+    ),
     "no such file": (["--train_file", "missing.jsonl"], "no such file: missing.jsonl"),
     "validation is training": (["--validation_file", "{data}"], "is the training file"),
     "context": (

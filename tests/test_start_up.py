@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from open_instruct import interrupts
 from tests.conftest import ROOT, TINY_MODEL
 
-ENTRY_POINTS = [
-    *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("open_instruct/*_peft.py")),
-    "open_instruct/merge_lora.py",
-    "arrow2json.py",
-    "sample_subsets.py",
-]
+ENTRY_POINTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("open_instruct/*.py"))
+    if '__name__ == "__main__"' in path.read_text()
+)
 REQUIRED = {  # without which a parser complains of something else than the mistyped flag
     "open_instruct/merge_peft.py": ["--output", "out"],
     "open_instruct/study_peft.py": ["--config", "study.yaml"],
@@ -62,6 +62,13 @@ def check_error(result: subprocess.CompletedProcess, text: str) -> None:
     """Exit code 2, and one line that names what is wrong."""
     assert result.returncode == 2, result.stderr
     assert text in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+def test_every_tool_answers_signals_from_its_first_import():
+    assert {Path(script).name for script in ENTRY_POINTS} == set(interrupts.TOOLS)
+    for script in ENTRY_POINTS:
+        imports = [line for line in (ROOT / script).read_text().splitlines() if line.startswith("import open_instruct")]
+        assert imports[:1] and "interrupts" in imports[0], script
 
 
 @pytest.mark.parametrize("script", ENTRY_POINTS)

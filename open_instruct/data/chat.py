@@ -95,11 +95,15 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, add_bos: bo
         template = "{{ bos_token }}" + template
     tokenizer.chat_template = template
     try:
-        (text,), _ = render(tokenizer, [PROBE])
+        (text,), (spans,) = render(tokenizer, [PROBE])
     except InputError as error:
         raise InputError(f"chat template {name}: {error}") from None
     if not text.strip():
         raise InputError(f"chat template {name} writes nothing for a conversation: mend it, or use another")
+    if not any(PROBE[1]["content"] in text[start:end] for start, end in spans):
+        raise InputError(
+            f"chat template {name} writes no answer of the assistant that could be learned: mend it, or use another"
+        )
 
 
 def render_texts(

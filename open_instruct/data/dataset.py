@@ -130,9 +130,11 @@ def build(
     if table.num_rows == 0:
         if counts["num_read"] == 0:
             raise InputError("the data holds no conversation: nothing can be trained on")
+        none = f"none of the {counts['num_read']} conversations has a labelled token"
+        if not counts["first_label"]:
+            raise InputError(f"{none}: their answers are empty, or the chat template does not write them")
         raise InputError(
-            f"none of the {counts['num_read']} conversations has a labelled token within "
-            f"--max_seq_length {max_length}: raise it "
+            f"{none} within --max_seq_length {max_length}: raise it "
             f"(the assistant's first answer begins after {counts['first_label']} tokens at the earliest)"
         )
     return Examples(
@@ -151,7 +153,8 @@ def build(
 def new_counts() -> dict[str, Any]:
     """Return the counts of `tokenize_all` at zero.
 
-    `first_label` is the tokens before the earliest answer, `bad_rows` a line about rows that were left out.
+    `first_label` is the tokens before the earliest answer, 0 if there is no answer; `bad_rows` a line about rows that
+    were left out.
     """
     return {"num_read": 0, "num_truncated": 0, "num_skipped": 0, "first_label": 0, "bad_rows": ""}
 
@@ -183,7 +186,7 @@ def tokenize_all(
             rows: dict[str, list[list[int]]] = {"input_ids": [], "spans": []}
             for row_ids, row_spans in zip(ids, spans, strict=True):
                 counts["num_truncated"] += len(row_ids) > max_length
-                for start, _ in row_spans[:1]:
+                for start in [max(start, 1) for start, end in row_spans if end > max(start, 1)][:1]:
                     counts["first_label"] = min(counts["first_label"] or start, start)
                 kept = [(start, min(end, max_length)) for start, end in row_spans if start < max_length]
                 if not any(end > max(start, 1) for start, end in kept):

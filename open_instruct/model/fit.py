@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from open_instruct.errors import InputError, input_faults
 from open_instruct.model.weights import misfit, some_of
+from open_instruct.small_files import read_json
 
 INDEX = "model.safetensors.index.json"  # of weights in several files
 OF_TEXT_MODEL = re.compile(r"(^|\.)(language_model|text_model)\.|^(model\.)?layers\.\d")  # within other models, too
@@ -25,8 +25,9 @@ def check_index(index: Path) -> None:
         InputError: naming them.
     """
     what, remedy = f"index of the model's weights {index}", "download the folder again"
+    content = read_json(index, what, remedy, 1 << 28)
     with input_faults(what, remedy):
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(content["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
     if outside:
         raise InputError(f"{what} names files outside of its folder ({some_of(outside)}): {remedy}")

@@ -144,8 +144,9 @@ def run(
         metrics = tracking.Metrics(before.output.folder / tracking.METRICS, accelerator, plan.num_steps, state.step)
         doctor = Doctor(resolved.run_info(data, plan, facts), state.history)
         loop = resolved.loop(plan)
-        parts = (accelerator, prepared, optimizer, schedule, method, chosen, data, plan, loop, metrics, doctor)
-        job = TrainingJob(*parts, folder, guard)
+        job = TrainingJob(
+            accelerator, prepared, optimizer, schedule, method, chosen, data, plan, loop, metrics, doctor, folder, guard
+        )
         with metrics, explained_faults(accelerator, state, before.output.checkpoints):
             fit(job, state)
 

@@ -239,7 +239,8 @@ def before_data(
         origins = {**origins, "num_virtual_tokens": "recipe"}
     length = conversation_length(context, num_virtual_tokens, flags.max_seq_length)
     seed = flags.seed if flags.split_seed is None else flags.split_seed
-    compute_dtype = model.compute_dtype
+    members = mixture_members(flags.dataset_mixer, flags.dataset_mixer_list)
+    sources = (*(flags.train_file or ()), *(name for name, _ in members), flags.validation_file, flags.dataset_name)
     trackers = tuple(flags.report_to) if flags.with_tracking and flags.report_to != ["none"] else ()
     inputs = {
         "the base model": flags.model_name_or_path,
@@ -257,7 +258,7 @@ def before_data(
         adapter=adapter,
         num_virtual_tokens=num_virtual_tokens,
         answer_length=loaded.max_length(config, num_virtual_tokens),
-        compute_dtype=compute_dtype,
+        compute_dtype=model.compute_dtype,
         model=model,
         tokenizer=TokenizerSettings(
             name=flags.tokenizer_name_or_path or model.name,
@@ -270,7 +271,7 @@ def before_data(
             train_files=tuple(flags.train_file or ()),
             dataset_name=flags.dataset_name,
             dataset_config_name=flags.dataset_config_name,
-            mixture=mixture_members(flags.dataset_mixer, flags.dataset_mixer_list),
+            mixture=members,
             mixture_splits=tuple(flags.dataset_mixer_list_splits),
             messages_key=flags.sft_messages_key,
             skip_bad_rows=flags.bad_rows == "skip",
@@ -285,12 +286,12 @@ def before_data(
             overwrite_cache=flags.overwrite_cache,
         ),
         processes=ProcessSettings(
-            compute_dtype,
-            flags.seed,
-            flags.timeout,
-            trackers,
-            flags.output_dir,
-            getattr(config.get_text_config(), "hidden_size", None),
+            compute_dtype=model.compute_dtype,
+            seed=flags.seed,
+            timeout=flags.timeout,
+            trackers=trackers,
+            output_dir=flags.output_dir,
+            hidden_size=getattr(config.get_text_config(), "hidden_size", None),
         ),
         forward=ForwardSettings(
             packing=flags.packing,
@@ -311,16 +312,7 @@ def before_data(
             overwrite=flags.overwrite_output_dir,
             resume_from=flags.resume_from_checkpoint,
             inputs={what: name for what, name in inputs.items() if name},
-            data=[
-                name
-                for name in (
-                    *(flags.train_file or ()),
-                    *(name for name, _ in mixture_members(flags.dataset_mixer, flags.dataset_mixer_list)),
-                    flags.validation_file,
-                    flags.dataset_name,
-                )
-                if name
-            ],
+            data=[name for name in sources if name],
             clean_checkpoints_at_end=flags.clean_checkpoints_at_end,
             upload_to=repository if flags.push_to_hub else None,
             upload_revision=flags.hf_repo_revision,
