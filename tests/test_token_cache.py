@@ -6,10 +6,8 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +18,28 @@ from open_instruct.data import chat, dataset, token_cache
 from open_instruct.data.dataset import Examples
 from open_instruct.data.token_cache import COUNTS, TOKENS
 from open_instruct.errors import InputError
-from tests.conftest import ROOT, TINY_MODEL
+from tests.conftest import TINY_MODEL
 
-FORK = multiprocessing.get_context("fork")  # a new process would import torch for seconds
-# A child inherits the locks that the parent's other threads hold, so a process that has run much else must not fork.
-forking = pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="run by test_tests_that_fork")
+# Processes are forked from one that has only imported: they would inherit locks which other threads hold in this one.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["open_instruct.data.dataset", "transformers.tokenization_utils_tokenizers", "tests.conftest"]
+)
 NAMED = [
     ("row", [{"role": "user", "content": "word " * (n % 7 + 1)}, {"role": "assistant", "content": f"answer {n}"}])
     for n in range(1200)
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def load_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
     chat.set_chat_template(tokenizer, "tulu")
     return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
 
 
 def build(tokenizer, cache: Path | None, rows=NAMED, overwrite: bool = False) -> Examples:
@@ -180,46 +184,43 @@ def test_a_cache_that_can_not_be_written_is_said_and_done_without(kind, tokenize
     assert error.count("\n") == 1 and "kept in memory" in error, error
 
 
-def start(work: Callable[[Any], object]) -> tuple[Any, Any]:
-    """Do some work in a forked process; gives the process, and the connection that the work is given."""
-    here, there = FORK.Pipe()
-    process = FORK.Process(target=work, args=(there,))
+def start(work: Callable[[Path, Connection], None], cache: Path) -> tuple[Any, Connection]:
+    """Do some work in a process of its own; gives the process, and the connection to it."""
+    here, there = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=work, args=(cache, there))
     process.start()
-    there.close()
+    there.close()  # so that the end of the process is the end of what it sends
     return process, here
 
 
-@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="they run in this process")
-def test_tests_that_fork():
-    """The tests below, in a process that has run nothing else."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "killed or full_disk or together",
-    ]
-    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+def fill_for_ever(cache: Path, connection: Connection) -> None:
+    """Begin an entry that is never complete."""
+
+    def rows():
+        yield from NAMED
+        connection.send("half")
+        signal.pause()
+
+    build(load_tokenizer(), cache, rows())
 
 
-@forking
+def fill_on_a_full_disk(cache: Path, connection: Connection) -> None:
+    """Send the error; a limit on the size of files stands for the disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    try:
+        build(load_tokenizer(), cache)
+    except InputError as error:
+        connection.send(str(error))
+
+
+def fill(cache: Path, connection: Connection) -> None:
+    """Send the content of the entry."""
+    connection.send(build(load_tokenizer(), cache).content)
+
+
 def test_what_a_killed_process_leaves_is_removed_and_what_a_living_one_makes_is_not(tokenizer, expected, tmp_path):
     cache = tmp_path / "cache"
-
-    def fill_for_ever(connection) -> None:
-        def rows():
-            yield from NAMED
-            connection.send("half")
-            time.sleep(600)
-
-        build(tokenizer, cache, rows())
-
-    (killed, first_news), (living, second_news) = start(fill_for_ever), start(fill_for_ever)
+    (killed, first_news), (living, second_news) = start(fill_for_ever, cache), start(fill_for_ever, cache)
     assert first_news.recv() == second_news.recv() == "half"
     assert len(list(cache.iterdir())) == 2
     killed.kill()
@@ -233,32 +234,20 @@ def test_what_a_killed_process_leaves_is_removed_and_what_a_living_one_makes_is_
     assert [path.name for path in cache.iterdir()] == [built.fingerprint]
 
 
-@forking
-def test_a_full_disk_is_one_line_and_leaves_nothing(tokenizer, tmp_path):
-    """A limit on the size of files stands for it."""
-    cache = tmp_path / "cache"
-
-    def fill(connection) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        try:
-            build(tokenizer, cache)
-        except InputError as error:
-            connection.send(str(error))
-
-    process, news = start(fill)
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    process, news = start(fill_on_a_full_disk, tmp_path / "cache")
     message = news.recv()
     process.join()
     assert "can't be used (Error writing bytes to file" in message and "--dataset_skip_cache" in message, message
-    assert "\n" not in message and list(cache.iterdir()) == []
+    assert "\n" not in message and list((tmp_path / "cache").iterdir()) == []
 
 
-@forking
 def test_processes_that_fill_one_entry_together_agree(tokenizer, expected, tmp_path):
     """Over a damaged entry, too: whoever comes last takes what is there, and nobody reads half an entry."""
     cache = tmp_path / "cache"
     build(tokenizer, cache)
     (entry_of(cache) / TOKENS).write_bytes(b"damaged")
-    workers = [start(lambda connection: connection.send(build(tokenizer, cache).content)) for _ in range(4)]
+    workers = [start(fill, cache) for _ in range(4)]
     assert {news.recv() for _, news in workers} == {expected.content}
     for process, _ in workers:
         process.join()
