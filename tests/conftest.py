@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,18 +122,6 @@ def train(tmp_path: Path, data_file: Path, capsys: pytest.CaptureFixture):
         )
 
     return run
-
-
-def run_script(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """The entry point as a user starts it, in a process of its own."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "open_instruct" / "finetune_peft.py"), *words],
-        cwd=cwd,
-        env=variables,
-        capture_output=True,
-        text=True,
-    )
 
 
 def without_measurements(rows: list[dict]) -> list[dict]:

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from tests.conftest import TINY_MODEL, run_script
+from tests import warm
+from tests.conftest import ROOT, TINY_MODEL
 
 
 def bad_model(tmp_path, change):
@@ -142,8 +143,8 @@ def test_pickled_weights_load_when_allowed(tmp_path, train):
     "words", [["--train_file", "x.jsonl"], ["--trainfile", "x"], ["--use_lora", "--use_ia3"], ["missing.yaml"]]
 )
 def test_the_process_ends_with_code_2_and_no_traceback(words, tmp_path):
-    result = run_script(
-        "--model_name_or_path" if words[0] != "missing.yaml" else "missing.yaml", str(TINY_MODEL), *words, cwd=tmp_path
-    )
+    first = "--model_name_or_path" if words[0] != "missing.yaml" else "missing.yaml"
+    entry = ROOT / "open_instruct" / "finetune_peft.py"
+    result = warm.run(entry, first, str(TINY_MODEL), *words, cwd=tmp_path)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1

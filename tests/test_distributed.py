@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from open_instruct.errors import InputError
 from open_instruct.finetune_peft import main
 from open_instruct.training import engines
+from tests import warm
 from tests.conftest import ROOT, TINY_MODEL, without_measurements
 
 SOFT = ["--num_virtual_tokens", "20"]
@@ -43,18 +43,14 @@ def launch(engine: str, runs: list[list[str]], folder: Path, processes: int = 2)
     folder.mkdir(exist_ok=True)
     listed = folder / "runs.json"
     listed.write_text(json.dumps(runs))
-    words = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--standalone",
-        str(ROOT / "tests" / "engines.py"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *words, engine, str(listed)], env=environment, capture_output=True, text=True, timeout=900
-    )
+    return joined(warm.run_together(ROOT / "tests" / "engines.py", [[engine, str(listed)]] * processes))
+
+
+def joined(results: list[subprocess.CompletedProcess]) -> subprocess.CompletedProcess:
+    """The results of all processes as one."""
+    codes = [result.returncode for result in results]
+    outputs = ["".join(texts) for texts in zip(*((result.stdout, result.stderr) for result in results), strict=True)]
+    return subprocess.CompletedProcess([], max(codes, key=abs), *outputs)
 
 
 def rows_of(folder: Path) -> list[dict]:
@@ -181,25 +177,7 @@ def test_bad_input_is_said_once_by_two_processes(tmp_path):
 
 def launched(ranks: list[list[str]], cwd: Path, **environment: str) -> list[subprocess.CompletedProcess]:
     """One run whose processes are started by hand, each with its own flags."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = []
-    for rank, words in enumerate(ranks):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(ranks))}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "open_instruct" / "finetune_peft.py"), *words],
-                cwd=cwd, env={**os.environ, **common, **own, **environment}, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-        )  # fmt: skip
-    outputs = [process.communicate(timeout=600) for process in started]
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, *output)
-        for process, output in zip(started, outputs, strict=True)
-    ]
+    return warm.run_together(ROOT / "open_instruct" / "finetune_peft.py", ranks, cwd, **environment)
 
 
 @pytest.mark.distributed
@@ -334,16 +312,5 @@ def test_each_process_keeps_its_share_of_the_weights(engine, tmp_path):
         pytest.importorskip("deepspeed")
     program = tmp_path / "program.py"
     program.write_text(SHARES)
-    words = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--standalone",
-        str(program),
-        engine,
-        str(TINY_MODEL),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=900)
+    result = joined(warm.run_together(program, [[engine, str(TINY_MODEL)]] * 2))
     assert result.returncode == 0, result.stderr[-3000:]

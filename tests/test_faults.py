@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -23,9 +22,11 @@ from open_instruct.model.training_model import PackedModel
 from open_instruct.training import loop
 from open_instruct.training.checkpoint import complete_checkpoints, damage
 from open_instruct.training.preemption import PREEMPTED
+from tests import warm
 from tests.conftest import ROOT, TINY_MODEL, modest_flags, without_measurements
+from tests.warm import WarmProcess
 
-ENTRY = str(ROOT / "open_instruct" / "finetune_peft.py")
+ENTRY = ROOT / "open_instruct" / "finetune_peft.py"
 SHORT = ["--max_train_steps", "6", "--eval_steps", "3", "--per_device_train_batch_size", "4"]
 
 
@@ -39,19 +40,22 @@ def command(folder: Path, data: Path, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
-def start(folder: Path, data: Path, *flags: str, launcher: tuple[str, ...] = (), **options) -> subprocess.Popen:
-    """The entry point in a process of its own, or in several under a launcher."""
+def start(folder: Path, data: Path, *flags: str, file_size: int | None = None) -> WarmProcess:
+    """The entry point in a process of its own."""
+    return warm.start(ENTRY, *command(folder, data, *flags), file_size=file_size)
+
+
+def start_cold(folder: Path, data: Path, *flags: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    """The entry point in a new process, or in several under a launcher."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, *launcher, ENTRY, *command(folder, data, *flags)]
-    return subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    words = [sys.executable, *launcher, str(ENTRY), *command(folder, data, *flags)]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 
 
-def wait_until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 600) -> None:
+def wait_until(condition: Callable[[], object], process: WarmProcess | subprocess.Popen, seconds: float = 600) -> None:
     """Wait for a condition of a running process; the bound is for one that hangs, not for a slow machine."""
     end = time.monotonic() + seconds
     while not condition():
@@ -178,7 +182,7 @@ def is_loaded(process: subprocess.Popen, library: str) -> bool:
 @pytest.mark.parametrize("moment", ["importing", "before the first step"])
 def test_a_signal_before_anything_is_trained_says_so(moment, tmp_path, data_file):
     folder = tmp_path / "run"
-    process = start(folder, data_file, "--use_prompt_tuning", "--max_train_steps", "1000")
+    process = start_cold(folder, data_file, "--use_prompt_tuning", "--max_train_steps", "1000")
     wait_until(folder.exists if moment != "importing" else lambda: is_loaded(process, "libtorch"), process)
     process.send_signal(signal.SIGUSR1)
     _, error = process.communicate()
@@ -210,7 +214,7 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes_on_one(tmp_path, da
     flags = [*modest_flags("prompt_tuning"), "--max_train_steps", "60", "--timeout", "30"]
     full, part = tmp_path / "full", tmp_path / "part"
     assert start(full, data_file, *flags, "--per_device_train_batch_size", "8").wait() == 0
-    process = start(part, data_file, *flags, launcher=TWO)
+    process = start_cold(part, data_file, *flags, launcher=TWO)
     wait_until(lambda: logged_steps(part) > 4, process)
     workers = children(process.pid)
     assert len(workers) == 2
@@ -224,26 +228,17 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes_on_one(tmp_path, da
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
 def test_a_hanging_process_is_said_with_rank_and_step(tmp_path, data_file):
-    process = start(
-        tmp_path / "run",
-        data_file,
-        "--use_prompt_tuning",
-        "--max_train_steps",
-        "100000",
-        "--timeout",
-        "10",
-        launcher=TWO,
-    )
-    wait_until(lambda: logged_steps(tmp_path / "run") > 4, process)
-    workers = children(process.pid)
-    os.kill(workers[-1], signal.SIGSTOP)
+    flags = ["--use_prompt_tuning", "--max_train_steps", "100000", "--timeout", "10"]
+    words = command(tmp_path / "run", data_file, *flags)
+    waiting, hanging = warm.start_together(ENTRY, [words, words], ACCELERATE_USE_CPU="true")
+    wait_until(lambda: logged_steps(tmp_path / "run") > 4, waiting)
+    hanging.send_signal(signal.SIGSTOP)
     try:
-        _, error = process.communicate(timeout=600)
+        _, error = waiting.communicate()
     finally:
-        os.kill(workers[-1], signal.SIGCONT) if workers[-1] in children(process.pid) else None
-    assert process.returncode != 0
+        hanging.kill()
+    assert waiting.returncode != 0
     assert "of 2 lost contact with the others in step" in error and "--timeout" in error, error
 
 
@@ -259,8 +254,7 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(tmp_path, data_file):
     full = tmp_path / "full"
     assert start(full, data_file, *flags).wait() == 0
     size = (full / "adapter_model.safetensors").stat().st_size
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size * 3 // 2, size * 3 // 2))  # noqa: E731
-    process = start(tmp_path / "run", data_file, *flags, preexec_fn=limit)
+    process = start(tmp_path / "run", data_file, *flags, file_size=size * 3 // 2)
     _, error = process.communicate()
     assert process.returncode == 0, error
     assert error.count("could not be written") == 3

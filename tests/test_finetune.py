@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
@@ -17,12 +19,13 @@ from open_instruct.data import chat, packing
 from open_instruct.data.dataset import new_counts, tokenize_all
 from open_instruct.data.reading import conversations, read_rows
 from open_instruct.model.training_model import PaddedModel
+from tests import warm
 from tests.conftest import (
     METHODS,
+    ROOT,
     TINY_MODEL,
     method_flags,
     no_dropout,
-    run_script,
     without_measurements,
     write_conversations,
 )
@@ -31,6 +34,9 @@ SHORT = ["--max_train_steps", "6", "--eval_steps", "3", "--per_device_train_batc
 VARIANTS = {name: method_flags(name) for name in METHODS} | {
     "projected_prefix": ["--use_prefix_tuning", "--prefix_projection"]
 }
+
+
+ENTRY = ROOT / "open_instruct" / "finetune_peft.py"
 
 
 def model_hash() -> str:
@@ -282,10 +288,13 @@ def test_a_nan_loss_stops_with_step_rate_and_checkpoint(train):
 
 
 def test_as_a_process_from_another_folder(tmp_path, data_file):
-    result = run_script(
-        "--model_name_or_path", str(TINY_MODEL), "--train_file", str(data_file), "--use_prompt_tuning",
-        "--max_train_steps", "2", "--output_dir", "out", "--num_sample_answers", "3", "--validation_fraction", "0.1",
-        cwd=tmp_path,
+    result = subprocess.run(
+        [
+            sys.executable, str(ENTRY), "--model_name_or_path", str(TINY_MODEL), "--train_file", str(data_file),
+            "--use_prompt_tuning", "--max_train_steps", "2", "--output_dir", "out", "--num_sample_answers", "3",
+            "--validation_fraction", "0.1",
+        ],
+        cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for part in (
@@ -323,7 +332,7 @@ def test_without_held_out_data_nothing_is_claimed(train):
 def test_processes_that_start_together_share_one_cache(data_file, tmp_path):
     words = ["--model_name_or_path", str(TINY_MODEL), "--train_file", str(data_file), "--cache_dataset_only"]
     with ThreadPoolExecutor(3) as pool:
-        results = list(pool.map(lambda _: run_script(*words, cwd=tmp_path), range(3)))
+        results = list(pool.map(lambda _: warm.run(ENTRY, *words, cwd=tmp_path), range(3)))
     assert [result.returncode for result in results] == [0, 0, 0], results[0].stderr
     assert len(list((tmp_path / "local_dataset_cache").iterdir())) == 1
 
@@ -344,9 +353,8 @@ def test_training_reads_what_the_tools_read(train, tmp_path):
         "--use_prompt_tuning",
         *SHORT,
     ]
-    result = run_script(
-        "--train_file", str(folder), str(tmp_path / "alpaca.json"), str(tmp_path / "c*.jsonl"), *flags, cwd=tmp_path
-    )
+    files = [str(folder), str(tmp_path / "alpaca.json"), str(tmp_path / "c*.jsonl")]
+    result = warm.run(ENTRY, "--train_file", *files, *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "form Alpaca" in result.stdout and "of 60 read" in result.stdout
 

@@ -21,8 +21,10 @@ from open_instruct import study_peft
 from open_instruct.finetune_peft import main as finetune
 from open_instruct.study import trials
 from open_instruct.study.results import other_loss
+from tests import warm
 from tests.conftest import ROOT, TINY_MODEL, write_conversations
 
+ENTRY = ROOT / "open_instruct" / "study_peft.py"
 PATIENCE = 600  # s; no test waits so long, but a loaded machine may take many times what an idle one does
 
 
@@ -191,15 +193,13 @@ def test_a_finished_study_runs_nothing_again_and_takes_more_seeds(data, tmp_path
 def test_a_kill_costs_one_trial(data, tmp_path):
     """Killed after two trials, and again later: finished trials stay as they are, and the end is the same."""
     path = write_study(tmp_path, data, methods={"prompt_tuning": None, "lora": None}, seeds=[1, 2, 3])
-    words = [sys.executable, str(ROOT / "open_instruct" / "study_peft.py"), "--config", str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     kept: dict[Path, int] = {}
     for enough in (2, 4):
-        process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert process.stdout
-        for _ in process.stdout:
-            if len(list(tmp_path.glob("study/trials/*/summary.json"))) >= enough:
-                process.kill()
+        process = warm.start(ENTRY, "--config", str(path))
+        while len(list(tmp_path.glob("study/trials/*/summary.json"))) < enough:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.kill()
         process.wait()
         done = {summary: summary.stat().st_mtime_ns for summary in tmp_path.glob("study/trials/*/summary.json")}
         assert enough <= len(done) < 6, "the study was over before it was killed"
@@ -230,8 +230,8 @@ def test_shards_and_workers_make_the_same_study(data, tmp_path):
         assert len(list(tmp_path.glob("study/trials/*/summary.json"))) == 2 * (number + 1)
     assert study_peft.main(["--config", str(path), "--report_only"]) == 0
     other = write_study(tmp_path, data, methods=methods, seeds=[1, 2], output_dir=str(tmp_path / "two"))
-    words = [sys.executable, str(ROOT / "open_instruct" / "study_peft.py"), "--config", str(other), "--workers", "2"]
-    subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    result = warm.run(ENTRY, "--config", str(other), "--workers", "2")
+    assert result.returncode == 0, result.stderr
     losses = [
         {row["folder"].split("/")[-1]: float(row["test_loss"]) for row in trials_of(tmp_path / name)}
         for name in ("study", "two")
@@ -242,13 +242,9 @@ def test_shards_and_workers_make_the_same_study(data, tmp_path):
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_stopped_study_says_so_and_goes_on_within_its_trial(workers, data, tmp_path):
     """SIGTERM, as a cluster sends it: the trial's checkpoint is written, and no worker is left behind."""
-    flags = yaml.safe_load(write_study(tmp_path, data).read_text())["flags"] | {"max_train_steps": 400}
+    flags = yaml.safe_load(write_study(tmp_path, data).read_text())["flags"] | {"max_train_steps": 200}
     path = write_study(tmp_path, data, methods={"prompt_tuning": None}, flags=flags, seeds=[1, 2])
-    words = [sys.executable, str(ROOT / "open_instruct" / "study_peft.py"), "--config", str(path), "--workers", workers]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = warm.start(ENTRY, "--config", str(path), "--workers", workers)
     end = time.monotonic() + PATIENCE
     while not any(
         len(metrics.read_text().splitlines()) > 5 for metrics in tmp_path.glob("study/trials/*/metrics.jsonl")

@@ -21,6 +21,7 @@ from open_instruct.evaluate_peft import main as evaluate_main
 from open_instruct.finetune_peft import main as finetune
 from open_instruct.generate_peft import main as generate_main
 from open_instruct.inspect_peft import main as inspect_main
+from tests import warm
 from tests.conftest import ADAPTERS, ROOT, TINY_MODEL, questions_of
 
 
@@ -66,9 +67,7 @@ def test_a_killed_file_goes_on_where_it_was(trained, questions_file, tmp_path):
     ]
     complete, killed = tmp_path / "complete.jsonl", tmp_path / "killed.jsonl"
     assert generate_main([*words, "--output_file", str(complete)]) == 0
-    command = [sys.executable, str(ROOT / "open_instruct" / "generate_peft.py"), *words, "--output_file", str(killed)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = warm.start(ROOT / "open_instruct" / "generate_peft.py", *words, "--output_file", str(killed))
     while process.poll() is None and not (killed.exists() and killed.stat().st_size):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
