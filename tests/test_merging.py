@@ -303,7 +303,7 @@ def test_qlora_is_merged_onto_the_base_that_it_was_trained_on(tmp_path, train):
 
 
 @pytest.mark.parametrize("adapters, says", [
-    (["{prefix}"], "is a prefix of keys and values"),
+    (["{lora}", "{prefix}"], "only soft prompts go together"),
     (["{lora}", "{prompt}"], "only soft prompts go together"),
     (["{lora}", "--output", "{lora}"], "exists already"),
     (["red={prompt}"], "the tokenizer has a token <|red_0|> already"),

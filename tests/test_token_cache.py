@@ -1,6 +1,5 @@
 """Entries of the token cache: verified, rebuilt where they are damaged, never half, and never in anybody's way."""
 
-import multiprocessing
 import os
 import random
 import resource
@@ -19,12 +18,8 @@ from open_instruct.data.dataset import Examples
 from open_instruct.data.token_cache import COUNTS, TOKENS
 from open_instruct.errors import InputError
 from tests.conftest import TINY_MODEL
+from tests.warm import CONTEXT
 
-# Processes are forked from one that has only imported: they would inherit locks which other threads hold in this one.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["open_instruct.data.dataset", "transformers.tokenization_utils_tokenizers", "tests.conftest"]
-)
 NAMED = [
     ("row", [{"role": "user", "content": "word " * (n % 7 + 1)}, {"role": "assistant", "content": f"answer {n}"}])
     for n in range(1200)

@@ -24,7 +24,7 @@ from typing import Any
 
 from tests.conftest import ROOT
 
-CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT = multiprocessing.get_context("forkserver")  # one server for all tests of a process
 CONTEXT.set_forkserver_preload(["tests.warm_libraries"])
 
 

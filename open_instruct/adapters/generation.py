@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,7 @@ def generate(
     max_length: int | None = None,
     batch_size: int = 32,
     streamer: Any = None,
+    cache: Callable[[int], Any] | None = None,
 ) -> Iterator[tuple[int, list[str]]]:
     """Answer each prompt, and yield its index and its answers as soon as they are there.
 
@@ -90,6 +91,7 @@ def generate(
             that fills it gets empty answers.
         batch_size: most rows in a batch.
         streamer: one of transformers' streamers, for one prompt and one answer.
+        cache: makes, for a number of rows, the keys and values of the prompts' first tokens, which are not computed.
 
     Yields:
         The index of a prompt, and its `num_return_sequences` answers, without special tokens and surrounding white
@@ -127,6 +129,7 @@ def generate(
                         pad_token_id=tokenizer.pad_token_id,
                         logits_processor=processors,
                         streamer=streamer,
+                        **({"past_key_values": cache(len(batch))} if cache else {}),
                         **({"stop_strings": end_text, "tokenizer": tokenizer} if end_text else {}),
                     )
                     for (index, copy), row in zip(batch, out[:, length:], strict=True):
@@ -187,9 +190,11 @@ def greedy_answers(
     max_new_tokens: int,
     max_length: int | None = None,
     batch_size: int = 32,
+    cache: Callable[[int], Any] | None = None,
 ) -> list[str]:
     """Return the greedy answer to each prompt, in the order of the prompts; see `generate` for the arguments."""
     answers = [""] * len(prompts)
-    for index, texts in generate(model, tokenizer, prompts, Sampling(max_new_tokens), max_length, batch_size):
+    sampling = Sampling(max_new_tokens)
+    for index, texts in generate(model, tokenizer, prompts, sampling, max_length, batch_size, cache=cache):
         answers[index] = texts[0]
     return answers

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
 from open_instruct.adapters import loaded, prompt_tokens
 from open_instruct.adapters.folders import AdapterFolder, base_name, check_mergeable, parse_adapters, quantisation
@@ -22,6 +22,7 @@ from open_instruct.errors import InputError, warn
 from open_instruct.files import flush, write_json
 from open_instruct.model import loading
 from open_instruct.quiet import silence_transformers
+from open_instruct.serving.checkpoint import MERGED, Prefix, read_prefixes, write_prefix
 from open_instruct.temporary import share, temporary_folder
 
 PROBES = ("The sum of seven and five is", "Write one sentence about the sea.", "x")
@@ -81,34 +82,65 @@ def merge(
         folder.name: loaded.tokenizer_for(name, [folder], trust_remote_code).chat_template for folder in folders
     }
     wanted = expected(adapters, tokenizer)
+    prefixes = prefixes_of(adapters)
     model, new_tokens = merged_model(adapters, tokenizer, templates)
 
     with temporary_folder(Path(output)) as working:
         model.save_pretrained(working)
         tokenizer.save_pretrained(working)
+        result = {
+            "base": name,
+            "adapters": {folder.name: {"path": str(folder.path), "method": folder.title} for folder in folders},
+            "tokens": {new.adapter: entry(new, working, prefixes.get(new.adapter)) for new in new_tokens},
+            "vocabulary_rows": model.get_input_embeddings().weight.shape[0],
+            "quantised_in_training": quantisation(folders, quantised_in_training),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+        write_json(working / MERGED, result)
         device, precision = model.device, model.dtype
         del model, adapters, base  # a second copy of the model comes next
         config = loading.load_config(str(working), trust_remote_code=trust_remote_code)
         reloaded = loading.load_model(str(working), config, precision, None, trust_remote_code=trust_remote_code)
         reloaded = reloaded.to(device).eval()
-        figures = verify(reloaded, AutoTokenizer.from_pretrained(working), plain_tokenizer, new_tokens, wanted)
-        result = {
-            "base": name,
-            "adapters": {folder.name: {"path": str(folder.path), "method": folder.title} for folder in folders},
-            "tokens": {
-                new.adapter: {"first": new.ids[0], "number": len(new.ids), "text": new.text} for new in new_tokens
-            },
-            "vocabulary_rows": reloaded.get_input_embeddings().weight.shape[0],
-            "quantised_in_training": quantisation(folders, quantised_in_training),
-            "dtype": str(precision).removeprefix("torch."),
-            **figures,
-        }
-        write_json(working / "merged.json", result)
+        caches = {prefix.adapter: caches_of(prefix, device) for prefix in read_prefixes(working)}
+        saved_tokenizer = AutoTokenizer.from_pretrained(working)
+        result |= verify(reloaded, saved_tokenizer, plain_tokenizer, new_tokens, wanted, caches)
+        write_json(working / MERGED, result)
         share(working)
-        for path in working.iterdir():
+        for path in working.rglob("*"):
             flush(path)
         working.rename(free_name(Path(output)))
     return result
+
+
+def prefixes_of(adapters: Adapters) -> dict[str, Sequence[tuple[torch.Tensor, torch.Tensor]]]:
+    """Return keys and values [1, K, P, E] of each layer of the adapters that are prefixes."""
+    prefixes = {}
+    for name, folder in adapters.folders.items():
+        if folder.method and folder.prompt_kind == "keys_values":
+            prefixes[name] = folder.method.soft_prompt(adapters.use(name)).keys_values or ()
+    return prefixes
+
+
+def entry(new: NewTokens, folder: Path, prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] | None) -> dict[str, Any]:
+    """Return what merged.json says of an adapter's tokens, and write its keys and values where it is a prefix."""
+    common = {"first": new.ids[0], "number": len(new.ids), "text": new.text}
+    if prefix is None:
+        return {**common, "kind": "embeddings"}
+    return {**common, "kind": "keys_values", **write_prefix(folder, new.adapter, prefix)}
+
+
+def caches_of(prefix: Prefix, device: torch.device) -> Callable[[int], DynamicCache]:
+    """Return what makes a cache that holds a prefix, for a number of rows."""
+    pairs = [(keys.to(device).transpose(0, 1), values.to(device).transpose(0, 1)) for keys, values in prefix.load()]
+
+    def make(num_rows: int) -> DynamicCache:
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(pairs):
+            cache.update(keys.expand(num_rows, -1, -1, -1), values.expand(num_rows, -1, -1, -1), layer)
+        return cache
+
+    return make
 
 
 def free_name(wanted: Path) -> Path:
@@ -184,9 +216,12 @@ def merged_model(
         assert isinstance(model, PeftModel)
         return model.merge_and_unload(safe_merge=True), []
     prompts = []
+    width = adapters.base.get_input_embeddings().weight.shape[1]
     for folder in folders:
-        vectors = adapters.models[folder.name].get_prompt(batch_size=1)[0]
-        prompts.append((prompt_tokens.add_tokens(tokenizer, folder.name, folder.num_virtual_tokens), vectors))
+        is_prefix = folder.prompt_kind == "keys_values"
+        new = prompt_tokens.add_tokens(tokenizer, folder.name, folder.num_virtual_tokens, is_prefix)
+        vectors = torch.zeros(len(new.ids), width) if is_prefix else adapters.models[folder.name].get_prompt(1)[0]
+        prompts.append((new, vectors))
     prompt_tokens.grow(adapters.base, prompts)
     new_tokens = [new for new, _ in prompts]
     prompt_tokens.put_first(tokenizer, new_tokens, templates)
@@ -208,7 +243,8 @@ def check_template(
         if not template:
             continue
         (in_training,), _ = render_texts(tokenizer, [chat], template, add_generation_prompt=True)
-        (merged,), _ = render_texts(tokenizer, [chat], adapter=new.adapter, add_generation_prompt=True)
+        options = {"adapter": new.adapter, "prefixes_served": True, "add_generation_prompt": True}
+        (merged,), _ = render_texts(tokenizer, [chat], **options)
         if merged != new.text + in_training:
             raise InputError(
                 f"the chat template of adapter {new.adapter} can't be extended by its tokens: "
@@ -223,6 +259,7 @@ def verify(
     plain_tokenizer: PreTrainedTokenizerBase,
     new_tokens: Sequence[NewTokens],
     wanted: Expected,
+    caches: Mapping[str, Callable[[int], Any]],
 ) -> dict[str, Any]:
     """Compare a merged checkpoint, as reloaded, with base + adapter.
 
@@ -232,6 +269,7 @@ def verify(
         plain_tokenizer: the one before the merge.
         new_tokens: the tokens of each soft prompt.
         wanted: outputs of base + adapter.
+        caches: makes, for a number of rows, keys and values in the place of a prefix's placeholders.
 
     Returns:
         `largest_difference` of a logit, relative to the largest logit; `leaked_probability`, the most that new tokens
@@ -246,16 +284,17 @@ def verify(
     ids_of = {new.adapter: list(new.ids) for new in new_tokens}
     all_new_ids = [token for ids in ids_of.values() for token in ids]
     probes = [plain_tokenizer(text)["input_ids"] for text in PROBES]
-    default = ids_of[new_tokens[0].adapter] if new_tokens else []
+    before_text = prompt_tokens.before_plain_text(new_tokens)
+    default = list(before_text.ids) if before_text else []
     if [tokenizer(text)["input_ids"] for text in PROBES] != [default + ids for ids in probes]:
         raise InputError(
             "the tokenizer does not put the new tokens before plain text: this tokenizer can't be merged into"
         )
     for name, wanted_logits in wanted.logits.items():
-        prompt = ids_of.get(name, [])
+        prompt, cache = ids_of.get(name, []), caches.get(name)
         for ids, wanted_TV in zip(probes, wanted_logits, strict=True):
-            inputs = torch.tensor([prompt + ids], device=model.device)
-            logits_TV = model(input_ids=inputs).logits[0, len(prompt) :].float()
+            inputs = torch.tensor([ids if cache else prompt + ids], device=model.device)
+            logits_TV = model(input_ids=inputs, past_key_values=cache and cache(1)).logits[0, -len(ids) :].float()
             difference = (logits_TV[:, : wanted_TV.shape[-1]] - wanted_TV).abs().max() / wanted_TV.abs().max()
             # Other than `max`, this keeps a NaN, which no tolerance allows.
             worst = difference.item() if not difference.item() <= worst else worst
@@ -267,7 +306,7 @@ def verify(
                 f"(at most {tolerance:.0e} is rounding): its architecture does more with token ids than look up one "
                 "embedding; serve the adapter with PEFT instead"
             )
-        texts = greedy_answers(model, plain_tokenizer, [prompt + ids for ids in probes], NEW_TOKENS)
+        texts = greedy_answers(model, plain_tokenizer, [prompt + ids for ids in probes], NEW_TOKENS, cache=cache)
         pairs = list(zip(texts, wanted.texts[name], strict=True))
         num_equal, num_texts = num_equal + sum(a == b for a, b in pairs), num_texts + len(pairs)
         different = next(((text, wanted_text) for text, wanted_text in pairs if text != wanted_text), None)

@@ -35,6 +35,7 @@ class NewTokens:
     adapter: str
     tokens: tuple[str, ...]
     ids: tuple[int, ...]
+    is_prefix: bool = False  # placeholders of keys and values, which only `open_instruct.serving` can serve
 
     @property
     def text(self) -> str:
@@ -42,7 +43,7 @@ class NewTokens:
         return "".join(self.tokens)
 
 
-def add_tokens(tokenizer: PreTrainedTokenizerBase, adapter: str, num_tokens: int) -> NewTokens:
+def add_tokens(tokenizer: PreTrainedTokenizerBase, adapter: str, num_tokens: int, is_prefix: bool = False) -> NewTokens:
     """Give the tokenizer `num_tokens` special tokens, `<|ADAPTER_0|>` and so on, and return them.
 
     Raises:
@@ -56,7 +57,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, adapter: str, num_tokens: int
             f"the tokenizer has a token {clash} already: give the adapter another name, --adapter NAME=DIR"
         )
     tokenizer.add_tokens(list(tokens), special_tokens=True)
-    return NewTokens(adapter, tokens, tuple(tokenizer.convert_tokens_to_ids(list(tokens))))
+    return NewTokens(adapter, tokens, tuple(tokenizer.convert_tokens_to_ids(list(tokens))), is_prefix)
 
 
 @torch.no_grad()
@@ -108,7 +109,9 @@ def put_first(tokenizer: PreTrainedTokenizerBase, sets: Sequence[NewTokens], tem
     """Make the tokenizer write an adapter's tokens before everything else: in chats, and before plain text.
 
     A chat chooses its adapter by `chat_template_kwargs={"adapter": NAME}`, where "base" is the plain model. Chats that
-    choose none, and plain text, get the first adapter's tokens.
+    choose none get the first adapter's tokens, and plain text those of the first that is no prefix. A chat with a
+    prefix is an error unless the server says, by `prefixes_served`, that it has the prefix's keys and values: any other
+    server would answer from placeholders.
 
     Args:
         tokenizer: changed in place.
@@ -116,16 +119,17 @@ def put_first(tokenizer: PreTrainedTokenizerBase, sets: Sequence[NewTokens], tem
         templates: each adapter's chat template; None where it has none.
     """
     first = sets[0]
-    backend = tokenizer._tokenizer  # transformers has no public way to a post-processor
-    own = json.loads(backend.to_str())["post_processor"]
-    backend.post_processor = Tokenizer.from_str(
-        json.dumps(EMPTY | {"post_processor": post_processor(own, first)})
-    ).post_processor
+    if before_text := before_plain_text(sets):
+        backend = tokenizer._tokenizer  # transformers has no public way to a post-processor
+        own = json.loads(backend.to_str())["post_processor"]
+        backend.post_processor = Tokenizer.from_str(
+            json.dumps(EMPTY | {"post_processor": post_processor(own, before_text)})
+        ).post_processor
     bodies = {new.adapter: without_generation_marks(templates[new.adapter] or "") for new in sets}
     if not any(bodies.values()):
         return
     choice = f"{{%- set adapter = adapter if adapter is defined else {first.adapter!r} -%}}"
-    writes = {new.adapter: f"{{{{- {new.text!r} -}}}}" for new in sets}
+    writes = {new.adapter: guard(new) + f"{{{{- {new.text!r} -}}}}" for new in sets}
     if len(set(bodies.values())) == 1:
         tokens = "".join(branch(number, adapter, write) for number, (adapter, write) in enumerate(writes.items()))
         text = f"{choice}{tokens}{last_branches(sets, '')}{{%- endif -%}}{bodies[first.adapter]}"
@@ -135,6 +139,20 @@ def put_first(tokenizer: PreTrainedTokenizerBase, sets: Sequence[NewTokens], tem
         )
         text = f"{choice}{chats}{last_branches(sets, bodies[first.adapter])}{{%- endif -%}}"
     tokenizer.chat_template = text
+
+
+def before_plain_text(sets: Sequence[NewTokens]) -> NewTokens | None:
+    """Return the tokens that stand before plain text: the first that any engine can serve."""
+    return next((new for new in sets if not new.is_prefix), None)
+
+
+def guard(new: NewTokens) -> str:
+    """Return what refuses a prefix in a server that would compute its placeholders; empty for embeddings."""
+    if not new.is_prefix:
+        return ""
+    message = f"adapter {new.adapter} is a prefix, which this server was not started for: see scripts/serve.sh"
+    is_missing = "{%- if not (prefixes_served is defined and prefixes_served) -%}"
+    return f"{is_missing}{{{{- raise_exception({message!r}) -}}}}{{%- endif -%}}"
 
 
 def post_processor(own: dict[str, Any] | None, new: NewTokens) -> dict[str, Any]:

@@ -44,10 +44,7 @@ class PrefixTuning(Method):
     init_flag = "prefix_init"
     wants_keys = True
     memory_kind = "soft prompt"
-    merge_obstacle = (
-        "is a prefix of keys and values in each layer, and no plain checkpoint can hold that: serve it with "
-        "generate_peft.py or plain PEFT, or train prompt tuning or P-tuning instead"
-    )
+    merges_into = "tokens"
     obstacles = MappingProxyType(
         {
             Feature.PADDED_CHECKPOINTING: "PEFT passes a prefix through the cache, which checkpointing has to drop: "
