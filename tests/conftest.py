@@ -124,6 +124,17 @@ def train(tmp_path: Path, data_file: Path, capsys: pytest.CaptureFixture):
     return run
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let two workers, which begin at the start and in the middle, begin with the longest tests.
+
+    So a worker that is done early takes over short ones from the other's end, and none is left alone with a long one.
+    """
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    others = [item for item in items if not item.get_closest_marker("slow")]
+    middle = len(items) // 2 - len(slow[::2])
+    items[:] = [*slow[::2], *others[:middle], *slow[1::2], *others[middle:]]
+
+
 def without_measurements(rows: list[dict]) -> list[dict]:
     """Rows of metrics.jsonl without what depends on the machine's mood."""
     return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "peak_memory_mb")} for row in rows]

@@ -1,7 +1,7 @@
 """Ask a server of a merged checkpoint, and compare text and log-probabilities with base + adapter in PEFT.
 
     python -m tests.serving_check --url http://127.0.0.1:8000 --model CHECKPOINT --adapter a=DIR --adapter b=DIR \
-        --file heldout.jsonl [--lora NAME=DIR]
+        --file heldout.jsonl --server PID [--lora NAME=DIR]
 
 Run by scripts/test_serving.sh. Every row of the file is asked of every adapter and of the base, 16 at a time, in
 a random order. Exit code 1: something differs.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import time
@@ -41,9 +42,10 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
         return {"status": error.code, "error": error.read().decode(errors="replace")}
 
 
-def wait_for(url: str) -> None:
-    """Wait until the server answers."""
+def wait_for(url: str, server: int) -> None:
+    """Wait until the server answers, as long as its process lives."""
     while True:
+        os.kill(server, 0)
         try:
             with urllib.request.urlopen(f"{url}/health"):
                 return
@@ -160,11 +162,12 @@ def main() -> int:
     parser.add_argument("--lora", action="append", default=[])
     parser.add_argument("--file", required=True)
     parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--server", type=int, required=True, help="process id of the server")
     args = parser.parse_args()
     served = open_instruct.load([*args.adapter, *args.lora])
     names = ["base", *(word.split("=")[0] for word in [*args.adapter, *args.lora])]
     rows = [json.loads(line) for line in Path(args.file).read_text().splitlines()][: args.rows]
-    wait_for(args.url)
+    wait_for(args.url, args.server)
     in_checkpoint = [name for name in names if name not in {word.split("=")[0] for word in args.lora}]
     prefix = next(n for n, entry in read_tokens(Path(args.model)).items() if entry["kind"] == "keys_values")
     wrong = [

@@ -10,6 +10,7 @@ from tests.conftest import ROOT
 DRAWS, SHARES = 2000, 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", range(SHARES))
 def test_wrong_inputs_are_one_line(share):
     """In a process that has run nothing else: a child that it forks inherits the locks of other threads."""

@@ -239,6 +239,7 @@ def test_shards_and_workers_make_the_same_study(data, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_stopped_study_says_so_and_goes_on_within_its_trial(workers, data, tmp_path):
     """SIGTERM, as a cluster sends it: the trial's checkpoint is written, and no worker is left behind."""

@@ -118,7 +118,9 @@ def prefixes_of(adapters: Adapters) -> dict[str, Sequence[tuple[torch.Tensor, to
     prefixes = {}
     for name, folder in adapters.folders.items():
         if folder.method and folder.prompt_kind == "keys_values":
-            prefixes[name] = folder.method.soft_prompt(adapters.use(name)).keys_values or ()
+            prompt = folder.method.soft_prompt(adapters.use(name))
+            assert prompt and prompt.keys_values
+            prefixes[name] = prompt.keys_values
     return prefixes
 
 
@@ -243,7 +245,7 @@ def check_template(
         if not template:
             continue
         (in_training,), _ = render_texts(tokenizer, [chat], template, add_generation_prompt=True)
-        options = {"adapter": new.adapter, "prefixes_served": True, "add_generation_prompt": True}
+        options: dict[str, Any] = {"adapter": new.adapter, "prefixes_served": True, "add_generation_prompt": True}
         (merged,), _ = render_texts(tokenizer, [chat], **options)
         if merged != new.text + in_training:
             raise InputError(
