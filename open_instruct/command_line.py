@@ -71,6 +71,12 @@ def add_model_flags(parser: argparse.ArgumentParser, dtype: str = "stored") -> N
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
 
 
+def add_engine_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that chooses what computes answers."""
+    text = "what computes answers: transformers, or vLLM, which must be installed (default: transformers)"
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help=text)
+
+
 def at_least(smallest: int, largest: int = MAX_INT) -> Callable[[str], int]:
     """Return an argparse type for integers from `smallest` to `largest`."""
 

@@ -25,7 +25,7 @@ import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
 from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS, check_regex
-from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least, seed
+from open_instruct.command_line import OneLineArgumentParser, add_engine_flag, add_model_flags, at_least, seed
 from open_instruct.data import reading
 from open_instruct.errors import exit_code, visible
 from open_instruct.flags.data import BAD_ROWS
@@ -45,6 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("answer_regex",), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_flags(parser, dtype="auto")
+    add_engine_flag(parser)
     add = parser.add_argument
     add("--file", metavar="FILE", help="questions with answers, in any form that training reads")
     add("--bad_rows", choices=["error", "skip"], default="error", help=BAD_ROWS)
@@ -80,6 +81,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.file) == bool(args.lm_eval_tasks):
         parser.error("give one of --file and --lm_eval_tasks")
+    if args.lm_eval_tasks and args.engine != "transformers":
+        parser.error("--engine belongs to --file: drop it for --lm_eval_tasks")
     if args.answer_regex:
         check_regex(args.answer_regex)
     return args
@@ -103,6 +106,7 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
         "trust_remote_code": args.trust_remote_code,
         "chat_template_name": args.chat_template_name,
         "allow_pickle": args.allow_pickle,
+        "engine": args.engine,
     }
     if args.lm_eval_tasks:
         manager = harness.load_tasks(args.lm_eval_tasks, args.lm_eval_path)

@@ -26,7 +26,14 @@ if not __package__:  # started as a file, from a clone that need not be installe
 import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
-from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least, number_from, seed
+from open_instruct.command_line import (
+    OneLineArgumentParser,
+    add_engine_flag,
+    add_model_flags,
+    at_least,
+    number_from,
+    seed,
+)
 from open_instruct.data import reading
 from open_instruct.errors import exit_code
 from open_instruct.flags.data import BAD_ROWS
@@ -45,6 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("system",), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_flags(parser, dtype="auto")
+    add_engine_flag(parser)
     add = parser.add_argument
     add("--chat_template_name", help="as in finetune_peft.py; unset: the adapter's own")
     add("--input_file", metavar="FILE", help="file of questions; unset: start a chat")
@@ -94,8 +102,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "--input_file and --output_file go together: give both, or none for a chat",
         ),
         (
-            not args.input_file and (args.combine or args.resume),
-            "--combine and --resume belong to --input_file: drop them for a chat",
+            not args.input_file and (args.combine or args.resume or args.engine != "transformers"),
+            "--combine, --resume and --engine belong to --input_file: drop them for a chat",
         ),
     ]
     problems = [text for wrong, text in checks if wrong]
@@ -129,6 +137,7 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
             "dtype": args.dtype,
             "system": args.system,
             "combine": args.combine,
+            "engine": args.engine,
             **asdict(sampling),
         }
         held.enter_context(answering.locked_output(Path(args.output_file)))
@@ -141,6 +150,7 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
         args.trust_remote_code,
         args.chat_template_name,
         args.allow_pickle,
+        args.engine,
     )
     if not args.input_file:
         interactive.chat(served, sampling, args.system)

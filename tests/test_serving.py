@@ -3,6 +3,7 @@
 The connector itself needs vLLM, and is tested where it is installed; scripts/test_serving.sh tests real servers.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,8 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import open_instruct
+from open_instruct.adapters.folders import parse_adapters
+from open_instruct.adapters.vllm_engine import check_engine
 from open_instruct.data.chat import render_texts
 from open_instruct.errors import InputError
+from open_instruct.generate_peft import main as generate_main
 from open_instruct.serving import vllm_command
 from open_instruct.serving.checkpoint import MERGED, Prefix, read_prefixes
 from open_instruct.serving.slots import heads_of, slots_of, wanted_prefix
@@ -136,6 +140,25 @@ def test_a_server_needs_nothing_else_of_the_package():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="it is there")
+def test_an_engine_that_is_not_installed_is_one_line(merged, tmp_path, capsys):
+    words = ["--engine", "vllm", "--adapter", str(merged.parent / "first"), "--input_file", str(tmp_path / "q.jsonl")]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    assert generate_main([*words, "--output_file", str(tmp_path / "a.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert "vLLM is not installed" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["ia3", "vera"])
+def test_adapters_that_vllm_does_not_know_are_refused(method, merged, tmp_path, monkeypatch):
+    own = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "vllm" or own(name))
+    folders = parse_adapters([str(make_adapter(tmp_path / method, merged.parent / "base", method))])
+    with pytest.raises(InputError, match="which vLLM does not know: merge it"):
+        check_engine(folders)
+    check_engine(parse_adapters([str(merged.parent / "first")]))
 
 
 PREFIXES = [

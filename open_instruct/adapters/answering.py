@@ -108,7 +108,7 @@ def answer_file(
         How many questions have no answer because they fill the model's context.
     """
     names = served.names or [BASE]
-    size = 4 * batch_size  # of what is written at once: a kill loses no more
+    size = (64 if served.engine else 4) * batch_size  # of what is written at once: a kill loses no more
     max_length = served.max_length(*names)
     num_unanswered = 0
     with (

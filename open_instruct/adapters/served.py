@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.adapters import generation, loaded
+from open_instruct.adapters import generation, loaded, vllm_engine
 from open_instruct.adapters.folders import BASE, AdapterFolder, base_name, parse_adapters
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.loaded import Adapters
+from open_instruct.adapters.vllm_engine import VllmEngine
 from open_instruct.data import chat
 from open_instruct.data.questions import prompt_ids
 from open_instruct.errors import InputError, warn
@@ -24,6 +25,7 @@ class Served:
 
     adapters: Adapters
     tokenizer: PreTrainedTokenizerBase
+    engine: VllmEngine | None = None  # what computes answers; None: the loop of `generation`
 
     @property
     def names(self) -> list[str]:
@@ -53,8 +55,10 @@ class Served:
         streamer: Any = None,
     ) -> Iterator[tuple[int, list[str]]]:
         """Yield the answers of one adapter to token ids as they come; see `generation.generate`."""
-        model = self.adapters.use(name)
         max_length = self.max_length(name)
+        if self.engine is not None:
+            return self.engine.stream(prompts, name, sampling, max_length)
+        model = self.adapters.use(name)
         return generation.generate(model, self.tokenizer, prompts, sampling, max_length, batch_size, streamer)
 
     def answers(
@@ -92,6 +96,7 @@ def load(
     trust_remote_code: bool = False,
     chat_template_name: str | None = None,
     allow_pickle: bool = False,
+    engine: str = "transformers",
 ) -> Served:
     """Load a base model and adapters on it. Adapters that were trained on a quantised base get it quantised.
 
@@ -104,14 +109,17 @@ def load(
         trust_remote_code: run Python code that comes with the model.
         chat_template_name: see finetune_peft.py; unset: the tokenizer's own, or tulu where it has none.
         allow_pickle: load a base whose weights exist only as pickle files.
+        engine: what computes answers: transformers, or vllm, which must be installed.
 
     Raises:
-        InputError: an adapter is missing, damaged, pickled, or belongs to another base.
+        InputError: an adapter is missing, damaged, pickled, or belongs to another base; or the engine can't serve it.
     """
     silence_transformers()
     folders = parse_adapters([adapter] if isinstance(adapter, str) else adapter)
     name = base_name(model_name_or_path, folders, any_base)
     check_biases(folders)
+    if engine == "vllm":
+        vllm_engine.check_engine(folders)
     tokenizer = loaded.tokenizer_for(name, folders, trust_remote_code)
     if not chat_template_name:
         check_templates(folders)
@@ -122,7 +130,11 @@ def load(
         chat.set_chat_template(tokenizer, chat_template_name)
     chat.check_question(tokenizer)
     base = loaded.load_adapted_base(name, dtype, folders, trust_remote_code, allow_pickle)
-    return Served(Adapters(base, folders), tokenizer)
+    served = Served(Adapters(base, folders), tokenizer)
+    if engine != "vllm":
+        return served
+    options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    return replace(served, engine=VllmEngine(base, name, folders, tokenizer, **options))
 
 
 def check_templates(folders: Sequence[AdapterFolder]) -> None:
