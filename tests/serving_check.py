@@ -139,17 +139,18 @@ def check_refusals(args: argparse.Namespace, prefix: str, served: Any) -> list[s
     if unknown.get("status") != 400 or "no adapter nobody" not in unknown.get("error", ""):
         wrong.append(f"an unknown adapter: {unknown}")
     computed = ask(args.url, args.model, prefix, question, prompt_logprobs=1)
-    if computed.get("status") != 400 or "not computed" not in computed.get("error", ""):
+    if computed.get("status") != 400 or "can't be computed" not in computed.get("error", ""):
         wrong.append(f"log-probabilities of a prefix: {computed}")
     bare = read_tokens(Path(args.model))[prefix]["text"]
-    body = {"model": args.model, "prompt": bare, "max_tokens": 4, "add_special_tokens": False}
-    nothing = post(f"{args.url}/v1/completions", body)
-    if nothing.get("status") != 500:
-        wrong.append(f"a prefix with nothing after it: {nothing}")
+    for what, prompt in {"with nothing after it": bare, "after other text": f"red {bare} green"}.items():
+        body = {"model": args.model, "prompt": prompt, "max_tokens": 4, "add_special_tokens": False}
+        answer = post(f"{args.url}/v1/completions", body)
+        if answer.get("status") != 500:
+            wrong.append(f"a prefix {what}: {answer}")
     again = ask(args.url, args.model, prefix, question)["choices"][0]["message"]["content"]
     if again != first:
         wrong.append(f"after the refusals {again!r} instead of {first!r}")
-    print(f"  refusals: {len(wrong)} of 4 wrong")
+    print(f"  refusals: {len(wrong)} of 5 wrong")
     return wrong
 
 

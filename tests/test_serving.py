@@ -21,7 +21,7 @@ from open_instruct.errors import InputError
 from open_instruct.generate_peft import main as generate_main
 from open_instruct.serving import vllm_command
 from open_instruct.serving.checkpoint import MERGED, Prefix, read_prefixes
-from open_instruct.serving.slots import heads_of, slots_of, wanted_prefix
+from open_instruct.serving.slots import can_be_computed, heads_of, slots_of, wanted_prefix
 from tests.conftest import ROOT, TINY_MODEL
 from tests.test_merging import make_adapter, make_base
 
@@ -182,6 +182,22 @@ PREFIXES = [
 def test_a_prompt_wants_the_prefix_that_it_begins_with(ids, name):
     prefix = wanted_prefix(ids, PREFIXES)
     assert (prefix and prefix.adapter) == name
+
+
+@pytest.mark.parametrize("ids, can_be", [
+    ([*range(100, 105), 1], True),
+    ([1, 2], True),
+    ([105, 1], True),
+    (None, True),
+    ([*range(100, 105)], False),
+    ([105], False),
+    ([1, *range(100, 105), 2], False),  # another adapter's tokens may stand before them
+    ([*range(100, 105), 105, 2], False),
+    ([*range(100, 104), 2], False),
+    ([1, 2, 110], False),
+])  # fmt: skip
+def test_placeholders_are_computed_nowhere(ids, can_be):
+    assert can_be_computed(ids, PREFIXES) is can_be
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 32])

@@ -139,10 +139,13 @@ def test_a_preempted_request_gets_its_prefix_again(checkpoint, monkeypatch):
 
 
 @pytest.mark.parametrize("name", LENGTHS)
-def test_nothing_after_the_placeholders_is_an_error_of_that_request_alone(name, checkpoint, monkeypatch):
+@pytest.mark.parametrize("where", ["alone", "later"])
+def test_placeholders_to_be_computed_are_an_error_of_that_request_alone(name, where, checkpoint, monkeypatch):
     folder, pairs = checkpoint
     connector = connector_of(folder, monkeypatch)
-    results = step(connector, [(request(name, 0, more=0), [1, 2, 3, 4], 0), (request("long", 1), [5, 6, 7, 8], 0)])
+    wrong = request(name, 0, more=0)
+    wrong.prompt_token_ids[:0] = [] if where == "alone" else [1]
+    results = step(connector, [(wrong, [1, 2, 3, 4], 0), (request("long", 1), [5, 6, 7, 8], 0)])
     assert results.failed_recving == results.finished_recving == {"r0"}
     check(connector, pairs, "long", [5, 6, 7, 8])
     assert all(layer.kv_cache[1].isnan().all() for layer in connector.layers.values())
@@ -189,5 +192,5 @@ def test_new_tokens_have_no_probability(checkpoint):
         {"prompt_logprobs": 1, "skip_reading_prefix_cache": None},
         {"prompt_logprobs": None, "skip_reading_prefix_cache": True},
     ):
-        with pytest.raises(ValueError, match="leave out prompt_logprobs"):
+        with pytest.raises(ValueError, match="are not asked for"):
             Placeholders.validate_params(SimpleNamespace(**wrong))

@@ -15,6 +15,17 @@ def wanted_prefix(ids: Sequence[int] | None, prefixes: Sequence[Prefix]) -> Pref
     return None
 
 
+def can_be_computed(ids: Sequence[int] | None, prefixes: Sequence[Prefix]) -> bool:
+    """Return whether a prompt holds something else than placeholders, and placeholders at its beginning alone.
+
+    Those that stand elsewhere would be computed, which has no meaning: another adapter's tokens may stand before them.
+    """
+    prefix = wanted_prefix(ids, prefixes)
+    rest = list(ids or [])[prefix.num_tokens if prefix else 0 :]
+    placeholders = {token for prefix in prefixes for token in prefix.ids}
+    return placeholders.isdisjoint(rest) and (bool(rest) or prefix is None)
+
+
 def slots_of(block_ids: Sequence[int], block_size: int, start: int, end: int) -> list[int]:
     """Return the slots of the positions [start, end) of a request.
 

@@ -31,13 +31,13 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from open_instruct.serving.checkpoint import Prefix, read_prefixes, read_tokens
-from open_instruct.serving.slots import heads_of, slots_of, wanted_prefix
+from open_instruct.serving.slots import can_be_computed, heads_of, slots_of, wanted_prefix
 from open_instruct.serving.vllm_command import PROCESSOR
 
 TRIED = "0.32.0"
 REFUSAL = (
-    "the keys and values of a prefix are not computed, so there are no log-probabilities of its prompt, and something "
-    "has to follow it: leave out prompt_logprobs and echo, and add text"
+    "the tokens of a prefix can't be computed: they stand at the beginning of a prompt alone, something follows them, "
+    "and the prompt's log-probabilities are not asked for (prompt_logprobs, echo)"
 )
 EXPECTED = {  # parameters of the interface as it was when this was tried
     "__init__": ("self", "vllm_config", "role", "kv_cache_config"),
@@ -113,22 +113,21 @@ class PrefixConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """Return how many placeholders are not in vLLM's own cache, and whether they take longer than to the next step.
 
-        Where nothing follows the placeholders, vLLM would compute the last one. Such a request waits for a load that
-        fails, which ends it with an error.
+        A request for which vLLM would compute placeholders waits for a load that fails, which ends it with an error.
         """
+        if not can_be_computed(request.prompt_token_ids, self.prefixes):
+            return 1, True
         prefix = wanted_prefix(request.prompt_token_ids, self.prefixes)
-        if prefix is None:
-            return 0, False
-        is_bare = request.num_tokens <= prefix.num_tokens
-        if is_bare:
-            logger.error("request %s: %s", request.request_id, REFUSAL)
-            self.failed.add(request.request_id)
-        return max(0, prefix.num_tokens - num_computed_tokens), is_bare
+        return max(0, prefix.num_tokens - num_computed_tokens) if prefix else 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note that a request with a prefix is about to be scheduled; `build_connector_meta` sees where it begins."""
+        if not can_be_computed(request.prompt_token_ids, self.prefixes):
+            logger.error("request %s: %s", request.request_id, REFUSAL)
+            self.failed.add(request.request_id)
+            return
         prefix = wanted_prefix(request.prompt_token_ids, self.prefixes)
-        if prefix is None or request.request_id in self.failed:
+        if prefix is None:
             return
         (block_ids,) = blocks.get_block_ids()
         self.wanted[request.request_id] = (prefix, list(block_ids), num_external_tokens)
