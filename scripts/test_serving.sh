@@ -55,7 +55,8 @@ stop() {
     server=""
 }
 
-LD_PRELOAD="$environment/lib/libiomp5.so" "$environment/bin/python" -m pytest -q --noconftest tests/test_vllm_connector.py
+LD_PRELOAD="$environment/lib/libiomp5.so" "$environment/bin/python" \
+    -m pytest -q --noconftest tests/test_vllm_connector.py
 serve --enable-lora --max-lora-rank 64 --lora-modules "lora=$output/lora"
 python -m tests.serving_check --url "http://127.0.0.1:$port" --model "$output/merged" "${soft[@]}" \
     --lora "lora=$output/lora" --file $held_out --server "$server"

@@ -445,10 +445,10 @@ def test_a_merge_that_computes_nan_is_not_verified():
     probes = [tokenizer(text)["input_ids"] for text in PROBES]
     logits = [model(input_ids=torch.tensor([ids])).logits[0] for ids in probes]
     wanted = Expected({"x": logits}, {"x": greedy_answers(model, tokenizer, probes, 16)})
-    assert verify(model, tokenizer, tokenizer, [], wanted)["largest_difference"] < 1e-5
+    assert verify(model, tokenizer, tokenizer, [], wanted, {})["largest_difference"] < 1e-5
     model.model.norm.weight[3] = float("nan")
     with pytest.raises(InputError, match="differ from base"):
-        verify(model, tokenizer, tokenizer, [], wanted)
+        verify(model, tokenizer, tokenizer, [], wanted, {})
 
 
 @pytest.mark.parametrize("key, value", [("eos_token_id", "x"), ("eos_token_id", [2, "x"]), ("pad_token_id", 1.5)])

@@ -61,7 +61,7 @@ def test_settings_are_those_that_peft_reads(trained):
 
 @pytest.mark.parametrize("peft_type, prompt, merged", [
     ("LORA", None, "weights"), ("IA3", None, "weights"), ("PROMPT_TUNING", "embeddings", "tokens"),
-    ("P_TUNING", "embeddings", "tokens"), ("PREFIX_TUNING", "keys_values", None), ("POLY", None, None),
+    ("P_TUNING", "embeddings", "tokens"), ("PREFIX_TUNING", "keys_values", "tokens"), ("POLY", None, None),
 ])  # fmt: skip
 def test_facts_come_from_the_registry(peft_type, prompt, merged):
     folder = AdapterFolder("a", Path("a"), {"peft_type": peft_type})
@@ -162,12 +162,14 @@ def test_mergeable_and_inspectable(tmp_path):
         for name, peft_type in (types | {"poly": "POLY"}).items()
     }
     output = str(tmp_path / "merged")
-    for names in (["lora"], ["ia3"], ["prompt"], ["prompt", "p"]):
+    for names in (["lora"], ["ia3"], ["prompt"], ["prompt", "p"], ["prefix"], ["prefix", "p"]):
         folders.check_mergeable([adapters[name] for name in names], output)
     for names, message in [
         ([], "nothing to merge"),
-        (["prefix"], "adapter prefix is a prefix of keys and values in each layer"),
-        (["poly"], "adapter poly is POLY, which can't be merged here: use LoRA, prompt tuning, P-tuning, IA3"),
+        (
+            ["poly"],
+            "adapter poly is POLY, which can't be merged here: use LoRA, prefix tuning, prompt tuning, P-tuning",
+        ),
         (["lora", "prompt"], r"lora \(LoRA\) would change the weights"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -105,7 +105,7 @@ WRONG = {
     "inspect: method": ("inspect", "--adapter {lora}", "is LoRA, which has no virtual tokens"),
     "merge: adapter": ("merge", "--adapter ./missing --output out", "no such adapter folder: ./missing"),
     "merge: output": ("merge", f"{ADAPTER} --output .", "--output . exists already"),
-    "merge: method": ("merge", "--adapter {prefix} --output out", "is a prefix of keys and values"),
+    "merge: method": ("merge", "--adapter {lora} --adapter {prefix} --output out", "only soft prompts go together"),
     "merge_lora: value": ("merge_lora", "--lora_model_name_or_path a --lora_model_name_or_path b", "name one adapter"),
     "merge_lora: adapter": ("merge_lora", "--lora_model_name_or_path ./missing", "no such adapter folder: ./missing"),
     "merge_lora: quantised": (

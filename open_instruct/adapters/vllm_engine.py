@@ -37,7 +37,7 @@ def check_engine(folders: Sequence[AdapterFolder]) -> None:
     for folder in folders:
         if folder.prompt_kind:
             continue
-        if folder.peft_type != "LORA" or folder.settings.get("use_dora"):
+        if not (folder.method and folder.method.known_to_vllm) or folder.settings.get("use_dora"):
             raise InputError(
                 f"--engine vllm: adapter {folder.name} is {folder.title}, which vLLM does not know: merge it with "
                 "merge_peft.py and give the result as --model_name_or_path, or leave --engine out"

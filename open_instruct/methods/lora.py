@@ -34,6 +34,7 @@ class Lora(LayerMethod):
     settings_class = LoraSettings
     peft_types = continues_from = ("LORA",)
     merges_into = "weights"
+    known_to_vllm = True
 
     def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
         """Return, for wide models, a rate on which PEFT's method comparison and QLoRA's table agree: 1e-4 to 2e-4."""
