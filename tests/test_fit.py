@@ -8,10 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BartConfig, BertConfig, LlamaModel, T5Config, ViTConfig
+from transformers import AutoModelForCausalLM, BartConfig, BertConfig, GenerationConfig, LlamaModel, T5Config, ViTConfig
 
 from open_instruct.adapters import loaded
 from open_instruct.adapters.folders import BaseChanges, read_folder
+from open_instruct.adapters.generation import check_generation, greedy_answers
 from open_instruct.adapters.loaded import Adapters, load_adapted_base
 from open_instruct.errors import InputError
 from open_instruct.files import json_text
@@ -438,7 +439,6 @@ def test_parameters_that_are_not_finite_are_no_result(steps, decay, train):
 
 @torch.no_grad()
 def test_a_merge_that_computes_nan_is_not_verified():
-    from open_instruct.adapters.generation import greedy_answers
     from open_instruct.adapters.merging import PROBES, Expected, verify
 
     model, tokenizer = load(TINY_MODEL), loaded.tokenizer_for(str(TINY_MODEL), [])
@@ -458,6 +458,30 @@ def test_token_ids_that_are_no_numbers_are_one_line(key, value, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(InputError, match=key):
         load(folder)
+
+
+WRONG = ["text", -1, [], {"a": 1}, True, None]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=str)
+def test_settings_of_generation_are_tried_before_anything_is_answered(value, tmp_path):
+    """Any value of any of them: either a token can be written, or one line says which file is wrong."""
+    folder = copy_of_base(tmp_path)
+    path = folder / "generation_config.json"
+    content = json.loads(path.read_text())
+    names = sorted(vars(GenerationConfig()).keys() - {"transformers_version"})
+    refused = []
+    for name in names:
+        path.write_text(json.dumps(content | {name: value}))
+        try:
+            model = load(folder)
+            check_generation(model, "model")
+        except InputError:
+            refused.append(name)
+        else:
+            (answer,) = greedy_answers(model, loaded.tokenizer_for(str(folder), []), [[5, 6, 7]], 3)
+            assert isinstance(answer, str), name
+    assert bool(refused) == (value is not None), refused
 
 
 def test_adapters_with_settings_that_compute_nan_or_need_a_package_are_one_line(tmp_path):

@@ -20,8 +20,18 @@ from transformers import (
 )
 
 from open_instruct.data import chat
-from open_instruct.errors import InputError
+from open_instruct.errors import InputError, input_faults
 from open_instruct.model.evaluation_mode import evaluating
+
+# Whatever a model's generation_config.json says: one answer of token ids for each row. Noise draws, not transformers.
+PLAIN = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "return_dict_in_generate": False,
+    **dict.fromkeys(["output_attentions", "output_hidden_states", "output_scores", "output_logits"], False),
+}
 
 
 @dataclass(frozen=True)
@@ -121,10 +131,8 @@ def generate(
                         input_ids=ids,
                         attention_mask=torch.ones_like(ids),
                         max_new_tokens=max_new_tokens,
-                        do_sample=False,  # the noise draws
-                        num_beams=1,
+                        **PLAIN,
                         repetition_penalty=sampling.repetition_penalty,
-                        use_cache=True,
                         eos_token_id=end_ids,
                         pad_token_id=tokenizer.pad_token_id,
                         logits_processor=processors,
@@ -138,6 +146,22 @@ def generate(
                 for index, copy in batch:
                     if copy == copies - 1:
                         yield index, answers.pop(index, [""] * copies)
+
+
+@torch.no_grad()
+def check_generation(model: Any, what: str) -> None:
+    """Let a model write a few tokens: transformers reads most of generation_config.json only then.
+
+    Args:
+        model: in evaluation mode, as `fit.try_out` leaves it.
+        what: the input that it came from, as the user knows it.
+
+    Raises:
+        InputError: it can't.
+    """
+    ids = torch.tensor([[0, 1, 2]], device=model.device)
+    with input_faults(what, "repair its generation_config.json"):
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, **PLAIN, pad_token_id=0)
 
 
 def turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int] | None, str | None]:

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from open_instruct.adapters.folders import BASE, CONFIG, WEIGHTS, AdapterFolder, BaseChanges, quantisation
+from open_instruct.adapters.generation import check_generation
 from open_instruct.errors import InputError, input_faults, one_line, warn
 from open_instruct.limits import evaluating_input
 from open_instruct.methods import METHODS
@@ -69,6 +70,8 @@ class Adapters:
             remedy = "use another --dtype, or train the adapter anew"
             try_out(self.use(folder.name), f"base + adapter {folder.name}", remedy, training=False)
         self.use(BASE)
+        if not any(parameter.is_meta for parameter in base.parameters()):
+            check_generation(self.base, f"model {name_of(base)}")
 
     def use(self, name: str) -> Any:
         """Make one adapter (or "base") active and return the model to run.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.adapters.generation import greedy_answers
+from open_instruct.adapters.generation import check_generation, greedy_answers
 from open_instruct.data.dataset import Examples
 from open_instruct.errors import reason_of, warn
 
@@ -90,7 +90,13 @@ class SampleAnswers:
 def ask_base(
     base: Any, tokenizer: PreTrainedTokenizerBase, questions: list[SampleQuestion], max_length: int | None
 ) -> SampleAnswers:
-    """Ask the base model, before the adapter is put on."""
+    """Ask the base model, before the adapter is put on.
+
+    Raises:
+        InputError: its generation_config.json is wrong.
+    """
+    if questions:
+        check_generation(base, f"model {base.name_or_path}")
     return SampleAnswers(questions, answer(base, tokenizer, questions, max_length), max_length)
 
 
