@@ -161,6 +161,8 @@ def run(a: argparse.Namespace) -> None:
     check_types(shards[0].schema, columns)
     if a.shards > total:
         raise InputError(f"--shards {a.shards} is more than the {total} rows there are: ask for fewer")
+    if a.output.name in ("", ".."):
+        raise InputError(f"output {a.output} is a folder: name a file with -o")
     outputs = [a.output]
     if a.shards > 1:
         outputs = [

@@ -296,6 +296,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, capsys):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("more", [[], ["--shards", "2"], ["--compression", "gzip"]], ids=str)
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "sub/.."])
+def test_an_output_without_a_name_is_one_line(name, more, tmp_path, capsys, monkeypatch):
+    source = write_stream(tmp_path / "t.arrow")
+    monkeypatch.chdir(tmp_path)
+    assert main([str(source), "-o", name, *more]) == 2
+    error = capsys.readouterr().err
+    assert "is a folder: name a file" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["t.arrow"]
+
+
 def test_no_space_left_removes_the_partial_file_and_says_how_much_is_needed(tmp_path):
     """A real limit of the operating system: files of this process may not grow beyond 200 kB."""
     source = write_stream(tmp_path / "t.arrow")
