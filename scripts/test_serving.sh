@@ -5,6 +5,7 @@
 #   bash scripts/test_serving.sh
 #   LOAD_MINUTES=30 bash scripts/test_serving.sh           then load with cancelled requests, on a small cache
 #   VLLM_ENVIRONMENT=~/vllm bash scripts/test_serving.sh   where vLLM's environment is, or is made (default .venv-vllm)
+#   MODEL=… TRAIN_FILE=… VALIDATION_FILE=… bash scripts/test_serving.sh
 #   OUTPUT_DIR=output/serving                              where adapters and checkpoints go; kept for the next run
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -12,8 +13,9 @@ ensure_environment core
 cd "$REPO_ROOT"
 environment="${VLLM_ENVIRONMENT:-$REPO_ROOT/.venv-vllm}"
 output="${OUTPUT_DIR:-output/serving}"
-model=assets/tiny-model
-held_out=data/sample/heldout.jsonl
+model="${MODEL:-assets/tiny-model}"
+train_file="${TRAIN_FILE:-data/sample/train.jsonl}"
+held_out="${VALIDATION_FILE:-data/sample/heldout.jsonl}"
 
 if [[ ! -x "$environment/bin/python" ]]; then
     echo "making $environment for vLLM" >&2
@@ -25,7 +27,7 @@ fi
 
 train() { # NAME FLAG …
     [[ -f "$output/$1/adapter_model.safetensors" ]] || python open_instruct/finetune_peft.py \
-        --model_name_or_path $model --train_file data/sample/train.jsonl --validation_file $held_out \
+        --model_name_or_path "$model" --train_file "$train_file" --validation_file "$held_out" \
         --max_train_steps 150 --num_sample_answers 0 --output_dir "$output/$1" "${@:2}"
 }
 train prompt --use_prompt_tuning
@@ -59,11 +61,11 @@ LD_PRELOAD="$environment/lib/libiomp5.so" "$environment/bin/python" \
     -m pytest -q --noconftest tests/test_vllm_connector.py
 serve --enable-lora --max-lora-rank 64 --lora-modules "lora=$output/lora"
 python -m tests.serving_check --url "http://127.0.0.1:$port" --model "$output/merged" "${soft[@]}" \
-    --lora "lora=$output/lora" --file $held_out --server "$server"
+    --lora "lora=$output/lora" --file "$held_out" --server "$server"
 stop
 if [[ -n "${LOAD_MINUTES:-}" ]]; then
     serve --num-gpu-blocks-override 48 # requests are preempted: 16 of them need up to 96 blocks
     python -m tests.serving_load --url "http://127.0.0.1:$port" --model "$output/merged" "${soft[@]}" \
-        --file $held_out --minutes "$LOAD_MINUTES" --server "$server"
+        --file "$held_out" --minutes "$LOAD_MINUTES" --server "$server"
     stop
 fi
