@@ -165,7 +165,8 @@ def test_ranks_of_tensor_parallelism_write_their_own_heads(ranks, dtype, checkpo
 
 @pytest.mark.parametrize("changes, says", [
     ({"heads": 2}, "it belongs to another model"),
-    ({"layers": 4}, "merge it with its own base"),
+    ({"layers": 4}, "has 3 layers, and this process has 4"),
+    ({"layers": 2}, "has 3 layers, and this process has 2"),
     ({"groups": 2}, "share one table of blocks"),
     ({"processors": None}, "start the server by scripts/serve.sh"),
 ])  # fmt: skip

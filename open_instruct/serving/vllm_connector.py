@@ -19,22 +19,28 @@ from typing import Any
 
 import torch
 import vllm
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
-    KVConnectorMetadata,
-    KVConnectorRole,
-    KVConnectorTransferResults,
-)
-from vllm.logger import init_logger
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from open_instruct.serving.checkpoint import Prefix, read_prefixes, read_tokens
 from open_instruct.serving.slots import can_be_computed, heads_of, slots_of, wanted_prefix
 from open_instruct.serving.vllm_command import PROCESSOR
 
 TRIED = "0.32.0"
+try:
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+        KVConnectorBase_V1,
+        KVConnectorMetadata,
+        KVConnectorRole,
+        KVConnectorTransferResults,
+    )
+    from vllm.logger import init_logger
+    from vllm.model_executor.models.utils import extract_layer_index
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+except ImportError as error:
+    raise ImportError(
+        f"vLLM {vllm.__version__} lacks what prefixes need ({error}): they were tried with {TRIED}"
+    ) from None
+
 REFUSAL = (
     "the tokens of a prefix can't be computed: they stand at the beginning of a prompt alone, something follows them, "
     "and the prompt's log-probabilities are not asked for (prompt_logprobs, echo)"
@@ -164,14 +170,22 @@ class PrefixConnector(KVConnectorBase_V1):
         rank, num_ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self.caches = kv_caches
         for prefix in self.prefixes:
+            if len(kv_caches) != prefix.num_layers:
+                raise ValueError(
+                    f"prefix {prefix.adapter} has {prefix.num_layers} layers, and this process has {len(kv_caches)}: "
+                    "merge it with its own base, and use no pipeline parallelism"
+                )
             pairs, parts = prefix.load(), {}
             for name, cache in kv_caches.items():
                 layer, index = self.layers[name], extract_layer_index(name)
-                if index >= prefix.num_layers or layer.head_size != prefix.head_size:
+                if layer.head_size != prefix.head_size:
                     raise ValueError(
-                        f"prefix {prefix.adapter} has {prefix.num_layers} layers with heads of {prefix.head_size}, "
-                        f"and {name} of this model has heads of {layer.head_size}: merge it with its own base"
+                        f"prefix {prefix.adapter} has heads of {prefix.head_size}, and {name} of this model has heads "
+                        f"of {layer.head_size}: merge it with its own base"
                     )
+                if not hasattr(layer.impl, "do_kv_cache_update"):
+                    kind = type(layer.impl).__name__
+                    raise ValueError(f"{kind} of vLLM can't be given keys and values: use another attention back end")
                 heads = heads_of(prefix.num_heads, layer.num_kv_heads, rank, num_ranks)
                 dtype = cache.dtype if cache.is_floating_point() and cache.dtype.itemsize > 1 else torch.bfloat16
                 keys, values = (part[:, heads].to(cache.device, dtype) for part in pairs[index])
