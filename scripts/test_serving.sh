@@ -47,7 +47,7 @@ trap '[[ -z "$server" ]] || kill "$server" 2>/dev/null || true' EXIT
 serve() { # FLAG …: start the server; what runs it is another process group, so that all of it ends
     LD_PRELOAD="$environment/lib/libiomp5.so" PYTHON="$environment/bin/python" \
         bash scripts/serve.sh "$output/merged" --host 127.0.0.1 --port "$port" --dtype float32 --enforce-eager \
-        --block-size 32 --max-model-len 1024 --max-num-seqs 16 "$@" >"$output/server.log" 2>&1 &
+        --block-size 32 --max-num-seqs 16 "$@" >"$output/server.log" 2>&1 &
     server=$!
 }
 

@@ -75,6 +75,12 @@ def log_probabilities(served: Any, adapter: str, prompt: list[int], answer: list
     return logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
 
 
+def fits(served: Any, row: dict[str, Any]) -> bool:
+    """Whether a question leaves room for an answer with any adapter."""
+    length = len(prompt_ids(served.tokenizer, row["messages"][:1]))
+    return length + MAX_NEW_TOKENS <= (served.max_length(*served.names) or length + MAX_NEW_TOKENS)
+
+
 def check_answers(args: argparse.Namespace, served: Any, names: list[str], rows: list[dict[str, Any]]) -> list[str]:
     """Compare the answers to all rows by all adapters."""
     questions = [row["messages"][0]["content"] for row in rows]
@@ -167,7 +173,7 @@ def main() -> int:
     args = parser.parse_args()
     served = open_instruct.load([*args.adapter, *args.lora])
     names = ["base", *(word.split("=")[0] for word in [*args.adapter, *args.lora])]
-    rows = [json.loads(line) for line in Path(args.file).read_text().splitlines()][: args.rows]
+    rows = [row for row in map(json.loads, Path(args.file).read_text().splitlines()) if fits(served, row)][: args.rows]
     wait_for(args.url, args.server)
     in_checkpoint = [name for name in names if name not in {word.split("=")[0] for word in args.lora}]
     prefix = next(n for n, entry in read_tokens(Path(args.model)).items() if entry["kind"] == "keys_values")
