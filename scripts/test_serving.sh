@@ -59,7 +59,8 @@ stop() {
 
 LD_PRELOAD="$environment/lib/libiomp5.so" "$environment/bin/python" \
     -m pytest -q --noconftest tests/test_vllm_connector.py
-serve --enable-lora --max-lora-rank 64 --lora-modules "lora=$output/lora"
+# One slot more than adapters: see docs/serving.md.
+serve --enable-lora --max-lora-rank 64 --max-loras 2 --lora-modules "lora=$output/lora"
 python -m tests.serving_check --url "http://127.0.0.1:$port" --model "$output/merged" "${soft[@]}" \
     --lora "lora=$output/lora" --file "$held_out" --server "$server"
 stop

@@ -86,7 +86,8 @@ class VllmEngine:
         loras = [folder for folder in folders if not folder.prompt_kind]
         if loras:
             rank = max(int(folder.settings["r"]) for folder in loras)
-            settings |= {"enable_lora": True, "max_loras": len(loras)}
+            # vLLM 0.32 on CPUs gives requests without LoRA the last slot's, where others in the batch have one.
+            settings |= {"enable_lora": True, "max_loras": len(loras) + 1}
             settings["max_lora_rank"] = next((size for size in LORA_RANKS if size >= rank), rank)
         if torch.cuda.is_available():
             settings["gpu_memory_utilization"] = MEMORY
