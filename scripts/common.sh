@@ -47,7 +47,7 @@ require_variables() {
     done
 }
 
-# launch FLAG …: run finetune_peft.py through accelerate. Environment variables (default):
+# launch FLAG …: run finetune_peft.py, in several processes through accelerate. Environment variables (default):
 #   MODEL (the bundled model)            TRAIN_FILE (the bundled sample)     VALIDATION_FILE (held out from TRAIN_FILE)
 #   OUTPUT_DIR (output/NAME_OF_SCRIPT)   NUM_PROCESSES (GPUs, or 1)          TOTAL_BATCH_SIZE (16)
 #   BATCH_SIZE_PER_GPU (TOTAL / processes, at most 16)
@@ -88,6 +88,8 @@ launch() {
         export ACCELERATE_USE_CPU=true
         command+=(--multi_gpu)
     fi
+    # One process needs no launcher, which would hide the exit code and print a traceback of its own.
+    ((processes > 1)) || command=(python3)
     flags=(
         --model_name_or_path "${MODEL:-$REPO_ROOT/assets/tiny-model}"
         --train_file "${TRAIN_FILE:-$REPO_ROOT/data/sample/train.jsonl}"

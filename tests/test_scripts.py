@@ -48,12 +48,23 @@ def test_a_launcher_composes_flags_that_the_trainer_accepts(script):
     entry = next(i for i, word in enumerate(words) if word.endswith("finetune_peft.py"))
     arguments, given = parse(words[entry + 1 :])
     check_flags(arguments, given)
-    assert words[:2] == ["accelerate", "launch"]
+    assert words[:2] == ["python3", str(ROOT / "open_instruct" / "finetune_peft.py")]
+    assert composed(script, NUM_PROCESSES="2", **needed)[:2] == ["accelerate", "launch"]
     assert arguments.method in script.name
     assert Path(arguments.model_name_or_path).is_dir() and Path(arguments.train_file[0]).is_file()
     assert arguments.overwrite_output_dir == (not needed)
     if needed:  # the same command starts and continues a run
         assert arguments.resume_from_checkpoint == "newest" and arguments.checkpointing_steps == "100"
+
+
+def test_a_launcher_passes_one_line_and_the_exit_code_on(tmp_path):
+    """The first command of the README, with a mistake."""
+    script = ROOT / "scripts" / "test_finetune_prompt_tuning.sh"
+    words = ["bash", str(script), "--num_virtual_tokens", "99999"]
+    environment = {**os.environ, "OUTPUT_DIR": str(tmp_path / "out"), "NUM_PROCESSES": "1"}
+    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and "99999" in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_launcher_for_real_runs_asks_for_what_it_needs():
