@@ -101,7 +101,7 @@ def main() -> int:
     sizes = []
     while any(thread.is_alive() for thread in threads):
         sizes.append(memory(args.server))
-        threads[0].join(timeout=max(1, 60 * args.minutes / 20))
+        time.sleep(60 * args.minutes / 20)
         print(
             f"{dict(counts)}, {len(wrong)} wrong, {preemptions(args.url):.0f} preempted, {sizes[-1]:.0f} MB", flush=True
         )
