@@ -35,16 +35,19 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=int, nargs="+", help="try these alone, and show what they print")
     args = parser.parse_args()
     preload()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         if args.seed is not None:
             sandbox = build(root / "sandbox", fork)
-            draw, outcome, problems = try_draw(args.seed, sandbox, root / "draws")
-            print(outcome.out, outcome.err, report(args.seed, draw, outcome, problems or ["nothing wrong"]), sep="\n")
-            return int(bool(problems))
+            num_wrong = 0
+            for seed in args.seed:
+                draw, outcome, problems = try_draw(seed, sandbox, root / "draws")
+                print(outcome.out, outcome.err, report(seed, draw, outcome, problems or ["nothing wrong"]), sep="\n")
+                num_wrong += bool(problems)
+            return int(num_wrong > 0)
         share = args.draws // args.workers
         jobs = [(args.first + number * share, share, root) for number in range(args.workers)]
         if args.workers == 1:  # a pool has threads, and a process that forks should have none
