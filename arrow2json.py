@@ -9,13 +9,12 @@ or not at all, with a manifest (OUT.manifest.json) beside it.
 
 from __future__ import annotations
 
-import open_instruct.interrupts  # noqa: F401 - first: it answers signals while the rest is imported
+import open_instruct.interrupts  # first: it answers signals while the rest is imported
 
 # isort: split
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -232,4 +231,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    open_instruct.interrupts.end_process(main())

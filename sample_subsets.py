@@ -10,14 +10,13 @@ manifest and a picture of the sources, input against subsets.
 
 from __future__ import annotations
 
-import open_instruct.interrupts  # noqa: F401 - first: it answers signals while the rest is imported
+import open_instruct.interrupts  # first: it answers signals while the rest is imported
 
 # isort: split
 import argparse
 import hashlib
 import json
 import random
-import sys
 import time
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
@@ -322,4 +321,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    open_instruct.interrupts.end_process(main())
