@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,24 @@ def test_adapters_that_vllm_does_not_know_are_refused(method, merged, tmp_path, 
     check_engine(parse_adapters([str(merged.parent / "first")]))
 
 
+def test_a_lora_whose_base_vllm_would_not_have_is_refused(merged, tmp_path, monkeypatch):
+    own = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "vllm" or own(name))
+    folder = make_adapter(tmp_path / "lora", merged.parent / "base", "lora")
+    check_engine(parse_adapters([str(folder)]))
+    for flag, value in {"model_revision": "v2", "additional_model_arguments": '{"rope_theta": 5.0}'}.items():
+        (folder / "run.json").write_text(json.dumps({"flags": {flag: {"value": value, "origin": "flag"}}}))
+        with pytest.raises(InputError, match=f"--{flag} .*which vLLM would load without"):
+            check_engine(parse_adapters([str(folder)]))
+
+
+def test_an_engine_is_asked_for_adapters_that_exist(merged):
+    """Whatever computes the answers: a mistyped name must not get the base's."""
+    served = open_instruct.load(str(merged.parent / "first"))
+    with pytest.raises(InputError, match="no adapter 'frist'"):
+        replace(served, engine=object()).answers(["red"], "frist")
+
+
 PREFIXES = [
     Prefix(name, first, num_tokens, Path(name), "", 1, 2, 4)
     for name, first, num_tokens in (("a", 100, 5), ("b", 105, 1), ("c", 106, 40))
@@ -197,7 +216,8 @@ def test_a_prompt_wants_the_prefix_that_it_begins_with(ids, name):
     ([1, 2, 110], False),
 ])  # fmt: skip
 def test_placeholders_are_computed_nowhere(ids, can_be):
-    assert can_be_computed(ids, PREFIXES) is can_be
+    placeholders = frozenset(token for prefix in PREFIXES for token in prefix.ids)
+    assert can_be_computed(ids, wanted_prefix(ids, PREFIXES), placeholders) is can_be
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 32])

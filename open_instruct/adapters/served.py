@@ -55,10 +55,9 @@ class Served:
         streamer: Any = None,
     ) -> Iterator[tuple[int, list[str]]]:
         """Yield the answers of one adapter to token ids as they come; see `generation.generate`."""
-        max_length = self.max_length(name)
+        model, max_length = self.adapters.use(name), self.max_length(name)
         if self.engine is not None:
             return self.engine.stream(prompts, name, sampling, max_length)
-        model = self.adapters.use(name)
         return generation.generate(model, self.tokenizer, prompts, sampling, max_length, batch_size, streamer)
 
     def answers(

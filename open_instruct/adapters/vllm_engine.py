@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.adapters import merging
-from open_instruct.adapters.folders import AdapterFolder, quantisation
+from open_instruct.adapters.folders import AdapterFolder, BaseChanges, quantisation
 from open_instruct.adapters.generation import Sampling, seed_of, turn_ends
 from open_instruct.errors import InputError
 from open_instruct.serving.checkpoint import read_prefixes, read_tokens
@@ -46,6 +46,12 @@ def check_engine(folders: Sequence[AdapterFolder]) -> None:
             raise InputError(
                 f"--engine vllm: adapter {folder.name} was trained on a quantised base, which vLLM would not have: "
                 "merge it with merge_peft.py and give the result as --model_name_or_path, or leave --engine out"
+            )
+        if not folder.base_changes.same(BaseChanges()):
+            raise InputError(
+                f"--engine vllm: adapter {folder.name} was trained on its base {folder.base_changes.text()}, which "
+                "vLLM would load without: merge it with merge_peft.py and give the result as --model_name_or_path, or "
+                "leave --engine out"
             )
 
 

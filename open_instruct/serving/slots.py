@@ -15,14 +15,17 @@ def wanted_prefix(ids: Sequence[int] | None, prefixes: Sequence[Prefix]) -> Pref
     return None
 
 
-def can_be_computed(ids: Sequence[int] | None, prefixes: Sequence[Prefix]) -> bool:
+def can_be_computed(ids: Sequence[int] | None, prefix: Prefix | None, placeholders: frozenset[int]) -> bool:
     """Return whether a prompt holds something else than placeholders, and placeholders at its beginning alone.
 
     Those that stand elsewhere would be computed, which has no meaning: another adapter's tokens may stand before them.
+
+    Args:
+        ids: the prompt; None: it has no token ids.
+        prefix: what `wanted_prefix` found in it.
+        placeholders: those of all prefixes.
     """
-    prefix = wanted_prefix(ids, prefixes)
     rest = list(ids or [])[prefix.num_tokens if prefix else 0 :]
-    placeholders = {token for prefix in prefixes for token in prefix.ids}
     return placeholders.isdisjoint(rest) and (bool(rest) or prefix is None)
 
 

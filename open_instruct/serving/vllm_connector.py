@@ -103,6 +103,7 @@ class PrefixConnector(KVConnectorBase_V1):
         """
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self.prefixes = read_prefixes(Path(vllm_config.model_config.model))
+        self.placeholders = frozenset(token for prefix in self.prefixes for token in prefix.ids)
         self.block_size = vllm_config.cache_config.block_size
         self.layers = vllm_config.compilation_config.static_forward_context
         if PROCESSOR not in (vllm_config.model_config.logits_processors or ()):
@@ -112,7 +113,7 @@ class PrefixConnector(KVConnectorBase_V1):
         self.wanted: dict[str, tuple[Prefix, list[int], int]] = {}  # by request: its blocks, and positions to write
         self.failed: set[str] = set()
         self.keys_values: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}  # by adapter and layer
-        self.caches: dict[str, torch.Tensor] = {}
+        self.device = torch.device("cpu")  # of this process's cache
 
     # In the scheduler
 
@@ -121,22 +122,20 @@ class PrefixConnector(KVConnectorBase_V1):
 
         A request for which vLLM would compute placeholders waits for a load that fails, which ends it with an error.
         """
-        if not can_be_computed(request.prompt_token_ids, self.prefixes):
-            return 1, True
         prefix = wanted_prefix(request.prompt_token_ids, self.prefixes)
+        if not can_be_computed(request.prompt_token_ids, prefix, self.placeholders):
+            return 1, True
         return max(0, prefix.num_tokens - num_computed_tokens) if prefix else 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Note that a request with a prefix is about to be scheduled; `build_connector_meta` sees where it begins."""
-        if not can_be_computed(request.prompt_token_ids, self.prefixes):
+        prefix = wanted_prefix(request.prompt_token_ids, self.prefixes)
+        if not can_be_computed(request.prompt_token_ids, prefix, self.placeholders):
             logger.error("request %s: %s", request.request_id, REFUSAL)
             self.failed.add(request.request_id)
-            return
-        prefix = wanted_prefix(request.prompt_token_ids, self.prefixes)
-        if prefix is None:
-            return
-        (block_ids,) = blocks.get_block_ids()
-        self.wanted[request.request_id] = (prefix, list(block_ids), num_external_tokens)
+        elif prefix:
+            (block_ids,) = blocks.get_block_ids()
+            self.wanted[request.request_id] = (prefix, list(block_ids), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Loads:
         """Return what is to be written before this step.
@@ -168,7 +167,7 @@ class PrefixConnector(KVConnectorBase_V1):
             ValueError: a prefix belongs to another model, or its file is damaged.
         """
         rank, num_ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        self.caches = kv_caches
+        self.device = next(iter(kv_caches.values())).device
         for prefix in self.prefixes:
             if len(kv_caches) != prefix.num_layers:
                 raise ValueError(
@@ -188,7 +187,7 @@ class PrefixConnector(KVConnectorBase_V1):
                     raise ValueError(f"{kind} of vLLM can't be given keys and values: use another attention back end")
                 heads = heads_of(prefix.num_heads, layer.num_kv_heads, rank, num_ranks)
                 dtype = cache.dtype if cache.is_floating_point() and cache.dtype.itemsize > 1 else torch.bfloat16
-                keys, values = (part[:, heads].to(cache.device, dtype) for part in pairs[index])
+                keys, values = (part[:, heads].to(self.device, dtype) for part in pairs[index])
                 parts[name] = (keys, values)
             self.keys_values[prefix.adapter] = parts
 
@@ -198,9 +197,9 @@ class PrefixConnector(KVConnectorBase_V1):
         assert isinstance(meta, Loads)
         self.failed |= meta.failed
         for load in meta.loads:
-            for name, cache in self.caches.items():
-                keys, values = (part[load.start :] for part in self.keys_values[load.adapter][name])
-                slots = torch.tensor(load.slots, dtype=torch.int64, device=cache.device)
+            slots = torch.tensor(load.slots, dtype=torch.int64, device=self.device)
+            for name, parts in self.keys_values[load.adapter].items():
+                keys, values = (part[load.start :] for part in parts)
                 layer = self.layers[name]
                 layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, slots)
 
