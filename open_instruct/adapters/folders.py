@@ -347,13 +347,11 @@ def check_mergeable(folders: Sequence[AdapterFolder], output: str) -> None:
     if not folders:
         raise InputError("nothing to merge: give --adapter DIR")
     for folder in folders:
-        if folder.method is None:
+        if folder.method is None or not folder.method.merges_into:
             mergeable = ", ".join(
                 method.title for method in METHODS.values() if method.merges_into and not method.quantises_base
             )
             raise InputError(f"adapter {folder.name} is {folder.title}, which can't be merged here: use {mergeable}")
-        if not folder.method.merges_into:
-            raise InputError(f"adapter {folder.name} {folder.method.merge_obstacle}")
     into_weights = [folder for folder in folders if folder.method and folder.method.merges_into == "weights"]
     if len(folders) > 1 and into_weights:
         names = ", ".join(f"{folder.name} ({folder.title})" for folder in into_weights)

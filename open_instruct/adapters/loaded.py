@@ -62,7 +62,8 @@ class Adapters:
                 )
             self.keys[folder.name] = f"adapter_{len(self.keys)}"
             self.models[folder.name] = put_on(folder, base, self.keys[folder.name])
-        if not any(parameter.is_meta for parameter in base.parameters()):
+        is_loaded = not any(parameter.is_meta for parameter in base.parameters())
+        if is_loaded:
             try_out(
                 self.base, f"model {name_of(base)}", "repair its config.json, or use another --dtype", training=False
             )
@@ -70,7 +71,7 @@ class Adapters:
             remedy = "use another --dtype, or train the adapter anew"
             try_out(self.use(folder.name), f"base + adapter {folder.name}", remedy, training=False)
         self.use(BASE)
-        if not any(parameter.is_meta for parameter in base.parameters()):
+        if is_loaded:
             check_generation(self.base, f"model {name_of(base)}")
 
     def use(self, name: str) -> Any:

@@ -75,7 +75,6 @@ class Method(ABC):
     memory_kind = "layers"  # key of `model.memory.KEPT`
     merges_into: str | None = None  # in a plain checkpoint it becomes "weights" or "tokens"; None: it can't be merged
     known_to_vllm = False  # vLLM puts its adapters on a base by itself
-    merge_obstacle = "it can't be merged"  # reason where `merges_into` is None
     obstacles: Mapping[Feature, str] = MappingProxyType({})
 
     @property
