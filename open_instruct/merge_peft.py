@@ -1,10 +1,11 @@
-"""Make a plain checkpoint of base + adapter, with no PEFT left in it, that any engine can serve.
+"""Make a plain checkpoint of base + adapter, with no PEFT left in it, that engines can serve.
 
     python open_instruct/merge_peft.py --adapter output/run --output output/run-merged
     python open_instruct/merge_peft.py --adapter a=output/run-a --adapter b=output/run-b --output output/both
 
-LoRA, VeRA and IA3 are merged into the weights. Soft prompts of embeddings (prompt tuning, P-tuning) become tokens,
-which the tokenizer writes before the input; one checkpoint can hold several of them. The result is reloaded and
+LoRA, VeRA and IA3 are merged into the weights. Soft prompts become tokens, which the chat template writes before the
+input; one checkpoint can hold several of them. Prompt tuning and P-tuning work in any engine. The tokens of prefix
+tuning stand for keys and values, which only a server started by scripts/serve.sh has. The result is reloaded and
 compared with base + adapter before it is kept.
 """
 
@@ -65,7 +66,8 @@ def summary(result: dict[str, Any], output: str) -> str:
     for name, tokens in result["tokens"].items():
         choice = f'chat_template_kwargs={{"adapter": "{name}"}}' if len(result["tokens"]) > 1 else "always"
         last = tokens["first"] + tokens["number"] - 1
-        lines.append(f"  {name}: tokens {tokens['first']} to {last}, put first by the tokenizer ({choice})")
+        server = "; served by scripts/serve.sh" if tokens["kind"] == "keys_values" else ""
+        lines.append(f"  {name}: tokens {tokens['first']} to {last}, put first by the chat template ({choice}){server}")
     if result["tokens"]:
         lines.append(
             f"  new tokens take {result['leaked_probability']:.0e} of the probability at most, "

@@ -1,9 +1,9 @@
-"""Soft prompts as vocabulary entries, so that a plain checkpoint holds them and any engine can serve them.
+"""Soft prompts as vocabulary entries, so that a plain checkpoint holds them and engines can serve them.
 
 A soft prompt of embeddings is P vectors before the input's. They become rows of the embedding matrix, the rows of P
 new tokens, which the tokenizer writes before everything else. The hidden states are then the same, with no PEFT at
 inference. The head gets rows of zeros, so the new tokens are hardly ever predicted, and `generation_config` suppresses
-them.
+them. The tokens of a prefix of keys and values are placeholders with rows of zeros; see `open_instruct.serving`.
 """
 
 from __future__ import annotations
