@@ -20,7 +20,7 @@ from open_instruct.adapters.vllm_engine import check_engine
 from open_instruct.data.chat import render_texts
 from open_instruct.errors import InputError
 from open_instruct.generate_peft import main as generate_main
-from open_instruct.serving import vllm_command
+from open_instruct.serving import mlx_cache, vllm_command
 from open_instruct.serving.checkpoint import MERGED, Prefix, read_prefixes
 from open_instruct.serving.slots import can_be_computed, heads_of, slots_of, wanted_prefix
 from tests.conftest import ROOT, TINY_MODEL
@@ -251,3 +251,33 @@ def test_ranks_hold_the_heads_that_vllm_gives_them(num_heads, num_ranks):
 def test_heads_of_another_model_are_refused(num_heads, local, num_ranks):
     with pytest.raises(ValueError, match="it belongs to another model"):
         heads_of(num_heads, local, 0, num_ranks)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "output", "words"),
+    [
+        ("second", "new.safetensors", "is no prefix in"),
+        ("first", "new.bin", "ends in .safetensors"),
+        ("first", "config.json", "exists"),
+        ("first", "new.safetensors", "pip install mlx-lm"),
+    ],
+)
+def test_wrong_prompt_caches_are_refused(merged, capsys, monkeypatch, adapter, output, words):
+    """Nothing is written for what is no prefix, to a wrong name, or without mlx-lm."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    before = sorted(merged.iterdir())
+    command = ["--checkpoint", str(merged), "--adapter", adapter, "--output", str(merged / output)]
+    assert mlx_cache.main(command) == 2
+    assert words in capsys.readouterr().err
+    assert sorted(merged.iterdir()) == before
+
+
+def test_a_prompt_cache_holds_the_prefix(merged, tmp_path):
+    """What mlx-lm reads back are the keys and values."""
+    cache = pytest.importorskip("mlx_lm.models.cache")
+    path = tmp_path / "first.safetensors"
+    assert mlx_cache.main(["--checkpoint", str(merged), "--adapter", "first", "--output", str(path)]) == 0
+    (prefix,) = [prefix for prefix in read_prefixes(merged) if prefix.adapter == "first"]
+    for layer, pair in zip(cache.load_prompt_cache(str(path)), prefix.load(), strict=True):
+        for found, wanted in zip(layer.state[:2], pair, strict=True):
+            assert torch.equal(torch.tensor(found.tolist())[:, :, : layer.offset], wanted.transpose(0, 1)[None])
