@@ -119,7 +119,7 @@ def identity_of(given: SimpleNamespace, flags: dict[str, list[str]]) -> dict[str
     config = base_model.load_base_config(settings.base_model_settings(parsed))
     before = settings.before_data(parsed, origins, config, adapter)
     data = load_data(before.data, Accelerator(), base_model.load_base_tokenizer(before.tokenizer))
-    own = identity.of_data(before, data, config, before.plan(len(data.train), 1), 1)
+    own = identity.of_data(before, data, None, config, before.plan(len(data.train), 1), 1)
     recipe = {name: getattr(parsed, name) for name in identity.OF_THE_RECIPE}
     return json.loads(json.dumps({**own, **recipe}, default=str))
 

@@ -15,16 +15,25 @@ from open_instruct.errors import InputError
 from open_instruct.flags.accepted import AcceptedFlags
 from open_instruct.flags.data import DataFlags
 from open_instruct.flags.declare import problems_of
+from open_instruct.flags.distillation import DistillationFlags
 from open_instruct.flags.method import MethodFlags
 from open_instruct.flags.model import ModelFlags
 from open_instruct.flags.optimization import OptimizationFlags
 from open_instruct.flags.run import RunFlags
 
-GROUPS: tuple[Any, ...] = (ModelFlags, DataFlags, MethodFlags, OptimizationFlags, RunFlags, AcceptedFlags)
+GROUPS: tuple[Any, ...] = (
+    ModelFlags,
+    DataFlags,
+    MethodFlags,
+    DistillationFlags,
+    OptimizationFlags,
+    RunFlags,
+    AcceptedFlags,
+)
 
 
 @dataclass(frozen=True)
-class Flags(ModelFlags, DataFlags, MethodFlags, OptimizationFlags, RunFlags, AcceptedFlags):
+class Flags(ModelFlags, DataFlags, MethodFlags, DistillationFlags, OptimizationFlags, RunFlags, AcceptedFlags):
     """All flags of `finetune_peft.py`, flat, as they were given. Nothing writes to them."""
 
     @property

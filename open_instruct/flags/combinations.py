@@ -96,6 +96,13 @@ def float16_weights(flags: Any) -> str | None:
     return "full fine-tuning does not compute in float16: choose bfloat16, float32, or an adapter method"
 
 
+def cannot_distill(flags: Any) -> str | None:
+    """Refuse to distil without a frozen base, or in the padded forward pass."""
+    if flags.method == "full" and not flags.adapter_name_or_path:
+        return "its teacher is the frozen base, which full fine-tuning changes: choose an adapter method, or drop it"
+    return needs_packing(flags)
+
+
 def needs_packing(flags: Any) -> str | None:
     """Refuse a flag of the packed forward pass beside the padded one."""
     return None if flags.packing else "it belongs to the packed forward pass: remove it, or drop --packing False"

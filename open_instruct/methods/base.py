@@ -165,11 +165,19 @@ class Method(ABC):
     def init_candidates(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: Any, num_candidates: int
     ) -> list[torch.Tensor]:
-        """Return candidate values of the soft prompt's parameter to start from; none where there is no choice.
+        """Return candidate values of the soft prompt's parameter to start from; only for methods with an `init_flag`.
 
         The first is the value that `wrap` gave it, from a text; the others are those of random tokens.
         """
-        return []
+        from open_instruct.model.tokens import random_tokens
+
+        first = model.prompt_encoder["default"].embedding.weight.detach().clone()
+        draws = [random_tokens(tokenizer, settings.num_virtual_tokens) for _ in range(num_candidates - 1)]
+        return [first, *(self.start_of(model, ids) for ids in draws)]
+
+    def start_of(self, model: Any, ids: list[int]) -> torch.Tensor:
+        """Return the values of the soft prompt's parameter for P tokens; only for methods with an `init_flag`."""
+        raise NotImplementedError(f"{self.title} does not start from tokens")
 
     def set_init(self, model: Any, values: torch.Tensor) -> None:
         """Start from one of `init_candidates`."""

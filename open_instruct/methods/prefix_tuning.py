@@ -130,15 +130,9 @@ class PrefixTuning(Method):
         """See `Method`."""
         return settings.prefix_projection
 
-    def init_candidates(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: PrefixTuningSettings, num_candidates: int
-    ) -> list[torch.Tensor]:
-        """Return keys and values of the text and of random tokens, as PEFT's encoder holds them."""
-        from open_instruct.model.tokens import random_tokens
-
-        first = model.prompt_encoder["default"].embedding.weight.detach().clone()
-        draws = [random_tokens(tokenizer, settings.num_virtual_tokens) for _ in range(num_candidates - 1)]
-        return [first, *(keys_and_values(model.get_base_model(), ids) for ids in draws)]
+    def start_of(self, model: Any, ids: list[int]) -> torch.Tensor:
+        """Return keys and values, as PEFT's encoder holds them."""
+        return keys_and_values(model.get_base_model(), ids)
 
     def soft_prompt(self, model: Any) -> SoftPrompt:
         """Return keys and values [1, K, P, E] of each layer, as PEFT puts them into its cache."""

@@ -96,17 +96,9 @@ class PromptTuning(EmbeddingPrompt):
         """Return the length."""
         return {"num_virtual_tokens": adapter.get("num_virtual_tokens")}
 
-    def init_candidates(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: PromptTuningSettings, num_candidates: int
-    ) -> list[torch.Tensor]:
-        """Return embeddings [P, D] of the text, and of random tokens."""
-        from open_instruct.model.tokens import random_tokens
-
-        candidates = [model.prompt_encoder["default"].embedding.weight.detach().clone()]
-        for _ in range(num_candidates - 1):
-            ids = random_tokens(tokenizer, settings.num_virtual_tokens)
-            candidates.append(embeddings_of(model.get_base_model(), ids))
-        return candidates
+    def start_of(self, model: Any, ids: list[int]) -> torch.Tensor:
+        """Return embeddings [P, D]."""
+        return embeddings_of(model.get_base_model(), ids)
 
 
 def embeddings_of(base: PreTrainedModel, ids: list[int]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from open_instruct.model.evaluation_mode import evaluating
 
 Head = Callable[[torch.Tensor], torch.Tensor]
+LossOfPiece = Callable[[torch.Tensor, slice], torch.Tensor]
 
 # Logits that exist at once, in elements: 32 MB of float32 stay in a CPU's cache; a GPU wants larger matrix products.
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
@@ -22,10 +23,8 @@ MIN_ROWS_OF_A_TRAINED_HEAD = 1024  # each piece adds a gradient as large as the 
 def chunked_cross_entropy(
     hidden: torch.Tensor, targets: torch.Tensor, head: Head, vocab_size: int, trained: list[nn.Parameter]
 ) -> Any:
-    """Return the summed cross-entropy of head(hidden) against the targets.
+    """Return the summed cross-entropy of head(hidden) against the targets; see `chunked_loss`.
 
-    Each piece's gradient is computed with its loss, in the forward pass, and only the gradient is kept: one pass over
-    the head, where recomputing logits in the backward pass takes two. Works for any head that treats positions alone.
     (`torch.nn.functional.linear_cross_entropy` does the same for linear heads, and was 2 to 10 times slower on CPU with
     torch 2.13: `benchmarks/RESULTS.md`.)
 
@@ -39,8 +38,33 @@ def chunked_cross_entropy(
     Returns:
         Scalar, float32, in nats.
     """
+
+    def loss(logits: torch.Tensor, at: slice) -> torch.Tensor:
+        return F.cross_entropy(logits, targets[at], reduction="sum")
+
+    return chunked_loss(hidden, head, loss, vocab_size, trained)
+
+
+def chunked_loss(
+    hidden: torch.Tensor, head: Head, loss: LossOfPiece, vocab_size: int, trained: list[nn.Parameter]
+) -> Any:
+    """Return a loss that is a sum over positions.
+
+    Each piece's gradient is computed with its loss, in the forward pass, and only the gradient is kept: one pass over
+    the head, where recomputing logits in the backward pass takes two. Works for any head that treats positions alone.
+
+    Args:
+        hidden: [N, D]
+        head: [n, D] → logits [n, V].
+        loss: float32 logits [n, V] of a piece, and where it is in N → its summed loss.
+        vocab_size: V, which decides how many positions make a piece.
+        trained: parameters of the head that want a gradient.
+
+    Returns:
+        Scalar, float32.
+    """
     num_rows = rows_at_once(hidden.device, vocab_size, bool(trained))
-    return _ChunkedCrossEntropy.apply(hidden, targets, head, num_rows, *trained)
+    return _ChunkedLoss.apply(hidden, head, loss, num_rows, *trained)
 
 
 def rows_at_once(device: torch.device, vocab_size: int, trained: bool) -> int:
@@ -55,10 +79,10 @@ def rows_at_once(device: torch.device, vocab_size: int, trained: bool) -> int:
     return max(rows, MIN_ROWS_OF_A_TRAINED_HEAD if trained else 1)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy whose gradient is computed in the forward pass.
+class _ChunkedLoss(torch.autograd.Function):
+    """A sum over positions whose gradient is computed in the forward pass.
 
-    With logits z_i = head(h_i; θ) [V] of position i, and its target t_i:
+    With logits z_i = head(h_i; θ) [V] of position i, and for cross-entropy its target t_i:
 
         L         = Σ_i (log Σ_v exp z_iv - z_i,t_i)
         dL/dz_iv  = softmax(z_i)_v - [v = t_i]
@@ -74,21 +98,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, num_rows: int, *trained: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, head: Head, loss: LossOfPiece, num_rows: int, *trained: torch.Tensor
     ) -> torch.Tensor:
-        """Return L, from pieces of `num_rows` positions; hidden [N, D], targets [N], head [n, D] → [n, V]."""
+        """Return L, from pieces of `num_rows` positions; hidden [N, D], head [n, D] → [n, V]."""
         total = torch.zeros((), device=hidden.device)
         needs_gradient = any(ctx.needs_input_grad)  # not in evaluation
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         grads_of_head = [torch.zeros_like(parameter) for parameter in trained] if needs_gradient else []
         for start in range(0, len(hidden), num_rows):
             # A leaf of its own, so that autograd stops here and frees the piece's logits with its graph.
-            piece = hidden[start : start + num_rows].detach().requires_grad_(needs_gradient)
+            at = slice(start, start + num_rows)
+            piece = hidden[at].detach().requires_grad_(needs_gradient)
             with torch.set_grad_enabled(needs_gradient):  # autograd switches it off within a forward pass
-                loss = F.cross_entropy(head(piece).float(), targets[start : start + num_rows], reduction="sum")
-            total += loss.detach()
+                loss_of_piece = loss(head(piece).float(), at)
+            total += loss_of_piece.detach()
             if grad_hidden is not None:
-                grad_hidden[start : start + num_rows], *grads_of_piece = torch.autograd.grad(loss, (piece, *trained))
+                grad_hidden[at], *grads_of_piece = torch.autograd.grad(loss_of_piece, (piece, *trained))
                 for grad_of_head, grad_of_piece in zip(grads_of_head, grads_of_piece, strict=True):
                     grad_of_head += grad_of_piece
         ctx.save_for_backward(grad_hidden, *grads_of_head)

@@ -123,6 +123,8 @@ class PackedContext:
         layers_seen: indices of the layers whose attention was computed here.
         windows: windows that layers were called with.
         segments_by_num_shared: the boundaries that were made already.
+        kept: takes the row's keys and values [1, K, T, E] of each layer, which a later row can have as its prefix;
+            None: they are not kept.
     """
 
     lengths: tuple[int, ...]
@@ -132,6 +134,7 @@ class PackedContext:
     layers_seen: set[int] = field(default_factory=set)
     windows: set[int] = field(default_factory=set)
     segments_by_num_shared: dict[int, Segments] = field(default_factory=dict)
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def segments(self, num_shared: int) -> Segments:
         """Return the boundaries for layers with `num_shared` shared keys; made once for all of them."""
@@ -189,6 +192,8 @@ def attention(
     if sliding_window:
         packed_context.windows.add(sliding_window)
     query, key = query.to(value), key.to(value)  # under autocast, rotation leaves them in float32
+    if packed_context.kept is not None:
+        packed_context.kept[module.layer_idx] = key, value
     if packed_context.keys_values is None:
         num_shared = packed_context.num_prefix_tokens
         shared_key, shared_value = key[:, :, :num_shared], value[:, :, :num_shared]

@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from open_instruct.errors import InputError
 
+PIECE = 8  # tokens of a context that stay together where a start is drawn from it
+
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that stand for text, in order.
@@ -23,6 +25,21 @@ def random_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
     """Return `count` ids that stand for text, drawn by torch's global generator."""
     candidates = ordinary_tokens(tokenizer)
     return [candidates[i] for i in torch.randint(0, len(candidates), (count,)).tolist()]
+
+
+def context_starts(ids: Sequence[int], count: int, num_starts: int) -> list[list[int]]:
+    """Return choices of `count` ids of a context to start a soft prompt from.
+
+    The first is the context's beginning; each other one is pieces of it, drawn by torch's global generator, in their
+    order (2508.17032). A context of fewer tokens is repeated.
+    """
+    ids = [ids[i % len(ids)] for i in range(max(len(ids), count))]
+    starts = [ids[:count]]
+    num_pieces = -(-count // PIECE)
+    for _ in range(num_starts - 1):
+        firsts = torch.randint(0, len(ids) - min(PIECE, count) + 1, (num_pieces,)).sort().values.tolist()
+        starts.append([token for first in firsts for token in ids[first : first + PIECE]][:count])
+    return starts
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:

@@ -153,9 +153,33 @@ class PackedModel(TrainingModel):
             InputError: the row is longer than this model can be packed.
             CannotPack: the model computes something that packed attention would get wrong.
         """
+        outputs = self.outputs(input_ids, position_ids, lengths, target_positions, self.soft_prompt() or SoftPrompt())
+        return self.loss(outputs, targets), torch.tensor(len(targets), device=targets.device)
+
+    def outputs(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        lengths: tuple[int, ...],
+        positions: torch.Tensor,
+        prompt: SoftPrompt,
+        kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> torch.Tensor:
+        """Return what a row gives at some positions: states [N, D] that `head` takes, or logits [N, V] without one.
+
+        Args:
+            input_ids: see `forward`.
+            position_ids: see `forward`.
+            lengths: see `forward`.
+            positions: [N], indices into input_ids.
+            prompt: what stands before every example.
+            kept: see `PackedContext`.
+
+        Raises:
+            See `forward`.
+        """
         if self._own_attention is None:
             raise RuntimeError("this PackedModel is not active: call activate() first, or use it in a with statement")
-        prompt = self.soft_prompt() or SoftPrompt()
         num_prefix_tokens = 0  # those that stand in the row, which keys and values don't
         inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids + prompt.length}
         if prompt.embeddings is not None:
@@ -172,23 +196,29 @@ class PackedModel(TrainingModel):
                 f"rows of this model are exact up to {bound} positions, and this one has {num_positions}: lower "
                 "--max_tokens_per_microbatch, or use --packing False"
             )
-        packed_context = PackedContext(tuple(lengths), num_prefix_tokens, prompt.keys_values, self.backend)
-        inputs["packed_context"] = packed_context
-        loss = self._loss(inputs, target_positions + num_prefix_tokens, targets)
+        packed_context = PackedContext(tuple(lengths), num_prefix_tokens, prompt.keys_values, self.backend, kept=kept)
+        inputs |= {"packed_context": packed_context, "use_cache": False}
+        positions = positions + num_prefix_tokens
+        if self.head is None:
+            outputs: torch.Tensor = self.causal(**inputs, logits_to_keep=positions).logits[0]
+        else:
+            outputs = self.causal.get_decoder()(**inputs).last_hidden_state[0, positions]
         self.windows |= packed_context.windows
         if not packed_context.layers_seen:
             raise CannotPack("its attention does not go through transformers' AttentionInterface")
-        return loss, torch.tensor(len(targets), device=targets.device)
+        return outputs
 
-    def _loss(self, inputs: dict[str, Any], target_positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the summed loss; positions [N] count from the row's first virtual token."""
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the summed cross-entropy of `outputs` against the targets [N]."""
         if self.head is None:
-            logits = self.causal(**inputs, use_cache=False, logits_to_keep=target_positions).logits[0]
-            return F.cross_entropy(logits.float(), targets, reduction="sum")
-        hidden = self.causal.get_decoder()(**inputs, use_cache=False).last_hidden_state[0, target_positions]
-        output_layer = self.causal.get_output_embeddings()
-        trained = [p for p in output_layer.parameters() if p.requires_grad and torch.is_grad_enabled()]
-        return chunked_cross_entropy(hidden, targets, self.head, output_layer.weight.shape[0], trained)
+            return F.cross_entropy(outputs.float(), targets, reduction="sum")
+        num_rows = self.causal.get_output_embeddings().weight.shape[0]
+        return chunked_cross_entropy(outputs, targets, self.head, num_rows, self.trained_head())
+
+    def trained_head(self) -> list[nn.Parameter]:
+        """Return the head's parameters that want a gradient."""
+        parameters = self.causal.get_output_embeddings().parameters()
+        return [p for p in parameters if p.requires_grad and torch.is_grad_enabled()]
 
 
 def causal_of(model: Any) -> Any:

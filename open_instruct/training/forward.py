@@ -248,7 +248,6 @@ def probe(
         InputError: PEFT can't run this method on this model at all.
     """
     causal, rows = causal_of(model), probe_rows(model)
-    tolerance = 5e-2 if getattr(causal, "is_quantized", False) else TOLERANCE[dtype]
     with evaluating(model):
         own = own_loss(model, rows)
         if not getattr(causal, "_supports_attention_backend", False):
@@ -270,7 +269,7 @@ def probe(
                 raise
             kind = causal.config.model_type
             return None, f"it does not run on this {kind} model ({type(error).__name__}: {one_line(error, 200)})"
-    if not abs(together - own) < tolerance * own:
+    if not abs(together - own) < tolerance(causal, dtype) * own:
         return None, f"its packed loss on a probe differs from its own by {together / own - 1:+.1%}"
     if leak or not within:
         return None, "an example's loss depends on the example before it"
@@ -278,6 +277,11 @@ def probe(
     if window and max_length > window:
         raise CannotPack(f"its window of {window:,} positions reaches the layers only through their mask")
     return packed.head_name, ""
+
+
+def tolerance(causal: Any, dtype: torch.dtype) -> float:
+    """Return the largest relative difference of a probe's loss from the model's own that can be rounding."""
+    return 5e-2 if getattr(causal, "is_quantized", False) else TOLERANCE[dtype]
 
 
 def unseen_window(config: Any, windows: set[int]) -> int | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PretrainedConfig
 
 from open_instruct.adapters.folders import WEIGHTS, AdapterFolder
+from open_instruct.data.context import Context
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError, input_faults
 from open_instruct.files import sha256
@@ -40,6 +41,7 @@ OF_ONE_PROCESS = (
     "adapter_name_or_path",
     "train_file",
     "validation_file",
+    "distill_context",
     "dataset_name",
     "dataset_mixer",
     "dataset_mixer_list",
@@ -61,7 +63,14 @@ def of_processes(settings: Settings, saved: Checkpoint | None) -> dict[str, Any]
     }
 
 
-def of_data(settings: Settings, data: Data, config: PretrainedConfig, plan: Plan, num_processes: int) -> dict[str, Any]:
+def of_data(
+    settings: Settings,
+    data: Data,
+    context: Context | None,
+    config: PretrainedConfig,
+    plan: Plan,
+    num_processes: int,
+) -> dict[str, Any]:
     """Return what a resumed run must share with the one that wrote the checkpoint, as far as it is known without model.
 
     Names are those of flags, or words for what several flags lead to.
@@ -78,6 +87,7 @@ def of_data(settings: Settings, data: Data, config: PretrainedConfig, plan: Plan
         "further arguments of the base": parse_arguments(settings.model.arguments),
         "adapter to continue": settings.adapter and adapter_key(settings.adapter),
         "training and held-out data": data.contents(),
+        "context to distil": context and context.key,
         "examples": len(data.train),
         "examples_per_step": plan.examples_per_step,
         "num_steps": plan.num_steps,

@@ -11,6 +11,7 @@ from open_instruct.errors import warn
 from open_instruct.flags import Flags
 from open_instruct.methods import model_facts
 from open_instruct.model import memory
+from open_instruct.model.distillation import DistilledModel
 from open_instruct.model.fit import try_out
 from open_instruct.model.precision import autocast
 from open_instruct.quiet import silence_transformers
@@ -18,6 +19,7 @@ from open_instruct.report.summary import hyperparameter_lines, summary_lines
 from open_instruct.training import (
     base_model,
     checkpoint,
+    distilling,
     dry_run,
     engines,
     forward,
@@ -90,7 +92,10 @@ def run(
         accelerator.print(line)
     before.forward.check_rows(data.longest)
     plan = before.plan(len(data.train), accelerator.num_processes)
-    own = identity.of_data(before, data, config, plan, accelerator.num_processes)
+    context = distilling.read(before.distillation, tokenizer, config, data.longest)
+    if context:
+        accelerator.print(context.describe())
+    own = identity.of_data(before, data, context, config, plan, accelerator.num_processes)
     engines.check_agreement(accelerator, own)
     if saved:
         identity.check_resumed(saved, own)
@@ -108,13 +113,17 @@ def run(
     torch.manual_seed(flags.seed)  # the same start on every process
     model = put_adapter_on(base, tokenizer, method, resolved.method_settings, adapter, before.model.revision)
     is_new = adapter is None and saved is None and not flags.dry_run
-    candidates = start.init_candidates(method, resolved.method_settings, model, tokenizer) if is_new else []
+    starts = start.Starts()
+    if is_new:
+        text = None if is_sharded else context  # whose tokens no process could compute
+        starts = start.init_candidates(method, resolved.method_settings, model, tokenizer, text)
     pad = tokenizer.pad_token_id
     chosen = forward.choose_forward(model, method, before.forward, accelerator, before.compute_dtype, pad)
+    chosen = distilling.distilled(chosen, before.distillation, context, accelerator, before.compute_dtype)
     engines.check_agreement(accelerator, {"attention": chosen.attention})
     accelerator.print(f"forward pass: {chosen.description}")
     with chosen:
-        start.search_init(method, candidates, accelerator, chosen, data.train, plan)
+        start.search_init(method, starts, accelerator, chosen, data.train, plan)
         resolved, rates = start.search_rate(resolved, saved, accelerator, chosen, data.train, plan)
         shown, origins = resolved.shown(), resolved.origins
         accelerator.print(hyperparameter_lines(method.title, shown, origins, resolved.recipe_sources))
@@ -126,6 +135,8 @@ def run(
         vectors = method.prompt_vectors(model) if accelerator.is_main_process or not is_sharded else None
         forward.switch_on(chosen, flags.gradient_checkpointing, flags.compile)
         if is_sharded:
+            if isinstance(chosen.model, DistilledModel):
+                chosen.model.forget_context()  # all processes compute it together
             sharding.shard(chosen.model, forward.decoder_layers(forward.causal_of(model)), accelerator)
         clip = resolved.optimizer.clip_grad_norm
         optimizer, schedule = make_optimizer(method, chosen.model, resolved.optimizer, plan.num_steps)

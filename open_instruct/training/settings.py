@@ -24,6 +24,7 @@ from open_instruct.errors import InputError
 from open_instruct.flags import FIELDS, Flags, names_with
 from open_instruct.methods import METHODS, Feature, Method, ModelFacts, Recipe
 from open_instruct.model import loading
+from open_instruct.model.distillation import DistillationSettings
 from open_instruct.training.base_model import BaseModelSettings, TokenizerSettings, absolute
 from open_instruct.training.checkpoint import Checkpoint
 from open_instruct.training.doctor import RunInfo
@@ -52,6 +53,7 @@ class Settings:
     data: DataSettings
     processes: ProcessSettings
     forward: ForwardSettings
+    distillation: DistillationSettings | None
     output: OutputSettings
     tracking: TrackingSettings
 
@@ -238,7 +240,6 @@ def before_data(
         num_virtual_tokens = method.recommended_virtual_tokens(context, flags.max_seq_length)
         origins = {**origins, "num_virtual_tokens": "recipe"}
     length = conversation_length(context, num_virtual_tokens, flags.max_seq_length)
-    seed = flags.seed if flags.split_seed is None else flags.split_seed
     members = mixture_members(flags.dataset_mixer, flags.dataset_mixer_list)
     sources = (*(flags.train_file or ()), *(name for name, _ in members), flags.validation_file, flags.dataset_name)
     trackers = tuple(flags.report_to) if flags.with_tracking and flags.report_to != ["none"] else ()
@@ -247,6 +248,7 @@ def before_data(
         "the adapter": flags.adapter_name_or_path,
         "the tokenizer": flags.tokenizer_name_or_path,
         "the configuration": flags.config_name,
+        "the context": flags.distill_context,
     }
     repository = flags.hf_repo_id or flags.run_name or f"{flags.exp_name}-{method.name}"
     if flags.hf_entity and "/" not in repository:
@@ -267,24 +269,7 @@ def before_data(
             chat_template_name=flags.chat_template_name,
             add_bos=flags.add_bos,
         ),
-        data=DataSettings(
-            train_files=tuple(flags.train_file or ()),
-            dataset_name=flags.dataset_name,
-            dataset_config_name=flags.dataset_config_name,
-            mixture=members,
-            mixture_splits=tuple(flags.dataset_mixer_list_splits),
-            messages_key=flags.sft_messages_key,
-            skip_bad_rows=flags.bad_rows == "skip",
-            validation_file=flags.validation_file,
-            validation_fraction=flags.validation_fraction,
-            max_eval_samples=flags.max_eval_samples,
-            max_train_samples=flags.max_train_samples,
-            seed=seed,
-            max_length=length,
-            num_workers=flags.preprocessing_num_workers,
-            cache_dir=None if flags.dataset_skip_cache else Path(flags.dataset_local_cache_dir),
-            overwrite_cache=flags.overwrite_cache,
-        ),
+        data=data_settings(flags, members, length),
         processes=ProcessSettings(
             compute_dtype=model.compute_dtype,
             seed=flags.seed,
@@ -306,6 +291,11 @@ def before_data(
             gradient_checkpointing=flags.gradient_checkpointing,
             compile_layers=flags.compile,
         ),
+        distillation=(
+            DistillationSettings(flags.distill_context, flags.distill_loss, flags.distill_weight)
+            if flags.distill_context
+            else None
+        ),
         output=OutputSettings(
             folder=Path(flags.output_dir),
             writes=not (flags.dry_run or flags.cache_dataset_only),
@@ -323,6 +313,34 @@ def before_data(
             entity=flags.wandb_entity,
             run_name=flags.run_name or f"{flags.exp_name}__{method.name}__{flags.seed}__{int(time.time())}",
         ),
+    )
+
+
+def data_settings(flags: Flags, members: tuple[tuple[str, str], ...], max_length: int) -> DataSettings:
+    """Return the settings of the data.
+
+    Args:
+        flags: checked flags.
+        members: see `mixture_members`.
+        max_length: most tokens kept of a conversation.
+    """
+    return DataSettings(
+        train_files=tuple(flags.train_file or ()),
+        dataset_name=flags.dataset_name,
+        dataset_config_name=flags.dataset_config_name,
+        mixture=members,
+        mixture_splits=tuple(flags.dataset_mixer_list_splits),
+        messages_key=flags.sft_messages_key,
+        skip_bad_rows=flags.bad_rows == "skip",
+        validation_file=flags.validation_file,
+        validation_fraction=flags.validation_fraction,
+        max_eval_samples=flags.max_eval_samples,
+        max_train_samples=flags.max_train_samples,
+        seed=flags.seed if flags.split_seed is None else flags.split_seed,
+        max_length=max_length,
+        num_workers=flags.preprocessing_num_workers,
+        cache_dir=None if flags.dataset_skip_cache else Path(flags.dataset_local_cache_dir),
+        overwrite_cache=flags.overwrite_cache,
     )
 
 

@@ -20,12 +20,14 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from open_instruct.data.context import Context
 from open_instruct.data.dataset import Examples
 from open_instruct.data.packing import Batching, to_device
 from open_instruct.data.plan import Plan
 from open_instruct.errors import input_faults
 from open_instruct.methods import Method
 from open_instruct.model.evaluation_mode import evaluating
+from open_instruct.model.tokens import context_starts
 from open_instruct.ranking import finite_or_inf
 from open_instruct.training import engines, stored
 from open_instruct.training.forward import Forward, switch_on
@@ -43,9 +45,35 @@ PROBES = 2  # steps whose examples judge each training
 MAX_STEP_EXAMPLES = 16
 
 
+@dataclass(frozen=True)
+class Starts:
+    """Values of the soft prompt's parameter to choose from, none where the start stays as it is, and their origin."""
+
+    values: Sequence[torch.Tensor] = ()
+    first: str = "the text"
+    others: str = "random tokens"
+
+
+def init_candidates(
+    method: Method,
+    settings: Any,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    context: Context | None = None,
+) -> Starts:
+    """Return the starts to choose from. A soft prompt that replaces a context starts from pieces of that."""
+    init = getattr(settings, method.init_flag) if method.init_flag else None
+    if context and init in ("text", "screened") and settings.prompt_tuning_init_text is None:
+        count = CANDIDATES if init == "screened" else 1
+        choices = context_starts(context.ids, settings.num_virtual_tokens, count)
+        values = [method.start_of(model, ids) for ids in choices]
+        return Starts(values, "the context's first tokens", "the context's pieces")
+    return Starts(method.init_candidates(model, tokenizer, settings, CANDIDATES)) if init == "screened" else Starts()
+
+
 def search_init(
     method: Method,
-    candidates: Sequence[torch.Tensor],
+    starts: Starts,
     accelerator: Accelerator,
     forward: Forward,
     examples: Examples,
@@ -55,37 +83,28 @@ def search_init(
 
     Args:
         method: the run's method.
-        candidates: values of the soft prompt's parameter, a text's first; none: the start stays as it is.
+        starts: what to choose from.
         accelerator: joins the run's processes.
         forward: the run's forward pass, activated.
         examples: training examples.
         plan: the examples of each step.
     """
-    if not candidates:
+    if not starts.values:
         return
     model, best = forward.model.model, 0
     if accelerator.is_main_process:
         losses = []
         batches = collate_examples(forward.training, examples, first_examples(plan, JUDGED_ON))
-        for values in candidates:
+        for values in starts.values:
             method.set_init(model, values)
             losses.append(mean_loss(accelerator, forward.model, batches))
         best = min(range(len(losses)), key=lambda i: finite_or_inf(losses[i]))
-        origin = "the text" if best == 0 else f"draw {best} of random tokens"
+        origin = starts.first if best == 0 else f"draw {best} of {starts.others}"
         accelerator.print(
             f"soft prompt starts from {origin}: loss {losses[best]:.4f}, the lowest of {len(losses)} starts "
-            f"(text {losses[0]:.4f}, highest {max(losses):.4f})"
+            f"({starts.first.removeprefix('the ')} {losses[0]:.4f}, highest {max(losses):.4f})"
         )
-    method.set_init(model, candidates[engines.broadcast(best)])
-
-
-def init_candidates(
-    method: Method, settings: Any, model: Any, tokenizer: PreTrainedTokenizerBase
-) -> list[torch.Tensor]:
-    """Return the starts to choose from; none where the initialisation is not screened."""
-    if method.init_flag is None or getattr(settings, method.init_flag) != "screened":
-        return []
-    return method.init_candidates(model, tokenizer, settings, CANDIDATES)
+    method.set_init(model, starts.values[engines.broadcast(best)])
 
 
 def search_rate(

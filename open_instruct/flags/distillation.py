@@ -1,0 +1,37 @@
+"""Flags of distillation: an adapter that replaces a context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from open_instruct.flags import combinations as checks
+from open_instruct.flags.declare import flag
+
+
+@dataclass(frozen=True)
+class DistillationFlags:
+    """Distillation of a context into an adapter."""
+
+    distill_context: str | None = flag(
+        None,
+        "text file whose effect the adapter learns: its outputs come near to those of the base with this text before "
+        "each conversation, which the adapter never sees. The rows' answers only choose the positions",
+        check=checks.cannot_distill,
+        on_resume="content",
+    )
+    distill_loss: Literal["forward", "reverse", "mixed"] = flag(
+        "forward",
+        "divergence from the base with the context. forward: KL(it, adapter); reverse: KL(adapter, it); mixed: their "
+        "mean",
+        needs="distill_context",
+        on_resume="same",
+    )
+    distill_weight: float = flag(
+        1.0,
+        "share of the divergence in the loss; the rest is the usual loss of the rows' answers",
+        needs="distill_context",
+        above=0,
+        at_most=1,
+        on_resume="same",
+    )

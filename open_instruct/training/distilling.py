@@ -1,0 +1,79 @@
+"""Distillation in a run: the context is read and checked, and the forward pass gets its teacher."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from open_instruct.data.context import Context, read_context
+from open_instruct.errors import InputError
+from open_instruct.model import loading
+from open_instruct.model.distillation import DistillationSettings, DistilledModel, teacher_problem
+from open_instruct.model.precision import autocast
+from open_instruct.model.training_model import PackedModel
+from open_instruct.training import engines, forward
+from open_instruct.training.forward import Forward
+
+FLAG = "--distill_context"
+
+
+def read(
+    settings: DistillationSettings | None, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, longest: int
+) -> Context | None:
+    """Return the context, or None where nothing is distilled.
+
+    Args:
+        settings: of the run.
+        tokenizer: with its chat template.
+        config: the base's.
+        longest: tokens of the longest example.
+
+    Raises:
+        InputError: the context can't be read, or the longest example does not fit behind it.
+    """
+    if settings is None:
+        return None
+    context, room = read_context(settings.file, tokenizer, FLAG), loading.context_length(config)
+    needed = len(context.ids) + longest - context.num_shared
+    if room and needed > room:
+        most = room - len(context.ids) + context.num_shared
+        remedy = f"cut examples with --max_seq_length {most}, or shorten the text" if most > 1 else "shorten the text"
+        raise InputError(
+            f"{FLAG} {settings.file} has {len(context.ids):,} tokens, and with the longest example, of {longest:,}, it "
+            f"needs {needed:,} positions of the model's {room:,}: {remedy}"
+        )
+    return context
+
+
+def distilled(
+    chosen: Forward,
+    settings: DistillationSettings | None,
+    context: Context | None,
+    accelerator: Accelerator,
+    dtype: torch.dtype,
+) -> Forward:
+    """Return the run's forward pass with the context's teacher in it, after comparing that with the base's own.
+
+    Raises:
+        InputError: the model can't be packed, or the teacher would be wrong.
+    """
+    if settings is None or context is None:
+        return chosen
+    packed = chosen.model
+    if not isinstance(packed, PackedModel):
+        raise InputError(f"{FLAG} needs the packed forward pass, which is not possible ({chosen.description})")
+    model = DistilledModel(packed.model, packed.soft_prompt, packed.backend, packed.head_name, context, settings)
+    problem = ""
+    device = model.causal.device.type
+    if device == accelerator.device.type:  # else its weights are still to be sharded
+        with autocast(device, dtype):
+            probe = forward.probe_rows(model.model)[1]["input_ids"]
+            problem = teacher_problem(model, probe, forward.tolerance(model.causal, dtype))
+    if engines.is_sharded(engines.engine_of(accelerator)):
+        problem = engines.broadcast(problem)
+    if problem:
+        raise InputError(f"{FLAG} is not possible ({problem}): use another model or --attn_backend")
+    return replace(chosen, model=forward.in_precision(model, accelerator, dtype))

@@ -1,0 +1,236 @@
+"""Distillation equals its definition: a plain forward pass of teacher and student, softmax in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from open_instruct.data import chat, packing
+from open_instruct.data.context import Context, context_of
+from open_instruct.errors import InputError
+from open_instruct.model import distillation
+from open_instruct.model.backends import BACKENDS
+from open_instruct.model.distillation import DistillationSettings, DistilledModel, teacher_problem
+from open_instruct.model.shared_prefix import SoftPrompt
+from tests.conftest import TINY_MODEL
+from tests.tiny_models import VARIANTS, VOCAB, examples, gradient_error, random_model, wrap
+
+BOS = 1
+ADAPTERS = [variant for variant in VARIANTS if variant != "full"]
+PAIRS = [
+    (architecture, variant)
+    for architecture in ("llama", "gemma3_text", "mistral", "qwen2")
+    for variant in ADAPTERS
+    if architecture == "llama" or variant in ("lora", "prompt_tuning", "prefix_tuning")
+]
+
+
+def context(num_shared: int, length: int = 13) -> Context:
+    """Return random tokens, with a beginning-of-sequence token if the rows share it."""
+    ids = torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(5)).tolist()
+    return Context((BOS, *ids[1:]) if num_shared else tuple(ids), num_shared, False)
+
+
+def rows(num_shared: int) -> list[dict[str, Any]]:
+    """Return examples that begin as the context does."""
+    return [
+        {**row, "input_ids": [BOS, *row["input_ids"][1:]] if num_shared else row["input_ids"]} for row in examples()
+    ]
+
+
+def distilled(model: Any, method: Any, text: Context, kind: str = "forward", weight: float = 1.0) -> DistilledModel:
+    """Return the model as a run makes it."""
+    settings = DistillationSettings("", kind, weight)
+    return DistilledModel(model, partial(method.soft_prompt, model), BACKENDS["blocked"], "find", text, settings)
+
+
+def reference(model: Any, text: Context, kind: str, weight: float) -> tuple[float, torch.Tensor]:
+    """Return the loss and its gradient, an example at a time, by forward passes of transformers and PEFT alone."""
+    model.eval()
+    model.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for row in rows(text.num_shared):
+        ids, spans = row["input_ids"], row["spans"]
+        labels = [i for start, end in zip(spans[::2], spans[1::2], strict=True) for i in range(max(start, 1), end)]
+        at = torch.tensor(labels) - 1
+        whole, _ = text.before(ids)
+        with torch.no_grad(), model.disable_adapter():
+            wanted = model.get_base_model()(input_ids=torch.tensor([whole]), use_cache=False).logits[0]
+        wanted = wanted[at + len(whole) - len(ids)].double().softmax(-1)
+        logits = model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), use_cache=False).logits[0]
+        mine = logits[at + len(logits) - len(ids)].double().softmax(-1)
+        forward, reverse = (wanted * (wanted / mine).log()).sum(), (mine * (mine / wanted).log()).sum()
+        one = {"forward": forward, "reverse": reverse, "mixed": (forward + reverse) / 2}[kind]
+        answers = -mine[torch.arange(len(at)), torch.tensor(ids)[labels]].log().sum()
+        total = total + weight * one + (1 - weight) * answers
+    total.backward()
+    return total.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def measured(packed: DistilledModel, num_shared: int) -> tuple[float, torch.Tensor]:
+    """Return the loss and its gradient, from one packed row."""
+    packed.model.zero_grad()
+    with packed:
+        loss, _ = packed(**packing.pack(rows(num_shared)))
+        loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in packed.model.parameters() if p.requires_grad])
+
+
+def errors(packed: DistilledModel, text: Context, kind: str = "forward", weight: float = 1.0) -> tuple[float, float]:
+    """Return the relative errors of loss and gradient."""
+    loss, gradient = reference(packed.model, text, kind, weight)
+    found, found_gradient = measured(packed, text.num_shared)
+    return abs(found / loss - 1), gradient_error(found_gradient, gradient)
+
+
+@pytest.mark.parametrize("architecture, variant", PAIRS)
+def test_packed_distillation_equals_the_plain_one(architecture, variant):
+    model, method = wrap(variant, random_model(architecture))
+    text = context(num_shared=1)
+    assert max(errors(distilled(model, method, text), text)) < 1e-5
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+@pytest.mark.parametrize("num_shared", [0, 1])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "mixed"])
+def test_every_loss_equals_the_plain_one(kind, num_shared, weight):
+    model, method = wrap("prefix_tuning", random_model("llama"))
+    text = context(num_shared)
+    assert max(errors(distilled(model, method, text, kind, weight), text, kind, weight)) < 1e-5
+
+
+@pytest.mark.parametrize("mistake", ["no context", "positions", "order", "dropped token"])
+def test_a_wrong_teacher_is_found(mistake, monkeypatch):
+    """The negative controls: both this file's reference and the check before a run see them."""
+    model, method = wrap("prefix_tuning", random_model("llama"))
+    text = context(num_shared=1)
+    packed = distilled(model, method, text)
+    if mistake == "dropped token":
+        packed.context = replace(text, num_shared=0)
+    else:
+        own = DistilledModel.context_prompt
+
+        def mistaken(self: DistilledModel, device: torch.device) -> tuple[SoftPrompt, torch.Tensor]:
+            prompt, last = own(self, device)
+            if mistake == "no context":
+                return SoftPrompt(), last
+            if mistake == "positions":
+                return replace(prompt, length=0), last
+            return replace(prompt, keys_values=[(keys.flip(2), values) for keys, values in prompt.keys_values]), last
+
+        monkeypatch.setattr(DistilledModel, "context_prompt", mistaken)
+    assert min(errors(packed, text)) > 1e-3
+    if mistake != "dropped token":  # which the check takes for the context
+        assert teacher_problem(packed, rows(1)[1]["input_ids"], 1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gemma3_text", "qwen2", "granite"])
+def test_a_context_in_pieces_is_the_same(architecture, monkeypatch):
+    """Windows shorter than the pieces, and longer ones."""
+    model, method = wrap("lora", random_model(architecture))
+    text = context(num_shared=1, length=37)
+    whole = measured(distilled(model, method, text), 1)
+    monkeypatch.setattr(distillation, "CHUNK", 5)
+    pieces = measured(distilled(model, method, text), 1)
+    assert pieces[0] == pytest.approx(whole[0], rel=1e-5)
+    assert gradient_error(pieces[1], whole[1]) < 1e-4
+    assert not teacher_problem(distilled(model, method, text), rows(1)[1]["input_ids"], 1e-4)
+
+
+def test_measures_and_the_base():
+    """Labels' losses of student and teacher; the base as a student; nothing changes the model or its mode."""
+    model, method = wrap("lora", random_model("llama"))
+    text = context(num_shared=1)
+    packed, batch = distilled(model, method, text), packing.pack(rows(1))
+    model.train()
+    with packed, torch.no_grad():
+        before = packed(**batch)[0].item()
+        with packed.without_adapter():
+            base = packed(**batch)[0].item()
+            with packed.measuring("student"):
+                base_answers = packed(**batch)[0].item()
+        with packed.measuring("teacher"):
+            teacher_answers = packed(**batch)[0].item()
+        assert packed(**batch)[0].item() == before != base
+    assert model.training and packed.teacher is not None
+    assert packed.num_context_bytes() == 2 * 3 * 2 * 13 * 8 * 4  # keys and values, L, K, C, E, bytes
+    with model.disable_adapter():
+        assert base_answers == pytest.approx(plain_loss(model, Context((BOS,), 1, False)), rel=1e-5)
+        assert teacher_answers == pytest.approx(plain_loss(model, text), rel=1e-5)
+
+
+def plain_loss(model: Any, text: Context) -> float:
+    """Return the base's summed cross-entropy of the labels behind a context, an example at a time."""
+    total = 0.0
+    for row in rows(1):
+        ids, _ = text.before(row["input_ids"])
+        moved = len(ids) - len(row["input_ids"])
+        scores = model.get_base_model()(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        for start, end in zip(row["spans"][::2], row["spans"][1::2], strict=True):
+            total -= sum(scores[i + moved - 1, ids[i + moved]].item() for i in range(max(start, 1), end))
+    return total
+
+
+def test_a_trained_head_is_refused():
+    model, method = wrap("lora", random_model("llama"))
+    model.get_base_model().get_output_embeddings().weight.requires_grad_(True)
+    with pytest.raises(InputError, match="frozen output layer"):
+        distilled(model, method, context(1))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The bundled model's tokenizer."""
+    loaded = AutoTokenizer.from_pretrained(TINY_MODEL)
+    chat.set_chat_template(loaded, "tulu", False)
+    return loaded
+
+
+@pytest.mark.parametrize("name", ["tulu", "chatml", "zephyr"])
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_a_context_is_the_system_message(tokenizer, name, add_bos):
+    """Context + conversation are the tokens of the conversation with that system message."""
+    if name != "tulu" or add_bos:
+        tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+        tokenizer.bos_token = tokenizer.bos_token or tokenizer.eos_token
+        chat.set_chat_template(tokenizer, name, add_bos)
+    messages = [{"role": "user", "content": "narrow dry"}, {"role": "assistant", "content": "dry narrow"}]
+    text = context_of("open small", tokenizer)
+    (row,), (spans,) = chat.tokenize(tokenizer, [messages], 1000)
+    whole = chat.tokenize(tokenizer, [[{"role": "system", "content": "open small"}, *messages]], 1000)
+    assert text.is_system and text.num_shared == int(add_bos)
+    assert (text.before(row, spans)[0], text.before(row, spans)[1]) == (whole[0][0], whole[1][0])
+
+
+def test_a_template_without_system_messages_gets_plain_text(tokenizer):
+    own = AutoTokenizer.from_pretrained(TINY_MODEL)
+    own.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}{{ message['content'] }}\n{% endfor %}"
+    )
+    text = context_of("open small\n", own)
+    assert not text.is_system and own.decode(text.ids) == "open small\n\n"
+
+
+def test_wrong_contexts(train, tmp_path, capsys):
+    """Each is refused in one line before the model is loaded."""
+    empty, long = tmp_path / "empty.txt", tmp_path / "long.txt"
+    empty.write_text(" \n")
+    long.write_text("narrow " * 2000)
+    for words, expected in [
+        (["--use_lora", "--distill_context", str(tmp_path / "none.txt")], "none.txt"),
+        (["--use_lora", "--distill_context", str(empty)], "is empty"),
+        (["--use_lora", "--distill_context", str(long)], "positions of the model's"),
+        (["--use_lora", "--distill_weight", "0.5"], "without --distill_context"),
+        (["--distill_context", str(long)], "frozen base"),
+        (["--use_lora", "--distill_context", str(long), "--packing", "False"], "packed forward pass"),
+    ]:
+        result = train("run", *words)
+        assert result.code == 2 and expected in result.err
+    assert not Path(tmp_path / "run").exists()
