@@ -60,6 +60,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default="none",
         help="how answers are simplified before exact match (default: none)",
     )
+    add(
+        "--context",
+        metavar="FILE",
+        help="text before each conversation; the base is measured behind it, too, and each model's distance from that",
+    )
     add("--max_samples", type=at_least(1), help="number of rows, drawn by seed; unset: all")
     add("--max_new_tokens", type=at_least(1), default=256, help="largest number of tokens of an answer (default: 256)")
     add("--batch_size", type=at_least(1, 10**6), default=16, help="largest number of rows at once (default: 16)")
@@ -83,6 +88,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give one of --file and --lm_eval_tasks")
     if args.lm_eval_tasks and args.engine != "transformers":
         parser.error("--engine belongs to --file: drop it for --lm_eval_tasks")
+    if args.context and args.lm_eval_tasks:
+        parser.error("--context belongs to --file: drop it for --lm_eval_tasks")
     if args.answer_regex:
         check_regex(args.answer_regex)
     return args
@@ -127,6 +134,7 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
             args.batch_size,
             args.seed,
             args.bad_rows,
+            args.context,
             **options,
         )
     text = report.markdown(result)

@@ -47,6 +47,17 @@ require_variables() {
     done
 }
 
+# require_counts NAME …: stop if one is set to anything but a positive number.
+require_counts() {
+    local name
+    for name in "$@"; do
+        if [[ ! "${!name:-1}" =~ ^[1-9][0-9]{0,8}$ ]]; then
+            echo "error: $name ${!name} is no positive number: give one, or leave it unset" >&2
+            exit 2
+        fi
+    done
+}
+
 # launch FLAG …: run finetune_peft.py, in several processes through accelerate. Environment variables (default):
 #   MODEL (the bundled model)            TRAIN_FILE (the bundled sample)     VALIDATION_FILE (held out from TRAIN_FILE)
 #   OUTPUT_DIR (output/NAME_OF_SCRIPT)   NUM_PROCESSES (GPUs, or 1)          TOTAL_BATCH_SIZE (16)
@@ -56,6 +67,7 @@ require_variables() {
 #   PRINT_COMMAND=1: print the command instead of running it
 launch() {
     local gpus=0 processes total per_gpu accumulation command flags engine=${ENGINE:-zero2}
+    require_counts NUM_PROCESSES TOTAL_BATCH_SIZE BATCH_SIZE_PER_GPU
     if command -v nvidia-smi >/dev/null 2>&1; then
         gpus=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
     fi

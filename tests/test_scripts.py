@@ -75,6 +75,11 @@ def test_a_launcher_for_real_runs_asks_for_what_it_needs():
     assert result.returncode == 2 and "error: MODEL is not set" in result.stderr
 
 
+WRONG_COUNTS = [
+    (name, value)
+    for name in ("NUM_PROCESSES", "TOTAL_BATCH_SIZE", "BATCH_SIZE_PER_GPU")
+    for value in ("0", "-1", "abc", "2x", "1e3", "08", "x[$(exit)]")
+]
 ENGINES = {"ddp": "--multi_gpu", "zero2": "--use_deepspeed", "zero3": "--use_deepspeed", "fsdp": "--use_fsdp"}
 
 
@@ -157,12 +162,22 @@ def test_several_gpus_take_the_deepspeed_configuration(tmp_path):
     assert json.loads(config.read_text())["zero_optimization"]["stage"] == 2
 
 
-def test_a_batch_that_does_not_divide_is_refused():
-    variables = {**os.environ, "PRINT_COMMAND": "1", "TOTAL_BATCH_SIZE": "10", "BATCH_SIZE_PER_GPU": "4"}
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"TOTAL_BATCH_SIZE": "10", "BATCH_SIZE_PER_GPU": "4"}, "TOTAL_BATCH_SIZE 10 is no multiple"),
+        *(({name: value}, f"{name} {value} is no positive number") for name, value in WRONG_COUNTS),
+    ],
+)
+def test_a_wrong_batch_is_refused(variables, words):
+    """Bash would compute with words as if they were 0, and divide by it."""
     result = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "test_finetune_lora.sh")], env=variables, capture_output=True, text=True
+        ["bash", str(ROOT / "scripts" / "test_finetune_lora.sh")],
+        env={**os.environ, "PRINT_COMMAND": "1", **variables},
+        capture_output=True,
+        text=True,
     )
-    assert result.returncode == 2 and "TOTAL_BATCH_SIZE 10 is no multiple" in result.stderr
+    assert result.returncode == 2 and words in result.stderr
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/accelerate/*.yaml")), ids=lambda path: path.name)

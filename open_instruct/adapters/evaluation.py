@@ -13,11 +13,14 @@ from open_instruct.adapters import answer_metrics, writing
 from open_instruct.adapters.answer_metrics import METRICS, Statistic
 from open_instruct.adapters.folders import BASE
 from open_instruct.adapters.generation import Sampling
-from open_instruct.adapters.scoring import answer_losses
+from open_instruct.adapters.scoring import answer_losses, divergences
 from open_instruct.adapters.served import Served, load
 from open_instruct.data import chat, questions
+from open_instruct.data.context import Context, read_context
 from open_instruct.data.questions import Question
 from open_instruct.errors import InputError
+
+IN_CONTEXT = "base + context"
 
 
 def evaluate(
@@ -32,6 +35,7 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 42,
     bad_rows: str = "error",
+    context: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Measure base and adapters on a file; the flags of `evaluate_peft.py --help` say more of the arguments.
@@ -48,6 +52,7 @@ def evaluate(
         batch_size: most rows computed at once.
         seed: seed of the choice of rows and of the bootstrap.
         bad_rows: "error", or "skip": leave out rows that can't be used.
+        context: text file that the base is measured behind as well; None: it is not.
         options: further arguments of `load`.
 
     Returns:
@@ -61,7 +66,8 @@ def evaluate(
         references = [str(question.reference) for question in rows]
         answer_metrics.exact_matches(references, references, answer_regex, normaliser)
     served = load(adapter, model_name_or_path, **options)
-    return measure(served, rows, names, answer_regex, normaliser, max_new_tokens, batch_size, seed)
+    text = read_context(context, served.tokenizer, "--context") if context else None
+    return measure(served, rows, names, answer_regex, normaliser, max_new_tokens, batch_size, seed, text)
 
 
 def chosen_questions(file: str, max_samples: int | None, seed: int, bad_rows: str = "error") -> list[Question]:
@@ -86,30 +92,42 @@ def measure(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
+    context: Context | None = None,
 ) -> dict[str, Any]:
-    """Return all figures of base and adapters; see `evaluate`."""
+    """Return all figures of base, base behind a context, and adapters; see `evaluate`.
+
+    Raises:
+        InputError: the context leaves no room, or no row has a label.
+    """
     draws = answer_metrics.resamples(len(rows), seed)
     references = [str(question.reference) for question in rows]
-    models = [BASE, *served.names]
-    max_length = served.max_length(*models)  # the same for all, so that all score the same tokens
+    models: dict[str, Context | None] = dict.fromkeys([BASE, *([IN_CONTEXT] if context else []), *served.names])
+    if context:
+        models[IN_CONTEXT] = context
+    max_length = room(served, context)  # the same for all, so that all score the same tokens
     figures: dict[str, dict[str, dict[str, Any]]] = {}
     answers = {}
     num_truncated = num_unlabelled = num_unanswered = 0
-    for name in models:
+    for name, before in models.items():
         statistics: dict[str, Statistic] = {}
         figures[name] = {}
         if "loss" in names:
-            losses, num_truncated, num_unlabelled = loss_statistics(served, name, rows, max_length, batch_size)
+            losses, num_truncated, num_unlabelled = loss_statistics(
+                served, name, rows, max_length, batch_size, context, before
+            )
             num_labelled = len(rows) - num_unlabelled
             figures[name] = answer_metrics.figures(losses, num_labelled, answer_metrics.resamples(num_labelled, seed))
         if set(names) - {"loss"}:
             prompts = [questions.prompt_ids(served.tokenizer, question.messages) for question in rows]
             num_unanswered = sum(len(prompt) >= max_length for prompt in prompts) if max_length else 0
-            answer_of = dict(served.stream(prompts, name, Sampling(max_new_tokens=max_new_tokens), batch_size))
+            if before:
+                prompts = [before.before(prompt)[0] for prompt in prompts]
+            sampling, adapter = Sampling(max_new_tokens=max_new_tokens), BASE if before else name
+            answer_of = dict(served.stream(prompts, adapter, sampling, batch_size))
             answers[name] = [answer_of[i][0] for i in range(len(rows))]
             statistics |= answer_statistics(answers[name], references, names, answer_regex, normaliser)
         figures[name] |= answer_metrics.figures(statistics, len(rows), draws)
-    differences = {name: answer_metrics.differences(figures[name], figures[BASE]) for name in served.names}
+    differences = {name: answer_metrics.differences(figures[name], figures[BASE]) for name in models if name != BASE}
     for by_metric in figures.values():
         for figure in by_metric.values():
             del figure["drawn"]
@@ -123,6 +141,7 @@ def measure(
         "answer_regex": answer_regex,
         "normaliser": normaliser,
         "writing": dict(Counter(writing.writing_of(reference) for reference in references)),
+        "tokens_before": tokens_before(served, context),
         "figures": figures,
         "differences_from_base": differences,
         "examples": [
@@ -132,12 +151,53 @@ def measure(
     }
 
 
+def room(served: Served, context: Context | None) -> int | None:
+    """Return how many tokens a row may have with all models; None: unlimited.
+
+    Raises:
+        InputError: the context leaves none.
+    """
+    most = served.max_length(BASE, *served.names)
+    whole = served.max_length(BASE)
+    if context is None or most is None or whole is None:
+        return most
+    left = whole - len(context.ids) + context.num_shared
+    if left < 2:
+        raise InputError(
+            f"--context has {len(context.ids):,} tokens, and the model {whole:,} positions: shorten the text"
+        )
+    return min(most, left)
+
+
+def tokens_before(served: Served, context: Context | None) -> dict[str, int]:
+    """Return how many positions each model computes or keeps before a conversation, if a context is compared."""
+    if context is None:
+        return {}
+    virtual = {name: folder.num_virtual_tokens for name, folder in served.adapters.folders.items()}
+    return {BASE: 0, IN_CONTEXT: len(context.ids) - context.num_shared, **virtual}
+
+
 def loss_statistics(
-    served: Served, name: str, rows: Sequence[Question], max_length: int | None, batch_size: int
+    served: Served,
+    name: str,
+    rows: Sequence[Question],
+    max_length: int | None,
+    batch_size: int,
+    context: Context | None = None,
+    before: Context | None = None,
 ) -> tuple[dict[str, Statistic], int, int]:
     """Return loss and perplexity per labelled token, as statistics of the rows that have a labelled token.
 
     All of the assistant's turns are labelled, as in training.
+
+    Args:
+        served: base and adapters.
+        name: the model.
+        rows: the questions, with answers.
+        max_length: most tokens of a row that are used.
+        batch_size: most rows computed at once.
+        context: where given, the divergence from the base behind it is measured, too.
+        before: the context if the model is the base behind it.
 
     Returns:
         The statistics, how many rows were cut to `max_length` tokens, and how many of these have no label left.
@@ -147,9 +207,14 @@ def loss_statistics(
     """
     messages = [[*question.messages, {"role": "assistant", "content": question.reference}] for question in rows]
     ids, spans = chat.tokenize(served.tokenizer, messages, max_length or 1 << 30)
-    sums = np.array(
-        answer_losses(served.adapters.use(name), ids, spans, batch_size)
-    )  # [rows, 2]: loss, labelled tokens
+    if before:
+        behind = [before.before(row, row_spans) for row, row_spans in zip(ids, spans, strict=True)]
+        losses = answer_losses(
+            served.adapters.use(BASE), [row for row, _ in behind], [moved for _, moved in behind], batch_size
+        )
+    else:
+        losses = answer_losses(served.adapters.use(name), ids, spans, batch_size)
+    sums = np.array(losses)  # [rows, 2]: loss, labelled tokens
     if not sums[:, 1].sum():
         raise InputError(
             f"no row has a labelled token within the model's maximum of {max_length} tokens: give shorter rows"
@@ -164,8 +229,17 @@ def loss_statistics(
     def perplexity(indices: np.ndarray) -> float:
         return math.exp(min(loss(indices), 700.0))  # above, float64 overflows
 
+    statistics: dict[str, Statistic] = {"loss": loss, "perplexity": perplexity}
+    if context:
+        if before:
+            apart = np.zeros_like(labelled)
+        else:
+            wholes = [context.before(row)[0] for row in ids]
+            all_apart = np.array(divergences(served.adapters.use, name, ids, wholes, spans))
+            apart = all_apart[sums[:, 1] > 0]
+        statistics["divergence"] = lambda indices: float(apart[indices, 0].sum() / labelled[indices, 1].sum())
     num_truncated = sum(len(row) == max_length for row in ids)
-    return {"loss": loss, "perplexity": perplexity}, num_truncated, len(rows) - len(labelled)
+    return statistics, num_truncated, len(rows) - len(labelled)
 
 
 def answer_statistics(

@@ -5,12 +5,13 @@ A row's figures do not depend on the rows beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from open_instruct.adapters.folders import BASE
 from open_instruct.data.chat import Spans
 
 LOGITS_AT_ONCE = 1 << 28  # elements: half a gigabyte in bfloat16
@@ -48,6 +49,43 @@ def token_scores(model: Any, rows: Sequence[Sequence[int]], batch_size: int) -> 
             losses = F.cross_entropy(logits_TV.float(), targets, reduction="none")
             scores[i] = losses.cpu(), (logits_TV.argmax(-1) == targets).cpu()
     return scores
+
+
+@torch.no_grad()
+def divergences(
+    use: Callable[[str], Any],
+    name: str,
+    rows: Sequence[Sequence[int]],
+    wholes: Sequence[Sequence[int]],
+    spans: Sequence[Spans],
+) -> list[tuple[float, int]]:
+    """Return, for each row, how far a model is from the base behind a context, in nats, and its labelled tokens.
+
+    Args:
+        use: returns base or adapter by its name, as `Adapters.use`.
+        name: of the model.
+        rows: token ids of each row.
+        wholes: the same rows behind the context, which ends where a row begins.
+        spans: [start, end) of the labelled tokens of each row; the first token of a row is left out.
+
+    Returns:
+        KL(base behind the context ‖ model), summed over the positions that predict labelled tokens.
+    """
+    sums = []
+    for row, whole, row_spans in zip(rows, wholes, spans, strict=True):
+        labelled = [i for start, end in row_spans for i in range(max(start, 1), end)]
+        if not labelled:
+            sums.append((0.0, 0))
+            continue
+        from_end = torch.tensor(labelled) - 1 - len(row)
+        both = []
+        for model, ids in ((use(BASE), whole), (use(name), row)):
+            inputs = torch.tensor([ids], device=next(model.parameters()).device)
+            logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits[0]
+            both.append(logits[from_end + len(logits)].float().log_softmax(-1))
+        total = F.kl_div(both[1], both[0], reduction="sum", log_target=True)
+        sums.append((total.double().item(), len(labelled)))
+    return sums
 
 
 def answer_losses(

@@ -18,6 +18,7 @@ WRITING = {
 UNITS = {
     "loss": "nats per labelled token",
     "perplexity": "per labelled token",
+    "divergence": "nats per labelled token",
     "exact_match": "share of rows",
     "bleu": "0 to 100",
 }
@@ -36,6 +37,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"| {metric} | " + " | ".join(cell(result["figures"][name][metric]) for name in names) + " |"
         for metric in metrics
     ]
+    if before := result.get("tokens_before"):
+        lines.append("| tokens before a conversation | " + " | ".join(f"{before[name]:,}" for name in names) + " |")
     other = {kind: count for kind, count in result.get("writing", {}).items() if kind != "latin"}
     if other:
         kinds = ", ".join(f"{count} {WRITING[kind]}" for kind, count in other.items())

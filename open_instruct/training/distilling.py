@@ -9,15 +9,19 @@ from accelerate import Accelerator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from open_instruct.data.context import Context, read_context
-from open_instruct.errors import InputError
+from open_instruct.data.dataset import Examples
+from open_instruct.errors import InputError, warn
 from open_instruct.model import loading
-from open_instruct.model.distillation import DistillationSettings, DistilledModel, teacher_problem
+from open_instruct.model.distillation import DistillationSettings, DistilledModel, Measure, teacher_problem
 from open_instruct.model.precision import autocast
 from open_instruct.model.training_model import PackedModel
 from open_instruct.training import engines, forward
+from open_instruct.training.evaluation import held_out_loss
 from open_instruct.training.forward import Forward
 
 FLAG = "--distill_context"
+LEAST_USE = 0.02  # share of the loss by which a context that is used lowers it
+MEASURES: tuple[Measure, ...] = ("student", "teacher")
 
 
 def read(
@@ -77,3 +81,34 @@ def distilled(
     if problem:
         raise InputError(f"{FLAG} is not possible ({problem}): use another model or --attn_backend")
     return replace(chosen, model=forward.in_precision(model, accelerator, dtype))
+
+
+def worth_of_context(
+    accelerator: Accelerator, prepared: torch.nn.Module, chosen: Forward, examples: Examples | None
+) -> dict[str, float | int]:
+    """Measure what the context does for the held-out answers, print it, and warn where it is next to nothing.
+
+    Args:
+        accelerator: joins the run's processes, which all call this.
+        prepared: the run's module, as the engine prepared it.
+        chosen: the run's forward pass.
+        examples: held-out examples, or None.
+
+    Returns:
+        Entries of summary.json; losses in nats per labelled token. Empty where nothing is distilled or held out.
+    """
+    model = chosen.model
+    if not isinstance(model, DistilledModel) or examples is None:
+        return {}
+    losses = []
+    for measure in MEASURES:
+        with model.measuring(measure):
+            losses.append(held_out_loss(accelerator, prepared, examples, chosen.evaluation, adapter=False)[0])
+    base, teacher = losses
+    accelerator.print(f"held-out answers: loss {base:.4f} for the base, {teacher:.4f} with the context before them")
+    if not teacher < (1 - LEAST_USE) * base and accelerator.is_main_process:
+        warn(
+            f"this context does not help the base with the held-out answers (loss {base:.4f} without it, {teacher:.4f} "
+            "with it): the adapter learns to answer as the base does behind it, and no better"
+        )
+    return {"context_tokens": len(model.context.ids), "base_answer_loss": base, "teacher_answer_loss": teacher}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -159,10 +159,11 @@ def run(
             accelerator, prepared, optimizer, schedule, method, chosen, data, plan, loop, metrics, doctor, folder, guard
         )
         with metrics, explained_faults(accelerator, state, before.output.checkpoints):
+            worth = distilling.worth_of_context(accelerator, prepared, chosen, data.held_out)
             fit(job, state)
 
     # Save
-    summary = save_result(resolved, job, state, config, tokenizer, model, samples, measure)
+    summary = save_result(resolved, job, state, config, tokenizer, model, samples, worth, measure)
     if bases:
         bases.give_back(before.model, model)
     tracking.end_trackers(accelerator)
@@ -177,6 +178,7 @@ def save_result(
     tokenizer: Any,
     model: Any,
     samples: sample_answers.SampleAnswers,
+    worth: Mapping[str, Any],
     measure: Callable[[Any, Any, Data], dict[str, Any]],
 ) -> dict[str, Any] | None:
     """Write the best parameters or the last ones, then let the model answer, and write the rest of the results.
@@ -234,6 +236,7 @@ def save_result(
         "peak_memory_mb": tracking.peak_memory_mb(),
         "exact_match": exact_match,
         "samples": answers,
+        **worth,
         **measured,
     }
     output.finish(resolved.output, job.folder, state, summary, f"{method.name}: {job.folder.path.name}")
