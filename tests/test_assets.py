@@ -1,7 +1,11 @@
 """The bundled sample and model are what their programs say."""
 
 import json
+import random
 
+import open_instruct
+from assets import make_book
+from assets.book import ONE, TWO, conversation, draw_book, text_of
 from assets.make_data import rows
 from assets.word_skills import SKILLS
 from tests.conftest import ROOT, TINY_MODEL
@@ -48,3 +52,26 @@ def test_the_bundled_model_is_small_and_has_the_skills_only_when_they_are_named(
     skills = json.loads((TINY_MODEL / "pretraining.json").read_text())["exact_match"]
     assert skills["reverse"]["named"] > 0.9
     assert skills["reverse"]["unnamed"] < 0.3
+
+
+def test_the_book_is_what_its_program_writes():
+    rng = random.Random(make_book.SEED)
+    facts = draw_book(rng, make_book.NUM_FACTS)
+    files = {
+        "book.txt": text_of(facts) + "\n",
+        "train.jsonl": "".join(json.dumps(row) + "\n" for row in make_book.rows(rng, facts)),
+        "heldout.jsonl": "".join(json.dumps(row) + "\n" for row in make_book.unseen_rows(rng, facts)),
+    }
+    assert {name: (ROOT / "data" / "book" / name).read_text() for name in files} == files
+
+
+def test_the_lookup_model_looks_facts_up():
+    """Behind its book it answers every question; behind another book it answers from that."""
+    served = open_instruct.load(model_name_or_path=str(ROOT / "assets" / "lookup-model"))
+    facts = draw_book(random.Random("another"), 40)
+    chats = [
+        [{"role": "system", "content": text_of(facts)}, conversation(facts[i : i + 1 + i % 2], wording)[0]]
+        for i, wording in enumerate([ONE[0], TWO[1], ONE[2], TWO[2], ONE[3]])
+    ]
+    answers = [texts[0] for texts in served.answers(chats, sampling=open_instruct.Sampling(12))]
+    assert answers == [text_of(facts[i : i + 1 + i % 2]) for i in range(5)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+import open_instruct
 from open_instruct.data import chat, packing
 from open_instruct.data.context import Context, context_of
 from open_instruct.errors import InputError
@@ -18,7 +21,8 @@ from open_instruct.model import distillation
 from open_instruct.model.backends import BACKENDS
 from open_instruct.model.distillation import DistillationSettings, DistilledModel, teacher_problem
 from open_instruct.model.shared_prefix import SoftPrompt
-from tests.conftest import TINY_MODEL
+from open_instruct.model.tokens import context_starts
+from tests.conftest import ROOT, TINY_MODEL
 from tests.tiny_models import VARIANTS, VOCAB, examples, gradient_error, random_model, wrap
 
 BOS = 1
@@ -234,3 +238,94 @@ def test_wrong_contexts(train, tmp_path, capsys):
         result = train("run", *words)
         assert result.code == 2 and expected in result.err
     assert not Path(tmp_path / "run").exists()
+
+
+BOOK, LOOKUP = ROOT / "data" / "book", ROOT / "assets" / "lookup-model"
+DISTIL = (
+    "--use_prefix_tuning", "--num_virtual_tokens", "18", "--distill_context", str(BOOK / "book.txt"),
+    "--validation_file", str(BOOK / "heldout.jsonl"),
+)  # fmt: skip
+
+
+def test_a_book_is_distilled(train, tmp_path):
+    """With nothing set it comes near to the base behind the book; the figures of the evaluation say how near."""
+    run = train("run", *DISTIL, "--max_train_steps", "200", data=BOOK / "train.jsonl", model=LOOKUP)
+    assert run.code == 0, run.err
+    summary = run.summary
+    assert summary["context_tokens"] == 144
+    assert summary["teacher_answer_loss"] < 0.01 < 3 < summary["base_answer_loss"]
+    assert summary["final_eval_loss"] < 0.5 * summary["base_eval_loss"]
+    assert "starts from" in run.out and "of the context's pieces" in run.out
+    result = open_instruct.evaluate(
+        str(BOOK / "heldout.jsonl"), f"it={run.folder}", context=str(BOOK / "book.txt"), max_new_tokens=12,
+        names=("loss", "exact_match"),
+    )  # fmt: skip
+    figures = {name: {item: figure["value"] for item, figure in of.items()} for name, of in result["figures"].items()}
+    assert list(figures) == ["base", "base + context", "it"]
+    assert figures["base + context"]["exact_match"] == 1 and figures["base + context"]["divergence"] == 0
+    assert figures["base"]["exact_match"] < figures["it"]["exact_match"]
+    assert figures["it"]["divergence"] == pytest.approx(summary["final_eval_loss"], rel=1e-3)
+    assert figures["base"]["divergence"] == pytest.approx(summary["base_eval_loss"], rel=1e-3)
+    assert figures["base"]["loss"] == pytest.approx(summary["base_answer_loss"], rel=1e-3)
+    assert figures["base + context"]["loss"] == pytest.approx(summary["teacher_answer_loss"], rel=1e-3)
+    assert result["tokens_before"] == {"base": 0, "base + context": 144, "it": 18}
+
+
+def test_a_distillation_resumes_bit_for_bit(train, tmp_path):
+    """And only with the same text, wherever it lies."""
+    flags = (*DISTIL, "--max_train_steps", "12", "--checkpointing_steps", "6", "--eval_steps", "6")
+    book = {"data": BOOK / "train.jsonl", "model": LOOKUP}
+    whole = train("whole", *flags, **book)
+    shutil.copytree(whole.folder, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step_12")
+    (tmp_path / "half" / "summary.json").unlink()  # it was not finished
+    moved = tmp_path / "moved.txt"
+    shutil.copy(BOOK / "book.txt", moved)
+    again = ["--distill_context" if word == "--distill_context" else word for word in flags]
+    again[again.index(str(BOOK / "book.txt"))] = str(moved)
+    resumed = train("half", *again, "--resume_from_checkpoint", **book)
+    assert resumed.code == 0, resumed.err
+    first, second = (load_file(run.folder / "adapter_model.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    moved.write_text("ant apples")
+    (tmp_path / "half" / "summary.json").unlink()
+    other = train("half", *again, "--resume_from_checkpoint", **book)
+    assert other.code == 2 and "context to distil was" in other.err
+
+
+def test_a_useless_context_is_said(train, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("ant apples")
+    flags = ["--use_lora", "--distill_context", str(text), "--max_train_steps", "1"]
+    run = train("run", *flags, data=BOOK / "train.jsonl", model=LOOKUP)
+    assert run.code == 0 and "does not help the base" in run.err
+
+
+def test_starts_from_a_context():
+    """Its first tokens, then pieces of it in their order; a short text is repeated."""
+    torch.manual_seed(0)
+    ids = list(range(100))
+    first, *others = context_starts(ids, 20, 5)
+    assert first == ids[:20] and len(others) == 4
+    for start in others:
+        assert len(start) == 20 and start != first
+        pieces = [start[i : i + 8] for i in range(0, 20, 8)]
+        assert all(piece == list(range(piece[0], piece[0] + len(piece))) for piece in pieces)
+        assert [piece[0] for piece in pieces] == sorted(piece[0] for piece in pieces)
+    assert context_starts([7, 8], 5, 2)[0] == [7, 8, 7, 8, 7]
+    assert len(context_starts([7, 8], 5, 2)[1]) == 5 and len(context_starts(ids, 3, 2)[1]) == 3
+
+
+def test_the_first_tokens_start_is_the_contexts_own_prefix():
+    """Keys and values of the first P tokens are those of the teacher's prefix at these positions."""
+    model, method = wrap("prefix_tuning", random_model("llama"))
+    text = context(num_shared=1)
+    method.set_init(model, method.start_of(model, list(text.ids[:5])))
+    packed = distilled(model, method, text)
+    with packed, torch.no_grad(), packed.without_adapter():
+        prompt, _ = packed.context_prompt(torch.device("cpu"))
+    for (keys, values), (all_keys, all_values) in zip(
+        method.soft_prompt(model).keys_values, prompt.keys_values, strict=True
+    ):
+        torch.testing.assert_close(keys, all_keys[:, :, :5])
+        torch.testing.assert_close(values, all_values[:, :, :5])

@@ -15,7 +15,7 @@ from open_instruct.command_line import parse
 from open_instruct.errors import InputError
 from open_instruct.finetune_peft import main
 from open_instruct.flags import FIELDS, METHOD_FLAGS, Flags, check_flags
-from open_instruct.training import base_model, identity, settings
+from open_instruct.training import base_model, distilling, identity, settings
 from open_instruct.training.continuing import adopt_adapter
 from open_instruct.training.load_data import load_data
 from tests.conftest import TINY_MODEL, write_conversations
@@ -60,6 +60,8 @@ OTHER = {
     "dtype": ["bfloat16"],
     "eval_steps": ["1"],
     "warmup_ratio": ["0.5"],
+    "distill_context": ["{context}"],
+    "distill_weight": ["0.5"],
 }
 REPLACES = {  # what has to go beside a flag
     "dataset_name": ["train_file"],
@@ -102,7 +104,9 @@ def given(tmp_path_factory) -> SimpleNamespace:
     change_json(folder / "config" / "config.json", rms_norm_eps=0.5)
     change_json(folder / "model" / "config.json", rms_norm_eps=0.25)
     change_json(folder / "tokenizer" / "tokenizer_config.json", eos_token="<pad>")
-    return SimpleNamespace(folder=folder, data=data, other=other)
+    context = folder / "context.txt"
+    context.write_text("narrow dry old open")
+    return SimpleNamespace(folder=folder, data=data, other=other, context=context)
 
 
 def change_json(path: Path, **changes: Any) -> None:
@@ -118,8 +122,10 @@ def identity_of(given: SimpleNamespace, flags: dict[str, list[str]]) -> dict[str
     parsed, origins, adapter = adopt_adapter(parsed, origins)
     config = base_model.load_base_config(settings.base_model_settings(parsed))
     before = settings.before_data(parsed, origins, config, adapter)
-    data = load_data(before.data, Accelerator(), base_model.load_base_tokenizer(before.tokenizer))
-    own = identity.of_data(before, data, None, config, before.plan(len(data.train), 1), 1)
+    tokenizer = base_model.load_base_tokenizer(before.tokenizer)
+    data = load_data(before.data, Accelerator(), tokenizer)
+    context = distilling.read(before.distillation, tokenizer, config, data.longest)
+    own = identity.of_data(before, data, context, config, before.plan(len(data.train), 1), 1)
     recipe = {name: getattr(parsed, name) for name in identity.OF_THE_RECIPE}
     return json.loads(json.dumps({**own, **recipe}, default=str))
 
@@ -142,6 +148,8 @@ def beside(name: str, flags: dict[str, list[str]]) -> dict[str, list[str]]:
     """Common flags without those that the flag excludes, and with the method that it needs."""
     methods = FIELDS[name].metadata["methods"]
     chosen = {} if name in METHOD_FLAGS or name == "adapter_name_or_path" else {f"use_{[*methods, 'lora'][0]}": []}
+    if FIELDS[name].metadata["needs"] == "distill_context":
+        chosen["distill_context"] = ["{context}"]
     return {key: value for key, value in flags.items() if key not in REPLACES.get(name, ())} | chosen
 
 

@@ -240,6 +240,7 @@ def before_data(
         num_virtual_tokens = method.recommended_virtual_tokens(context, flags.max_seq_length)
         origins = {**origins, "num_virtual_tokens": "recipe"}
     length = conversation_length(context, num_virtual_tokens, flags.max_seq_length)
+    seed = flags.seed if flags.split_seed is None else flags.split_seed
     members = mixture_members(flags.dataset_mixer, flags.dataset_mixer_list)
     sources = (*(flags.train_file or ()), *(name for name, _ in members), flags.validation_file, flags.dataset_name)
     trackers = tuple(flags.report_to) if flags.with_tracking and flags.report_to != ["none"] else ()
@@ -269,7 +270,24 @@ def before_data(
             chat_template_name=flags.chat_template_name,
             add_bos=flags.add_bos,
         ),
-        data=data_settings(flags, members, length),
+        data=DataSettings(
+            train_files=tuple(flags.train_file or ()),
+            dataset_name=flags.dataset_name,
+            dataset_config_name=flags.dataset_config_name,
+            mixture=members,
+            mixture_splits=tuple(flags.dataset_mixer_list_splits),
+            messages_key=flags.sft_messages_key,
+            skip_bad_rows=flags.bad_rows == "skip",
+            validation_file=flags.validation_file,
+            validation_fraction=flags.validation_fraction,
+            max_eval_samples=flags.max_eval_samples,
+            max_train_samples=flags.max_train_samples,
+            seed=seed,
+            max_length=length,
+            num_workers=flags.preprocessing_num_workers,
+            cache_dir=None if flags.dataset_skip_cache else Path(flags.dataset_local_cache_dir),
+            overwrite_cache=flags.overwrite_cache,
+        ),
         processes=ProcessSettings(
             compute_dtype=model.compute_dtype,
             seed=flags.seed,
@@ -313,34 +331,6 @@ def before_data(
             entity=flags.wandb_entity,
             run_name=flags.run_name or f"{flags.exp_name}__{method.name}__{flags.seed}__{int(time.time())}",
         ),
-    )
-
-
-def data_settings(flags: Flags, members: tuple[tuple[str, str], ...], max_length: int) -> DataSettings:
-    """Return the settings of the data.
-
-    Args:
-        flags: checked flags.
-        members: see `mixture_members`.
-        max_length: most tokens kept of a conversation.
-    """
-    return DataSettings(
-        train_files=tuple(flags.train_file or ()),
-        dataset_name=flags.dataset_name,
-        dataset_config_name=flags.dataset_config_name,
-        mixture=members,
-        mixture_splits=tuple(flags.dataset_mixer_list_splits),
-        messages_key=flags.sft_messages_key,
-        skip_bad_rows=flags.bad_rows == "skip",
-        validation_file=flags.validation_file,
-        validation_fraction=flags.validation_fraction,
-        max_eval_samples=flags.max_eval_samples,
-        max_train_samples=flags.max_train_samples,
-        seed=flags.seed if flags.split_seed is None else flags.split_seed,
-        max_length=max_length,
-        num_workers=flags.preprocessing_num_workers,
-        cache_dir=None if flags.dataset_skip_cache else Path(flags.dataset_local_cache_dir),
-        overwrite_cache=flags.overwrite_cache,
     )
 
 
