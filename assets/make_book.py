@@ -2,8 +2,8 @@
 
 Run from the repository root: python -m assets.make_book
 
-book.txt is the context. train.jsonl asks about it in some wordings, for one fact at a time and for two. heldout.jsonl
-asks for every fact alone and in pairs, in wordings that training never uses.
+book.txt is the context. train.jsonl asks about it in some wordings, for one fact or two at a time, up to four times in
+a conversation. heldout.jsonl asks for every fact alone and in pairs, in wordings that training never uses.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from assets.book import ONE, TWO, conversation, draw_book, text_of
 
 FOLDER = Path("data/book")
 NUM_FACTS = 48
-NUM_TRAINED = 1500
+NUM_TRAINED = 1000
+MOST_TURNS = 4  # questions of a conversation
 SEED = 7
 TRAINED_ONE, UNSEEN_ONE = ONE[:2], ONE[2:]
 TRAINED_TWO, UNSEEN_TWO = TWO[:2], TWO[2:]
 
 
 def rows(rng: random.Random, facts: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    """Yield the questions of training."""
+    """Yield the conversations of training."""
     for number in range(NUM_TRAINED):
-        asked = rng.sample(facts, rng.choice((1, 2)))
-        wording = rng.choice(TRAINED_ONE if len(asked) == 1 else TRAINED_TWO)
-        yield {"id": f"book_{number}", "messages": conversation(asked, wording), "source": "book"}
+        messages = []
+        for _ in range(rng.randint(1, MOST_TURNS)):
+            asked = rng.sample(facts, rng.choice((1, 2)))
+            messages += conversation(asked, rng.choice(TRAINED_ONE if len(asked) == 1 else TRAINED_TWO))
+        yield {"id": f"book_{number}", "messages": messages, "source": "book"}
 
 
 def unseen_rows(rng: random.Random, facts: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
