@@ -17,7 +17,8 @@ overwrite=()
 [[ -n "${OUTPUT_DIR:-}" ]] || overwrite=(--overwrite_output_dir)
 python open_instruct/finetune_peft.py --model_name_or_path assets/lookup-model --train_file data/book/train.jsonl \
     --validation_file data/book/heldout.jsonl --distill_context data/book/book.txt \
-    "--use_${METHOD:-prefix_tuning}" --num_virtual_tokens "${NUM_VIRTUAL_TOKENS:-9}" --max_train_steps "${STEPS:-3000}" \
-    --learning_rate_factor 2 --logging_steps 100 --num_sample_answers 0 --output_dir "$output" "${overwrite[@]}" "$@"
+    "--use_${METHOD:-prefix_tuning}" --num_virtual_tokens "${NUM_VIRTUAL_TOKENS:-9}" \
+    --max_train_steps "${STEPS:-3000}" --learning_rate_factor 2 \
+    --logging_steps 100 --num_sample_answers 0 --output_dir "$output" "${overwrite[@]}" "$@"
 python open_instruct/evaluate_peft.py --adapter "distilled=$output" --file data/book/heldout.jsonl \
     --context data/book/book.txt --metrics loss exact_match --max_new_tokens 12

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
+from open_instruct.data.context import Context
+from open_instruct.data.plan import Plan
 from open_instruct.errors import warn
 from open_instruct.flags import Flags
 from open_instruct.methods import model_facts
@@ -38,7 +42,7 @@ from open_instruct.training.load_data import Data, load_data
 from open_instruct.training.loop import TrainingJob, fit, stop_at_end
 from open_instruct.training.optimizer import make_optimizer
 from open_instruct.training.preemption import Preempted, RunGuard
-from open_instruct.training.settings import Resolved
+from open_instruct.training.settings import Resolved, Settings
 from open_instruct.training.state import History, TrainState, median_norm
 
 
@@ -83,22 +87,10 @@ def run(
     accelerator.print(f"{method.title}: {described}")
 
     # Data
-    tokenizer = base_model.load_base_tokenizer(before.tokenizer, adapter)
-    data = load_data(before.data, accelerator, tokenizer)
-    if flags.cache_dataset_only:
-        accelerator.print(data.cached())
+    inputs = read_inputs(before, config, saved, accelerator)
+    if inputs is None:
         return None
-    if flags.keep_best and (line := data.too_few()):
-        accelerator.print(line)
-    before.forward.check_rows(data.longest)
-    plan = before.plan(len(data.train), accelerator.num_processes)
-    context = distilling.read(before.distillation, tokenizer, config, data.longest)
-    if context:
-        accelerator.print(context.describe())
-    own = identity.of_data(before, data, context, config, plan, accelerator.num_processes)
-    engines.check_agreement(accelerator, own)
-    if saved:
-        identity.check_resumed(saved, own)
+    tokenizer, data, context, plan = inputs.tokenizer, inputs.data, inputs.context, inputs.plan
 
     # Model
     base = (bases.take if bases else base_model.load_base)(before.model, config, tokenizer, accelerator)
@@ -141,7 +133,7 @@ def run(
         clip = resolved.optimizer.clip_grad_norm
         optimizer, schedule = make_optimizer(method, chosen.model, resolved.optimizer, plan.num_steps)
         prepared, optimizer = engines.prepare(accelerator, chosen.model, optimizer, clip)
-        own = engines.broadcast(identity.of_run(own, resolved, chosen.attention))
+        own = engines.broadcast(identity.of_run(inputs.identity, resolved, chosen.attention))
         state = TrainState(history=History(prompt_norm=median_norm(vectors)))
         if saved:
             identity.check_resumed(saved, own)
@@ -168,6 +160,47 @@ def run(
         bases.give_back(before.model, model)
     tracking.end_trackers(accelerator)
     return summary
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before its model."""
+
+    tokenizer: Any
+    data: Data
+    context: Context | None
+    plan: Plan
+    identity: dict[str, Any]  # what a resumed run must share, as far as it is known without the model
+
+
+def read_inputs(
+    before: Settings, config: Any, saved: checkpoint.Checkpoint | None, accelerator: Accelerator
+) -> Inputs | None:
+    """Read tokenizer, examples and context, and compare them between processes and with the checkpoint.
+
+    Returns:
+        None where the run only fills the token cache.
+
+    Raises:
+        InputError: they can't be used, or belong to another run.
+    """
+    tokenizer = base_model.load_base_tokenizer(before.tokenizer, before.adapter)
+    data = load_data(before.data, accelerator, tokenizer)
+    if before.flags.cache_dataset_only:
+        accelerator.print(data.cached())
+        return None
+    if before.flags.keep_best and (line := data.too_few()):
+        accelerator.print(line)
+    before.forward.check_rows(data.longest)
+    plan = before.plan(len(data.train), accelerator.num_processes)
+    context = distilling.read(before.distillation, tokenizer, config, data.longest)
+    if context:
+        accelerator.print(context.describe())
+    own = identity.of_data(before, data, context, config, plan, accelerator.num_processes)
+    engines.check_agreement(accelerator, own)
+    if saved:
+        identity.check_resumed(saved, own)
+    return Inputs(tokenizer, data, context, plan, own)
 
 
 def save_result(
