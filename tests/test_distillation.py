@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from open_instruct.model.backends import BACKENDS
 from open_instruct.model.distillation import DistillationSettings, DistilledModel, teacher_problem
 from open_instruct.model.shared_prefix import SoftPrompt
 from open_instruct.model.tokens import context_starts
+from open_instruct.training.dry_run import context_bytes
 from tests.conftest import ROOT, TINY_MODEL
 from tests.tiny_models import VARIANTS, VOCAB, examples, gradient_error, random_model, wrap
 
@@ -163,7 +165,8 @@ def test_measures_and_the_base():
             teacher_answers = packed(**batch)[0].item()
         assert packed(**batch)[0].item() == before != base
     assert model.training and packed.teacher is not None
-    assert packed.num_context_bytes() == 2 * 3 * 2 * 13 * 8 * 4  # keys and values, L, K, C, E, bytes
+    held = sum(tensor.nbytes for pair in packed.teacher[0].keys_values for tensor in pair)
+    assert held == context_bytes(SimpleNamespace(model=packed), packed.causal.config, 4) == 2 * 3 * 2 * 13 * 8 * 4
     with model.disable_adapter():
         assert base_answers == pytest.approx(plain_loss(model, Context((BOS,), 1, False)), rel=1e-5)
         assert teacher_answers == pytest.approx(plain_loss(model, text), rel=1e-5)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from open_instruct.errors import InputError
 from open_instruct.finetune_peft import main
+from open_instruct.methods.facts import DEFAULT_TEXT
 from open_instruct.training import engines
 from tests import warm
 from tests.conftest import ROOT, TINY_MODEL, without_measurements
@@ -102,6 +103,36 @@ def test_two_processes_train_as_one(engine, alone, tmp_path, data_file):
                 assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-5, abs=2e-6)
             first, second = adapter_of(alone / name), adapter_of(tmp_path / name)
             assert (first - second).norm() / first.norm() < 1e-5, name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_distil_as_one(engine, tmp_path, data_file):
+    """Each process has the whole context, computed by a model that some engines have cut into pieces."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    text = tmp_path / "context.txt"
+    text.write_text("Sort the words. wolf fig hammer")
+    distil = ["--max_train_steps", "6", "--distill_context", str(text)]
+    variants = ("lora", "prefix_tuning")
+    runs = [
+        flags(tmp_path / "two", data_file, variant, "True", "--per_device_train_batch_size", "3", *distil)
+        for variant in variants
+    ]
+    result = launch(engine, runs, tmp_path / "launch")
+    assert result.returncode == 0, result.stderr[-3000:]
+    for variant in variants:
+        words = flags(tmp_path / "one", data_file, variant, "True", "--per_device_train_batch_size", "6", *distil)
+        if variant == "prefix_tuning" and ENGINES[engine] in ("ZeRO-3", "FSDP"):  # which start from the usual text
+            words += ["--prompt_tuning_init_text", DEFAULT_TEXT]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert main(words) == 0
+        one, two = (rows_of(tmp_path / name / f"{variant}-True") for name in ("one", "two"))
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
+        first, second = (adapter_of(tmp_path / name / f"{variant}-True") for name in ("one", "two"))
+        assert (first - second).norm() / first.norm() < 1e-5
 
 
 @pytest.mark.distributed

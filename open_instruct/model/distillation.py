@@ -189,11 +189,6 @@ class DistilledModel(PackedModel):
         """Let the context be computed again, as when the model's weights have moved to other processes."""
         self.teacher = None
 
-    def num_context_bytes(self) -> int:
-        """Return the memory of the context's keys and values, 0 before they are computed."""
-        pairs = self.teacher[0].keys_values if self.teacher else None
-        return sum(tensor.nbytes for pair in pairs or () for tensor in pair)
-
 
 def divergence(logits: torch.Tensor, wanted: torch.Tensor, kind: Kind) -> torch.Tensor:
     """Return the Kullback–Leibler divergence of distributions over the whole vocabulary, summed over positions.

@@ -38,6 +38,7 @@ def estimate_mb(
     trains: str,
     dropout: bool = False,
     mask_bytes: int = 0,
+    context_bytes: int = 0,
     sharing: Sharing = Sharing(),
 ) -> dict[str, float]:
     """Return the megabytes of one process in a training step, by what they hold.
@@ -58,11 +59,12 @@ def estimate_mb(
         trains: "soft prompt", "layers" (LoRA, VeRA, IA3) or "full", a key of `KEPT`.
         dropout: the adapter drops inputs, and has to keep the rest of them.
         mask_bytes: of attention's masks that stay on the device.
+        context_bytes: of the keys and values of a context that is distilled.
         sharing: how several processes shard the model.
 
     Returns:
-        weights, gradients, optimizer, activations, logits, masks, with sharded weights those that are gathered at a
-        time, total; in MB of 10⁶ bytes.
+        weights, gradients, optimizer, activations, logits, masks, a context that is distilled, with sharded weights
+        those that are gathered at a time, total; in MB of 10⁶ bytes.
     """
     text = config.get_text_config()
     weights = bytes_of(model)
@@ -82,6 +84,7 @@ def estimate_mb(
         "activations": tokens * (kept_by_layer * layers + recomputed) * activation_bytes,
         "logits": logit_rows * text.vocab_size * 4 * 3,
         "masks": mask_bytes,
+        **({"context": context_bytes} if context_bytes else {}),
     }
     if sharing.weights > 1:  # the weights outside of layers, a layer, and the next one on its way
         in_layers = [bytes_of(module) for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

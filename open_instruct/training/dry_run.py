@@ -10,7 +10,9 @@ from transformers import PretrainedConfig
 from open_instruct.data.packing import Packing
 from open_instruct.data.plan import Plan
 from open_instruct.model import attention_masks, memory
+from open_instruct.model.backends import head_shape
 from open_instruct.model.chunked_loss import rows_at_once
+from open_instruct.model.distillation import DistilledModel
 from open_instruct.training import engines
 from open_instruct.training.forward import Forward
 from open_instruct.training.load_data import Data
@@ -59,6 +61,7 @@ def plan_text(
         settings.method.memory_kind,
         dropout=settings.method.drops_inputs(settings.method_settings),
         mask_bytes=mask_bytes(forward, rows, lengths, settings),
+        context_bytes=context_bytes(forward, config, settings.compute_dtype.itemsize),
         sharing=engines.sharing(engines.engine_of(accelerator), accelerator.num_processes),
     )
     parts = ", ".join(f"{name} {value:,.1f}" for name, value in estimate.items() if name != "total")
@@ -74,6 +77,21 @@ def plan_text(
             f"  memory per process   about {estimate['total']:,.0f} MB ({parts})",
         ]
     )
+
+
+def context_bytes(forward: Forward, config: PretrainedConfig, itemsize: int) -> int:
+    """Return the bytes of the keys and values of a context that is distilled; 0 without one.
+
+    Args:
+        forward: the run's forward pass.
+        config: the base's configuration.
+        itemsize: bytes of a number.
+    """
+    shape = head_shape(config)
+    if not isinstance(forward.model, DistilledModel) or shape is None:
+        return 0
+    numbers = 2 * config.get_text_config().num_hidden_layers * shape.num_key_heads * shape.size
+    return int(numbers * len(forward.model.context.ids) * itemsize)
 
 
 def mask_bytes(forward: Forward, rows: list[list[int]], lengths: Any, settings: Resolved) -> int:
