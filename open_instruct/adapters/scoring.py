@@ -79,7 +79,8 @@ def divergences(
             continue
         from_end = torch.tensor(labelled) - 1 - len(row)
         both = []
-        for model, ids in ((use(BASE), whole), (use(name), row)):
+        for which, ids in ((BASE, whole), (name, row)):
+            model = use(which)  # which switches the other one off
             inputs = torch.tensor([ids], device=next(model.parameters()).device)
             logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits[0]
             both.append(logits[from_end + len(logits)].float().log_softmax(-1))
