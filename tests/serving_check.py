@@ -127,7 +127,7 @@ def check_samples(args: argparse.Namespace, names: list[str]) -> list[str]:
     new = {entry["first"] + number for entry in tokens.values() for number in range(entry["number"])}
     wrong = []
     for name in names:
-        options = {"max_tokens": 500, "temperature": 1.5, "seed": 1, "ignore_eos": True, "logprobs": False, "n": 4}
+        options = {"max_tokens": 400, "temperature": 1.5, "seed": 1, "ignore_eos": True, "logprobs": False, "n": 5}
         answer = ask(args.url, args.model, name, "red green blue", **options)
         drawn = [token for choice in answer["choices"] for token in choice["token_ids"]]
         print(f"  {name}: {len(drawn)} tokens sampled, {len(new & set(drawn))} of them virtual")

@@ -32,6 +32,7 @@ from open_instruct.flags import default_values
 from open_instruct.merge_lora import main as merge_lora_main
 from open_instruct.merge_peft import main as merge_main
 from open_instruct.methods import METHODS
+from open_instruct.serving.checkpoint import added_ids
 from tests.conftest import TINY_MODEL
 
 SHAPE = {
@@ -130,7 +131,8 @@ def test_a_merged_checkpoint_equals_base_and_adapter(kind, rows, bos, method, tm
     assert new_rows == model.get_output_embeddings().weight.shape[0] == model.config.get_text_config().vocab_size
     assert new_rows == (1024 if rows == 1024 else 912)
     ids = list(range(result["tokens"]["adapter"]["first"], result["tokens"]["adapter"]["first"] + 5))
-    assert set(ids) <= set(model.generation_config.suppress_tokens)
+    added = set(range(rows, new_rows))  # the last of them stand for nothing
+    assert set(ids) | added == set(model.generation_config.suppress_tokens) == set(added_ids(tmp_path / "merged"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     start = [tokenizer.bos_token_id] if bos else []
     assert tokenizer("x")["input_ids"][: 5 + len(start)] == ids + start  # before BOS, as PEFT puts them

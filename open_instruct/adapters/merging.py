@@ -83,6 +83,7 @@ def merge(
     }
     wanted = expected(adapters, tokenizer)
     prefixes = prefixes_of(adapters)
+    old_rows = base.get_input_embeddings().weight.shape[0]
     model, new_tokens = merged_model(adapters, tokenizer, templates)
 
     with temporary_folder(Path(output)) as working:
@@ -93,6 +94,7 @@ def merge(
             "adapters": {folder.name: {"path": str(folder.path), "method": folder.title} for folder in folders},
             "tokens": {new.adapter: entry(new, working, prefixes.get(new.adapter)) for new in new_tokens},
             "vocabulary_rows": model.get_input_embeddings().weight.shape[0],
+            "rows_of_the_base": old_rows,
             "quantised_in_training": quantisation(folders, quantised_in_training),
             "dtype": str(model.dtype).removeprefix("torch."),
         }
@@ -275,8 +277,8 @@ def verify(
 
     Returns:
         `largest_difference` of a logit, relative to the largest logit; `leaked_probability`, the most that new tokens
-        take; how many greedy texts are equal, `equal_texts` of `texts` (in float32 all of them; where 16 bits round,
-        near ties may differ).
+        and rows take; how many greedy texts are equal, `equal_texts` of `texts` (in float32 all of them; where 16 bits
+        round, near ties may differ).
 
     Raises:
         InputError: they differ.
@@ -301,7 +303,8 @@ def verify(
             # Other than `max`, this keeps a NaN, which no tolerance allows.
             worst = difference.item() if not difference.item() <= worst else worst
             if prompt:
-                leaked = max(leaked, logits_TV.softmax(-1)[:, all_new_ids].sum(-1).max().item())
+                added = [*all_new_ids, *range(wanted_TV.shape[-1], logits_TV.shape[-1])]
+                leaked = max(leaked, logits_TV.softmax(-1)[:, sorted({*added})].sum(-1).max().item())
         if not worst <= tolerance:
             raise InputError(
                 f"the merged model's logits differ from base + {name} by {worst:.1e} of the largest "

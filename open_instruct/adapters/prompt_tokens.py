@@ -89,7 +89,8 @@ def grow(model: Any, prompts: Sequence[tuple[NewTokens, torch.Tensor]]) -> None:
     text = model.config.get_text_config()
     text.tie_word_embeddings, text.vocab_size = False, num_rows
     model.vocab_size = num_rows
-    ids = [token for new, _ in prompts for token in new.ids]
+    # The rows that only fill up the multiple have logits, too, and stand for nothing.
+    ids = [*(token for new, _ in prompts for token in new.ids), *range(old_rows, num_rows)]
     model.generation_config.suppress_tokens = sorted({*(model.generation_config.suppress_tokens or []), *ids})
 
 

@@ -134,14 +134,39 @@ def read_tokens(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no merged checkpoint, or its merged.json is damaged.
     """
+    tokens = read_merged(folder)["tokens"]
+    if not isinstance(tokens, dict):
+        raise ValueError(f"{folder / MERGED} can't be used (tokens is no object): {REMEDY}")
+    return tokens
+
+
+def added_ids(folder: Path) -> list[int]:
+    """Return the ids that the base did not have: the adapters' tokens, and rows that stand for nothing.
+
+    Raises:
+        ValueError: see `read_tokens`.
+    """
+    content, tokens = read_merged(folder), read_tokens(folder)
+    try:
+        ids = {entry["first"] + number for entry in tokens.values() for number in range(entry["number"])}
+        rows = content.get("vocabulary_rows", 0)
+        return sorted(ids.union(range(content.get("rows_of_the_base", rows), rows)))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / MERGED} can't be used ({error!r}): {REMEDY}") from None
+
+
+def read_merged(folder: Path) -> dict[str, Any]:
+    """Return the content of merged.json.
+
+    Raises:
+        ValueError: it is no merged checkpoint, or its merged.json is damaged.
+    """
     path = folder / MERGED
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        tokens = content["tokens"]
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content["tokens"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} is no merged checkpoint ({path.name}: {error}): give the folder that merge_peft.py made"
         ) from None
-    if not isinstance(tokens, dict):
-        raise ValueError(f"{path} can't be used (tokens is no object): {REMEDY}")
-    return tokens
+    return content

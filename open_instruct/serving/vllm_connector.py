@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import vllm
 
-from open_instruct.serving.checkpoint import Prefix, read_prefixes, read_tokens
+from open_instruct.serving.checkpoint import Prefix, added_ids, read_prefixes
 from open_instruct.serving.slots import can_be_computed, heads_of, slots_of, wanted_prefix
 from open_instruct.serving.vllm_command import PROCESSOR
 
@@ -219,7 +219,7 @@ class PrefixConnector(KVConnectorBase_V1):
 
 
 class Placeholders(LogitsProcessor):
-    """Gives the tokens of all adapters no probability: vLLM does not read `suppress_tokens` of generation_config."""
+    """Gives all rows that a merge added no probability: vLLM does not read `suppress_tokens` of generation_config."""
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -233,9 +233,7 @@ class Placeholders(LogitsProcessor):
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         """Read which tokens they are."""
-        tokens = read_tokens(Path(vllm_config.model_config.model))
-        ids = [entry["first"] + number for entry in tokens.values() for number in range(entry["number"])]
-        self.ids = torch.tensor(ids, dtype=torch.int64, device=device)
+        self.ids = torch.tensor(added_ids(Path(vllm_config.model_config.model)), dtype=torch.int64, device=device)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, V] with minus infinity for these tokens."""
