@@ -2,7 +2,7 @@
 
 Run from the repository root on an otherwise idle machine:
 
-    python -m benchmarks.distillation                       # some minutes on 2 cores
+    python -m benchmarks.distillation                       # 10 to 20 minutes on 2 cores
 
 The peer does what PEFT's example of Cartridges does: the teacher reads the context anew for each example, in padded
 rows, and the student is a `PeftModel` on padded rows; both make all logits. Ours is the run's own forward pass: the
