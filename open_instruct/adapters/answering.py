@@ -108,7 +108,8 @@ def answer_file(
         How many questions have no answer because they fill the model's context.
     """
     names = served.names or [BASE]
-    size = (64 if served.engine else 4) * batch_size  # of what is written at once: a kill loses no more
+    # What is written at once: a kill loses no more. vLLM forms its batches itself, and fills them better from many.
+    size = (64 if served.engine else 4) * batch_size
     max_length = served.max_length(*names)
     num_unanswered = 0
     with (
