@@ -313,7 +313,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(kind, train)
 
 def failing(monkeypatch: pytest.MonkeyPatch, at: set[int], fault: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Let the loss of some training micro-batches, counted from 1, go through `fault`."""
-    calls, own = [], PackedModel._loss
+    calls, own = [], PackedModel.loss
 
     def loss(self, *inputs):
         value = own(self, *inputs)
@@ -322,7 +322,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, at: set[int], fault: Callable[[torc
             return fault(value) if len(calls) - 1 in at else value  # the probe's call is the first
         return value
 
-    monkeypatch.setattr(PackedModel, "_loss", loss)
+    monkeypatch.setattr(PackedModel, "loss", loss)
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_named(train, monkeypatch):

@@ -249,6 +249,18 @@ def test_processes_that_fill_one_entry_together_agree(tokenizer, expected, tmp_p
     assert len(list(cache.iterdir())) == 1
 
 
+def test_an_entry_that_another_process_has_just_moved_away(tokenizer, expected, tmp_path, monkeypatch):
+    """The race of the test above at its worst moment: between this process's writing and its reading."""
+    own = token_cache.publish
+
+    def moved_away(working, entry, replaces):
+        own(working, entry, replaces)
+        shutil.rmtree(entry)
+
+    monkeypatch.setattr(token_cache, "publish", moved_away)
+    assert same(build(tokenizer, tmp_path / "cache"), expected)
+
+
 def test_an_error_of_the_source_is_not_the_caches(tokenizer, tmp_path):
     def rows():
         yield from NAMED[:1100]

@@ -15,7 +15,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -106,12 +106,13 @@ def load_or_fill(entry: Path, tables: Iterable[pa.Table], counts: dict[str, Any]
             return in_memory(tables, counts)
         held.enter_context(removed_by_sigterm(working))
         write(working, tables, counts)
+        # Read under this name: under the other, a process that replaces the entry, too, may just have moved it away.
+        written = read(working)
+        if written is None:
+            raise InputError(f"token cache {entry.parent} does not keep what is written: {REMEDY}")
         with input_faults(f"token cache {entry.parent}", REMEDY):
             publish(working, entry, replaces)
-    written = read(entry)
-    if written is None:
-        raise InputError(f"token cache {entry.parent} does not keep what is written: {REMEDY}")
-    return written
+    return replace(written, entry=entry)
 
 
 def read(entry: Path) -> Tokenised | None:
