@@ -226,7 +226,7 @@ def test_a_template_without_system_messages_gets_plain_text(tokenizer):
 
 
 def test_wrong_contexts(train, tmp_path, capsys):
-    """Each is refused in one line before the model is loaded."""
+    """Each is refused in one line before the model is loaded; one that can't be read, before the rows are."""
     empty, long = tmp_path / "empty.txt", tmp_path / "long.txt"
     empty.write_text(" \n")
     long.write_text("narrow " * 2000)
@@ -240,6 +240,7 @@ def test_wrong_contexts(train, tmp_path, capsys):
     ]:
         result = train("run", *words)
         assert result.code == 2 and expected in result.err
+        assert ("reading" in result.out) == (expected == "positions of the model's")
     assert not Path(tmp_path / "run").exists()
 
 

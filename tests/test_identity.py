@@ -124,7 +124,7 @@ def identity_of(given: SimpleNamespace, flags: dict[str, list[str]]) -> dict[str
     before = settings.before_data(parsed, origins, config, adapter)
     tokenizer = base_model.load_base_tokenizer(before.tokenizer)
     data = load_data(before.data, Accelerator(), tokenizer)
-    context = distilling.read(before.distillation, tokenizer, config, data.longest)
+    context = distilling.read(before.distillation, tokenizer)
     own = identity.of_data(before, data, context, config, before.plan(len(data.train), 1), 1)
     recipe = {name: getattr(parsed, name) for name in identity.OF_THE_RECIPE}
     return json.loads(json.dumps({**own, **recipe}, default=str))

@@ -16,7 +16,7 @@ from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.scoring import answer_losses, divergences
 from open_instruct.adapters.served import Served, load
 from open_instruct.data import chat, questions
-from open_instruct.data.context import Context, read_context
+from open_instruct.data.context import Context, context_of, read_context
 from open_instruct.data.questions import Question
 from open_instruct.errors import InputError
 
@@ -65,9 +65,10 @@ def evaluate(
     if answer_regex and "exact_match" in names:  # checked before the model is loaded
         references = [str(question.reference) for question in rows]
         answer_metrics.exact_matches(references, references, answer_regex, normaliser)
+    text = read_context(context, "--context") if context else None
     served = load(adapter, model_name_or_path, **options)
-    text = read_context(context, served.tokenizer, "--context") if context else None
-    return measure(served, rows, names, answer_regex, normaliser, max_new_tokens, batch_size, seed, text)
+    before = context_of(text, served.tokenizer) if text else None
+    return measure(served, rows, names, answer_regex, normaliser, max_new_tokens, batch_size, seed, before)
 
 
 def chosen_questions(file: str, max_samples: int | None, seed: int, bad_rows: str = "error") -> list[Question]:
@@ -101,10 +102,9 @@ def measure(
     """
     draws = answer_metrics.resamples(len(rows), seed)
     references = [str(question.reference) for question in rows]
-    models: dict[str, Context | None] = dict.fromkeys([BASE, *([IN_CONTEXT] if context else []), *served.names])
-    if context:
-        models[IN_CONTEXT] = context
-    max_length = room(served, context)  # the same for all, so that all score the same tokens
+    models: dict[str, Context | None] = {BASE: None, **({IN_CONTEXT: context} if context else {})}
+    models |= dict.fromkeys(served.names)
+    max_length = max_row_length(served, context)  # the same for all, so that all score the same tokens
     figures: dict[str, dict[str, dict[str, Any]]] = {}
     answers = {}
     num_truncated = num_unlabelled = num_unanswered = 0
@@ -151,7 +151,7 @@ def measure(
     }
 
 
-def room(served: Served, context: Context | None) -> int | None:
+def max_row_length(served: Served, context: Context | None) -> int | None:
     """Return how many tokens a row may have with all models; None: unlimited.
 
     Raises:

@@ -303,8 +303,8 @@ def verify(
             # Other than `max`, this keeps a NaN, which no tolerance allows.
             worst = difference.item() if not difference.item() <= worst else worst
             if prompt:
-                added = [*all_new_ids, *range(wanted_TV.shape[-1], logits_TV.shape[-1])]
-                leaked = max(leaked, logits_TV.softmax(-1)[:, sorted({*added})].sum(-1).max().item())
+                added = sorted({*all_new_ids, *range(wanted_TV.shape[-1], logits_TV.shape[-1])})
+                leaked = max(leaked, logits_TV.softmax(-1)[:, added].sum(-1).max().item())
         if not worst <= tolerance:
             raise InputError(
                 f"the merged model's logits differ from base + {name} by {worst:.1e} of the largest "

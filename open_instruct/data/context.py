@@ -35,7 +35,7 @@ class Context:
     num_shared: int
     is_system: bool
 
-    def before(self, row: Sequence[int], spans: Spans = ()) -> tuple[list[int], Spans]:  # type: ignore[assignment]
+    def before(self, row: Sequence[int], spans: Sequence[tuple[int, int]] = ()) -> tuple[list[int], Spans]:
         """Return a conversation's tokens with the context before them, and its labelled spans where they are then."""
         moved = len(self.ids) - self.num_shared
         return [*self.ids, *row[self.num_shared :]], [(start + moved, end + moved) for start, end in spans]
@@ -51,12 +51,11 @@ class Context:
         return f"context: {len(self.ids):,} tokens, as {form}"
 
 
-def read_context(path: str, tokenizer: PreTrainedTokenizerBase, flag: str) -> Context:
-    """Return the context in a text file.
+def read_context(path: str, flag: str) -> str:
+    """Return the text of a context.
 
     Args:
-        path: the file, UTF-8.
-        tokenizer: with its chat template.
+        path: a text file, UTF-8.
         flag: the flag that named the file, for errors.
 
     Raises:
@@ -65,7 +64,7 @@ def read_context(path: str, tokenizer: PreTrainedTokenizerBase, flag: str) -> Co
     text = read_text(Path(path), f"{flag} {path}", "name a text file", MAX_BYTES)
     if not text.strip():
         raise InputError(f"{flag} {path} is empty: name a file with the text of the context")
-    return context_of(text, tokenizer)
+    return text
 
 
 def context_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Context:

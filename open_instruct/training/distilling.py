@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from open_instruct.data.context import Context, read_context
+from open_instruct.data.context import Context, context_of, read_context
 from open_instruct.data.dataset import Examples
 from open_instruct.errors import InputError, warn
 from open_instruct.model import loading
@@ -24,32 +24,36 @@ LEAST_USE = 0.02  # share of the loss by which a context that is used lowers it
 MEASURES: tuple[Measure, ...] = ("student", "teacher")
 
 
-def read(
-    settings: DistillationSettings | None, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, longest: int
-) -> Context | None:
-    """Return the context, or None where nothing is distilled.
-
-    Args:
-        settings: of the run.
-        tokenizer: with its chat template.
-        config: the base's.
-        longest: tokens of the longest example.
+def read(settings: DistillationSettings | None, tokenizer: PreTrainedTokenizerBase) -> Context | None:
+    """Return the context, or None where nothing is distilled; `tokenizer` has its chat template.
 
     Raises:
-        InputError: the context can't be read, or the longest example does not fit behind it.
+        InputError: the context can't be read.
     """
-    if settings is None:
-        return None
-    context, room = read_context(settings.file, tokenizer, FLAG), loading.context_length(config)
-    needed = len(context.ids) + longest - context.num_shared
-    if room and needed > room:
-        most = room - len(context.ids) + context.num_shared
+    return context_of(read_context(settings.file, FLAG), tokenizer) if settings else None
+
+
+def check_room(context: Context | None, longest: int, config: PretrainedConfig) -> None:
+    """Refuse examples that don't fit behind the context.
+
+    Args:
+        context: None where nothing is distilled.
+        longest: tokens of the longest example.
+        config: the base's.
+
+    Raises:
+        InputError: the longest does not.
+    """
+    positions = loading.context_length(config)
+    if context is None or not positions:
+        return
+    most = positions - len(context.ids) + context.num_shared
+    if longest > most:
         remedy = f"cut examples with --max_seq_length {most}, or shorten the text" if most > 1 else "shorten the text"
         raise InputError(
-            f"{FLAG} {settings.file} has {len(context.ids):,} tokens, and with the longest example, of {longest:,}, it "
-            f"needs {needed:,} positions of the model's {room:,}: {remedy}"
+            f"{FLAG} has {len(context.ids):,} tokens, and with the longest example, of {longest:,}, it needs "
+            f"{positions + longest - most:,} positions of the model's {positions:,}: {remedy}"
         )
-    return context
 
 
 def distilled(

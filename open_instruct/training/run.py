@@ -185,6 +185,7 @@ def read_inputs(
         InputError: they can't be used, or belong to another run.
     """
     tokenizer = base_model.load_base_tokenizer(before.tokenizer, before.adapter)
+    context = distilling.read(before.distillation, tokenizer)
     data = load_data(before.data, accelerator, tokenizer)
     if before.flags.cache_dataset_only:
         accelerator.print(data.cached())
@@ -193,7 +194,7 @@ def read_inputs(
         accelerator.print(line)
     before.forward.check_rows(data.longest)
     plan = before.plan(len(data.train), accelerator.num_processes)
-    context = distilling.read(before.distillation, tokenizer, config, data.longest)
+    distilling.check_room(context, data.longest, config)
     if context:
         accelerator.print(context.describe())
     own = identity.of_data(before, data, context, config, plan, accelerator.num_processes)
