@@ -48,7 +48,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["open_instruct", "open_instruct.*"]),
-    package_data={"open_instruct.study": ["templates/*.j2"]},
+    package_data={"open_instruct.study": ["templates/*.j2"], "open_instruct.adapters": ["self_study.yaml"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

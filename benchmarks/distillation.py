@@ -49,7 +49,7 @@ def make_arms(length: int) -> tuple[Any, DistilledModel, Context]:
     ids = np.random.default_rng(1).integers(3, SHAPE[-1], length).tolist()
     context = Context(tuple(ids), 0, False)
     soft_prompt = partial(METHODS["prefix_tuning"].soft_prompt, model)
-    settings = DistillationSettings("", "forward", 1.0)
+    settings = DistillationSettings("", None, "forward", 1.0)
     return model, DistilledModel(model, soft_prompt, blocked, "linear", context, settings), context
 
 

@@ -66,6 +66,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="combine the adapters' answers into one: the most frequent, or all of them joined",
     )
     add("--system", help="system message for every conversation that has none")
+    add("--context", metavar="FILE", help="text before each conversation, as finetune_peft.py --distill_context has it")
+    add(
+        "--conversations",
+        action="store_true",
+        help="write each question with its answer as a conversation, which training reads; one model, one answer",
+    )
+    add = parser.add_argument_group("self-study: conversations about a text, to distil it from").add_argument
+    add(
+        "--self_study",
+        type=at_least(1),
+        metavar="N",
+        help="let the model write this many questions about the text of --context, and answer them behind it",
+    )
+    add(
+        "--self_study_prompts",
+        metavar="FILE",
+        help="YAML file of the kinds of questions (default: open_instruct/adapters/self_study.yaml)",
+    )
+    add(
+        "--piece_tokens",
+        type=at_least(8),
+        default=512,
+        help="tokens of the piece of the text that a question is about (default: 512)",
+    )
     add = parser.add_argument_group("sampling, as in transformers").add_argument
     add("--max_new_tokens", type=at_least(1), default=256, help="largest number of tokens of an answer (default: 256)")
     add("--do_sample", action="store_true", help="draw tokens at random, instead of taking the likeliest one")
@@ -98,12 +122,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "--temperature, --top_p, --top_k and --num_return_sequences need --do_sample: greedy answers are all alike",
         ),
         (
-            bool(args.input_file) != bool(args.output_file),
-            "--input_file and --output_file go together: give both, or none for a chat",
+            bool(args.input_file or args.self_study) != bool(args.output_file),
+            "--input_file (or --self_study) and --output_file go together: give both, or none for a chat",
         ),
         (
-            not args.input_file and (args.combine or args.resume or args.engine != "transformers"),
-            "--combine, --resume and --engine belong to --input_file: drop them for a chat",
+            not args.output_file
+            and (args.combine or args.resume or args.context or args.conversations or args.engine != "transformers"),
+            "--combine, --resume, --engine, --context and --conversations belong to --input_file: drop them for a chat",
+        ),
+        (
+            bool(args.self_study) and (not args.context or bool(args.input_file)),
+            "--self_study writes questions about the text of --context FILE: give that, and no --input_file",
+        ),
+        (
+            bool(args.self_study_prompts) and not args.self_study,
+            "--self_study_prompts has no effect without --self_study: remove it, or set that flag",
+        ),
+        (
+            bool(args.conversations or args.self_study)
+            and (len(args.adapter or []) > 1 or args.num_return_sequences > 1 or bool(args.combine)),
+            "--conversations and --self_study write one answer of one model: give at most one --adapter, and neither "
+            "--num_return_sequences nor --combine",
+        ),
+        (
+            bool(args.self_study and (args.system or args.conversations)),
+            "--self_study writes conversations, without a system message: remove --system and --conversations",
         ),
     ]
     problems = [text for wrong, text in checks if wrong]
@@ -119,15 +162,18 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
         reading.files_of(args.input_file)
 
     with ending_at_once():  # they import torch: only now that the arguments are checked
-        from open_instruct.adapters import answering, interactive
+        from open_instruct.adapters import answering, interactive, self_study
         from open_instruct.adapters.generation import Sampling
         from open_instruct.adapters.served import load
+        from open_instruct.data.context import context_of, read_context
         from open_instruct.data.questions import read_questions
 
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     rows, num_done = [], 0
-    if args.input_file:
-        rows = read_questions(args.input_file, args.bad_rows)
+    text = read_context(args.context, "--context") if args.context else None
+    kinds = self_study.read_kinds(args.self_study_prompts) if args.self_study else []
+    if args.output_file:
+        rows = read_questions(args.input_file, args.bad_rows) if args.input_file else []
         settings = {
             "adapter": args.adapter or [],
             "model_name_or_path": args.model_name_or_path,
@@ -138,6 +184,10 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
             "system": args.system,
             "combine": args.combine,
             "engine": args.engine,
+            "context": text and hashlib.sha256(text.encode()).hexdigest(),
+            "conversations": args.conversations or None,
+            "kinds": [asdict(kind) for kind in kinds] or None,
+            "piece_tokens": args.piece_tokens if kinds else None,
             **asdict(sampling),
         }
         held.enter_context(answering.locked_output(Path(args.output_file)))
@@ -152,11 +202,31 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
         args.allow_pickle,
         args.engine,
     )
-    if not args.input_file:
+    if not args.output_file:
         interactive.chat(served, sampling, args.system)
         return
+    output = Path(args.output_file)
+    if text and args.self_study:
+        made = self_study.write_conversations(
+            served, text, kinds, args.self_study, output, sampling, args.batch_size, args.piece_tokens
+        )
+        notes = [f"{made.empty} left out: question or answer came out empty"] if made.empty else []
+        if made.behind_piece:
+            notes.append(f"{made.behind_piece} answered behind their piece: the whole text is too long for the model")
+        print("; ".join([f"{made.written} conversations written: {output}", *notes]))
+        return
+    before = context_of(text, served.tokenizer) if text else None
     num_unanswered = answering.answer_file(
-        served, rows, Path(args.output_file), num_done, sampling, args.batch_size, args.system, args.combine
+        served,
+        rows,
+        output,
+        num_done,
+        sampling,
+        args.batch_size,
+        args.system,
+        args.combine,
+        before,
+        args.conversations,
     )
     names = ", ".join(served.names or [folders.BASE])
     without = f"; {num_unanswered} fill the context and have no answer" if num_unanswered else ""

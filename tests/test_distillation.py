@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -16,18 +17,20 @@ from transformers import AutoTokenizer
 
 import open_instruct
 from open_instruct.data import chat, packing
-from open_instruct.data.context import Context, context_of
+from open_instruct.data.context import Context, RowContexts, context_of
+from open_instruct.data.packing import PackingBehindContexts
 from open_instruct.errors import InputError
-from open_instruct.model import distillation
+from open_instruct.model import context_starts, distillation
 from open_instruct.model.backends import BACKENDS
 from open_instruct.model.distillation import DistillationSettings, DistilledModel, teacher_problem
 from open_instruct.model.shared_prefix import SoftPrompt
-from open_instruct.model.tokens import context_starts
+from open_instruct.model.tokens import context_places
 from open_instruct.training.dry_run import context_bytes
 from tests.conftest import ROOT, TINY_MODEL
 from tests.tiny_models import VARIANTS, VOCAB, examples, gradient_error, random_model, wrap
 
 BOS = 1
+EMPTY = RowContexts(0, (), 0, 0, 0.0)  # the rows bring their own
 ADAPTERS = [variant for variant in VARIANTS if variant != "full"]
 PAIRS = [
     (architecture, variant)
@@ -50,9 +53,11 @@ def rows(num_shared: int) -> list[dict[str, Any]]:
     ]
 
 
-def distilled(model: Any, method: Any, text: Context, kind: str = "forward", weight: float = 1.0) -> DistilledModel:
+def distilled(
+    model: Any, method: Any, text: Context | RowContexts, kind: str = "forward", weight: float = 1.0
+) -> DistilledModel:
     """Return the model as a run makes it."""
-    settings = DistillationSettings("", kind, weight)
+    settings = DistillationSettings("", None, kind, weight)
     return DistilledModel(model, partial(method.soft_prompt, model), BACKENDS["blocked"], "find", text, settings)
 
 
@@ -235,12 +240,16 @@ def test_wrong_contexts(train, tmp_path, capsys):
         (["--use_lora", "--distill_context", str(empty)], "is empty"),
         (["--use_lora", "--distill_context", str(long)], "positions of the model's"),
         (["--use_lora", "--distill_weight", "0.5"], "without --distill_context"),
+        (["--use_lora", "--distill_system"], "no training row begins with a system message"),
+        (["--use_lora", "--distill_system", "--distill_column", "note"], "name several contexts"),
+        (["--use_lora", "--distill_column", "note"], "no text in `note`"),
         (["--distill_context", str(long)], "frozen base"),
         (["--use_lora", "--distill_context", str(long), "--packing", "False"], "packed forward pass"),
     ]:
         result = train("run", *words)
         assert result.code == 2 and expected in result.err
-        assert ("reading" in result.out) == (expected == "positions of the model's")
+        about_rows = ("positions of the model's", "no training row begins", "no text in")
+        assert ("reading" in result.out) == expected.startswith(about_rows)
     assert not Path(tmp_path / "run").exists()
 
 
@@ -261,7 +270,7 @@ def test_a_book_is_distilled(method, train):
     assert summary["context_tokens"] == 144
     assert summary["teacher_answer_loss"] < 0.01 < 3 < summary["base_answer_loss"]
     assert summary["final_eval_loss"] < 0.5 * summary["base_eval_loss"]
-    assert ("draw" in run.out and "of the context's pieces" in run.out) == (method == "prefix_tuning")
+    assert ("starts from the context's most attended tokens" in run.out) == (method == "prefix_tuning")
     names, text = ("loss", "exact_match"), str(BOOK / "book.txt")
     result = open_instruct.evaluate(
         str(BOOK / "heldout.jsonl"), f"it={run.folder}", context=text, max_new_tokens=12, names=names
@@ -276,6 +285,8 @@ def test_a_book_is_distilled(method, train):
     assert figures["base + context"]["loss"] == pytest.approx(summary["teacher_answer_loss"], rel=1e-3)
     virtual = 18 if method == "prefix_tuning" else 0
     assert result["tokens_before"] == {"base": 0, "base + context": 144, "it": virtual}
+    assert result["bytes_before"]["base + context"] == 144 * 2 * 3 * 2 * 32 * 4  # layers, heads, head size, float32
+    assert set(result["first_token_seconds"]) == set(figures) and min(result["first_token_seconds"].values()) > 0
 
 
 def test_a_distillation_resumes_bit_for_bit(train, tmp_path):
@@ -300,6 +311,86 @@ def test_a_distillation_resumes_bit_for_bit(train, tmp_path):
     assert other.code == 2 and "context to distil was" in other.err
 
 
+def with_contexts(path: Path, texts: list[str], place: str) -> Path:
+    """Write the book's questions, each with one of the texts, as its system message or in a column."""
+    rows = [json.loads(line) for line in (BOOK / "train.jsonl").read_text().splitlines()[:40]]
+    for number, row in enumerate(rows):
+        text = texts[number % len(texts)]
+        if place == "system" and text:
+            row["messages"].insert(0, {"role": "system", "content": text})
+        elif place != "system":
+            row[place] = text
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("flags", [("--distill_system",), ("--distill_column", "note")])
+def test_one_text_in_all_rows_is_that_text(flags, train, tmp_path):
+    """From a file, from the rows' system messages, from a column: the same run, bit for bit."""
+    book = (BOOK / "book.txt").read_text()
+    rows = with_contexts(tmp_path / "rows.jsonl", [book], "system" if len(flags) == 1 else "note")
+    plain = with_contexts(tmp_path / "plain.jsonl", [""], "system")
+    words = ("--use_prefix_tuning", "--num_virtual_tokens", "18", "--max_train_steps", "4")
+    first = train("file", *words, "--distill_context", str(BOOK / "book.txt"), data=plain, model=LOOKUP)
+    second = train("rows", *words, *flags, data=rows, model=LOOKUP)
+    assert (first.code, second.code) == (0, 0), second.err
+    assert first.summary["final_eval_loss"] == second.summary["final_eval_loss"]
+    assert second.summary["context_tokens"] == 144
+
+
+@pytest.mark.parametrize("num_shared", [0, 1])
+def test_rows_behind_contexts_of_their_own(num_shared):
+    """The loss is that of the rows one at a time, each behind its text; a text in the wrong place is found."""
+    model, method = wrap("prefix_tuning", random_model("llama"))
+    texts = [context(num_shared, length) for length in (13, 7, 1 + num_shared)]
+    own = [{**row, "context": list(text.ids)} for row, text in zip(rows(num_shared), texts, strict=False)]
+    own += rows(num_shared)[len(own) :]  # without a text
+    expected = 0.0
+    for row in own:
+        text = Context(tuple(row["context"]), num_shared, False) if "context" in row else Context((), 0, False)
+        with distilled(model, method, text) if text.ids else distilled(model, method, EMPTY) as one:
+            batch = packing.pack([row]) if text.ids else PackingBehindContexts(99, num_shared).collate([row])
+            expected += one(**batch)[0].item()
+    with distilled(model, method, EMPTY) as packed:
+        found = packed(**PackingBehindContexts(999, num_shared).collate(own))[0].item()
+        exchanged = [{**row, "context": list(texts[0].ids)} for row in own]
+        wrong = packed(**PackingBehindContexts(999, num_shared).collate(exchanged))[0].item()
+        nobody = packed(**PackingBehindContexts(999, num_shared).collate([]))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert wrong != pytest.approx(expected, rel=1e-3)
+    assert [value.item() for value in nobody] == [0, 0]
+
+
+def test_contexts_that_differ_are_distilled_and_resumed(train, tmp_path):
+    """With and without a context in one file; the plan, the worth and the resumption are those of any run."""
+    facts = (BOOK / "book.txt").read_text().split(" , ")
+    texts = [" , ".join(facts[start:] + facts[:start]) for start in (0, 10, 30)]
+    rows = with_contexts(tmp_path / "rows.jsonl", [*texts, ""], "system")
+    flags = ("--use_lora", "--distill_system", "--max_train_steps", "8", "--checkpointing_steps", "4")
+    whole = train("whole", *flags, data=rows, model=LOOKUP)
+    assert whole.code == 0, whole.err
+    assert "of 32 training rows have one of their own" in whole.out
+    assert whole.summary["final_eval_loss"] < whole.summary["base_eval_loss"]
+    assert whole.summary["teacher_answer_loss"] < whole.summary["base_answer_loss"]
+    shutil.copytree(whole.folder, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step_8")
+    (tmp_path / "half" / "summary.json").unlink()
+    resumed = train("half", *flags, "--resume_from_checkpoint", data=rows, model=LOOKUP)
+    assert resumed.code == 0, resumed.err
+    first, second = (load_file(run.folder / "adapter_model.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_file_beside_rows_with_another_text(train, tmp_path):
+    """It is refused, unless it is the same text."""
+    flags = ("--use_lora", "--distill_context", str(BOOK / "book.txt"), "--max_train_steps", "1")
+    same = with_contexts(tmp_path / "same.jsonl", [(BOOK / "book.txt").read_text()], "context")
+    assert train("same", *flags, data=same, model=LOOKUP).code == 0
+    other = with_contexts(tmp_path / "other.jsonl", ["ant apples"], "context")
+    run = train("other", *flags, data=other, model=LOOKUP)
+    assert run.code == 2 and "--distill_column context" in run.err
+
+
 def test_a_useless_context_is_said(train, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("ant apples")
@@ -312,15 +403,15 @@ def test_starts_from_a_context():
     """Its first tokens, then pieces of it in their order; a short text is repeated."""
     torch.manual_seed(0)
     ids = list(range(100))
-    first, *others = context_starts(ids, 20, 5)
+    first, *others = context_places(100, 20, 5)
     assert first == ids[:20] and len(others) == 4
     for start in others:
         assert len(start) == 20 and start != first
         pieces = [start[i : i + 8] for i in range(0, 20, 8)]
         assert all(piece == list(range(piece[0], piece[0] + len(piece))) for piece in pieces)
         assert [piece[0] for piece in pieces] == sorted(piece[0] for piece in pieces)
-    assert context_starts([7, 8], 5, 2)[0] == [7, 8, 7, 8, 7]
-    assert len(context_starts([7, 8], 5, 2)[1]) == 5 and len(context_starts(ids, 3, 2)[1]) == 3
+    assert context_places(2, 5, 2)[0] == [0, 1, 0, 1, 0]
+    assert len(context_places(2, 5, 2)[1]) == 5 and len(context_places(100, 3, 2)[1]) == 3
 
 
 def test_the_first_tokens_start_is_the_contexts_own_prefix():
@@ -336,3 +427,96 @@ def test_the_first_tokens_start_is_the_contexts_own_prefix():
     ):
         torch.testing.assert_close(keys, all_keys[:, :, :5])
         torch.testing.assert_close(values, all_values[:, :, :5])
+
+
+def kept_reference(model: Any, text: Context, kept: list[int]) -> list[torch.Tensor]:
+    """Return what the base predicts for each row behind the context if the row sees only some of its tokens."""
+    base = model.get_base_model()
+    base.set_attn_implementation("eager")
+    logits = []
+    for row in rows(0):
+        whole, _ = text.before(row["input_ids"])
+        length = len(whole)
+        hidden = torch.ones(length, length).triu(1).bool()
+        unkept = [place for place in range(len(text.ids)) if place not in kept]
+        hidden[len(text.ids) :, unkept] = True
+        mask = torch.zeros(length, length).masked_fill(hidden, torch.finfo(torch.float32).min)[None, None]
+        with torch.no_grad(), model.disable_adapter():
+            out = base(input_ids=torch.tensor([whole]), attention_mask=mask, use_cache=False).logits[0]
+        logits.append(out[len(text.ids) :].log_softmax(-1))
+    base.set_attn_implementation("sdpa")
+    return logits
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "olmo2", "granite"])
+def test_a_start_within_the_context_is_the_teacher_that_sees_less(architecture):
+    """A prefix of the teacher's keys at some places gives what the teacher gives if rows see only these places."""
+    model, method = wrap("prefix_tuning", random_model(architecture))
+    text = context(num_shared=0)
+    count = method.soft_prompt(model).length
+    for kept in (list(range(count)), list(range(len(text.ids) - count, len(text.ids))), [0, 2, 3, 7, 11][:count]):
+        expected = kept_reference(model, text, kept)
+        packed = distilled(model, method, text)
+        with packed:
+            (pairs,) = context_starts.keys_values_at(packed, [kept])
+            method.set_init(model, method.start_of_keys(pairs))
+        for row, wanted in zip(rows(0), expected, strict=True):
+            ids = torch.tensor([row["input_ids"]])
+            with torch.no_grad():
+                found = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+            torch.testing.assert_close(found.log_softmax(-1), wanted, rtol=1e-4, atol=1e-4)
+        method.set_init(model, method.start_of(model, [text.ids[place] for place in kept]))
+        with torch.no_grad():  # the same tokens without the context around them are something else
+            found = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        assert (found.log_softmax(-1) - wanted).abs().max() > 1e-3 or kept == list(range(count))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_received_attention_is_the_models_own(architecture):
+    """Summed over layers, heads and the rows' tokens, it is what transformers' eager attention returns."""
+    model, method = wrap("lora", random_model(architecture))
+    text = context(num_shared=0)
+    base = model.get_base_model()
+    base.set_attn_implementation("eager")
+    expected = torch.zeros(len(text.ids), dtype=torch.float64)
+    for row in rows(0):
+        whole, _ = text.before(row["input_ids"])
+        with torch.no_grad(), model.disable_adapter():
+            attentions = base(input_ids=torch.tensor([whole]), output_attentions=True, use_cache=False).attentions
+        for weights in attentions:
+            expected += weights[0, :, len(text.ids) :, : len(text.ids)].double().sum((0, 1))
+    base.set_attn_implementation("sdpa")
+    packed = distilled(model, method, text)
+    with packed:
+        found = context_starts.received_attention(packed, [packing.pack(rows(0))])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_start_with_the_lowest_loss_is_within_the_context(train):
+    """On the bundled book the tokens that get most attention, as they are within it; half of the book is all of it."""
+    flags = [word if word != "18" else "72" for word in DISTIL]
+    run = train("run", *flags, "--max_train_steps", "1", data=BOOK / "train.jsonl", model=LOOKUP)
+    assert "starts from the context's most attended tokens, as they are within it: loss 0.0000" in run.out
+
+
+def test_the_first_token_of_a_prefix_can_stay(train):
+    """And the others do not; beside a flag that would move it, it is refused."""
+    flags, book = (*DISTIL, "--prefix_init", "text"), {"data": BOOK / "train.jsonl", "model": LOOKUP}
+    run = train("run", *flags, "--max_train_steps", "3", "--prefix_freeze_first", **book)
+    assert run.code == 0, run.err
+    one = train("one", *flags, "--max_train_steps", "1", "--learning_rate", "1e-9", **book)
+    end, start = (
+        load_file(folder / "adapter_model.safetensors")["prompt_embeddings"] for folder in (run.folder, one.folder)
+    )
+    assert (end[0] - start[0]).abs().max() < 1e-6 < 1e-3 < (end[1:] - start[1:]).abs().amax(1).min()
+    wrong = train("wrong", *DISTIL, "--prefix_freeze_first", "--weight_decay", "0.1")
+    assert wrong.code == 2 and "would shrink it" in wrong.err
+
+
+def test_an_offloaded_context_is_the_same(train):
+    flags = (*DISTIL, "--max_train_steps", "3")
+    book = {"data": BOOK / "train.jsonl", "model": LOOKUP}
+    assert (
+        train("held", *flags, **book).summary["final_eval_loss"]
+        == train("offloaded", *flags, "--distill_offload", **book).summary["final_eval_loss"]
+    )

@@ -61,6 +61,7 @@ OTHER = {
     "eval_steps": ["1"],
     "warmup_ratio": ["0.5"],
     "distill_context": ["{context}"],
+    "distill_column": ["note"],
     "distill_weight": ["0.5"],
 }
 REPLACES = {  # what has to go beside a flag
@@ -86,7 +87,7 @@ def given(tmp_path_factory) -> SimpleNamespace:
     rows = [
         json.loads(line) for line in write_conversations(data, "reverse", 60, long_every=3).read_text().splitlines()
     ]
-    data.write_text("".join(json.dumps({**row, "talk": row["messages"][-2:]}) + "\n" for row in rows))
+    data.write_text("".join(json.dumps({**row, "talk": row["messages"][-2:], "note": "old"}) + "\n" for row in rows))
     for name in ("model", "tokenizer", "config"):
         shutil.copytree(TINY_MODEL, folder / name)
     words = [
@@ -106,7 +107,12 @@ def given(tmp_path_factory) -> SimpleNamespace:
     change_json(folder / "tokenizer" / "tokenizer_config.json", eos_token="<pad>")
     context = folder / "context.txt"
     context.write_text("narrow dry old open")
-    return SimpleNamespace(folder=folder, data=data, other=other, context=context)
+    spoken = folder / "spoken.jsonl"
+    system = {"role": "system", "content": "old"}
+    spoken.write_text(
+        "".join(json.dumps({"messages": [system, *row["messages"]]}) + "\n" for row in rows[:40]), encoding="utf-8"
+    )
+    return SimpleNamespace(folder=folder, data=data, other=other, context=context, spoken=spoken)
 
 
 def change_json(path: Path, **changes: Any) -> None:
@@ -124,7 +130,7 @@ def identity_of(given: SimpleNamespace, flags: dict[str, list[str]]) -> dict[str
     before = settings.before_data(parsed, origins, config, adapter)
     tokenizer = base_model.load_base_tokenizer(before.tokenizer)
     data = load_data(before.data, Accelerator(), tokenizer)
-    context = distilling.read(before.distillation, tokenizer)
+    context = distilling.context_of_run(before.data.context, data, tokenizer)
     own = identity.of_data(before, data, context, config, before.plan(len(data.train), 1), 1)
     recipe = {name: getattr(parsed, name) for name in identity.OF_THE_RECIPE}
     return json.loads(json.dumps({**own, **recipe}, default=str))
@@ -148,8 +154,10 @@ def beside(name: str, flags: dict[str, list[str]]) -> dict[str, list[str]]:
     """Common flags without those that the flag excludes, and with the method that it needs."""
     methods = FIELDS[name].metadata["methods"]
     chosen = {} if name in METHOD_FLAGS or name == "adapter_name_or_path" else {f"use_{[*methods, 'lora'][0]}": []}
-    if FIELDS[name].metadata["needs"] == "distill_context":
+    if name in ("distill_loss", "distill_weight"):
         chosen["distill_context"] = ["{context}"]
+    if name == "distill_system":
+        chosen["train_file"] = ["{spoken}"]
     return {key: value for key, value in flags.items() if key not in REPLACES.get(name, ())} | chosen
 
 

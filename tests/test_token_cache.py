@@ -253,8 +253,8 @@ def test_an_entry_that_another_process_has_just_moved_away(tokenizer, expected, 
     """The race of the test above at its worst moment: between this process's writing and its reading."""
     own = token_cache.publish
 
-    def moved_away(working, entry, replaces):
-        own(working, entry, replaces)
+    def moved_away(working, entry, *others):
+        own(working, entry, *others)
         shutil.rmtree(entry)
 
     monkeypatch.setattr(token_cache, "publish", moved_away)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from open_instruct.adapters.folders import BASE
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.served import Served
+from open_instruct.data.context import Context
 from open_instruct.data.questions import Question, prompt_ids
 from open_instruct.errors import InputError, input_faults
 from open_instruct.files import check_path, write_json
@@ -91,6 +92,8 @@ def answer_file(
     batch_size: int,
     system: str | None,
     combine: str | None,
+    context: Context | None = None,
+    as_conversations: bool = False,
 ) -> int:
     """Write one line for each question, in their order, a few batches at a time.
 
@@ -103,6 +106,9 @@ def answer_file(
         batch_size: most answers computed at once.
         system: system message of conversations that have none; None: leave them so.
         combine: "vote", "concatenate", or None.
+        context: stands before each conversation.
+        as_conversations: write the answer as the conversation's last turn, in the form that training reads; for one
+            model and one answer.
 
     Returns:
         How many questions have no answer because they fill the model's context.
@@ -119,12 +125,19 @@ def answer_file(
         for start in range(num_done, len(questions), size):
             block = questions[start : start + size]
             prompts = [prompt_ids(served.tokenizer, with_system(question.messages, system)) for question in block]
+            if context:
+                prompts = [context.before(prompt)[0] for prompt in prompts]
             num_unanswered += sum(len(prompt) >= max_length for prompt in prompts) if max_length else 0
             answers: dict[str, list[list[str]]] = {}
             for name in names:
                 answers[name] = [texts for _, texts in sorted(served.stream(prompts, name, sampling, batch_size))]
             for i, question in enumerate(block):
                 by_adapter = {name: answers[name][i] for name in names}
+                if as_conversations:
+                    turn = {"role": "assistant", "content": by_adapter[names[0]][0]}
+                    conversation = {"number": start + i, "messages": [*question.messages, turn]}
+                    file.write(json.dumps(conversation, ensure_ascii=False) + "\n")
+                    continue
                 row: dict[str, Any] = {"number": start + i, "messages": question.messages, "answers": by_adapter}
                 if combine:
                     row[combine] = combined(combine, by_adapter)

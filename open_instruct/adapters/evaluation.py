@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from open_instruct.data import chat, questions
 from open_instruct.data.context import Context, context_of, read_context
 from open_instruct.data.questions import Question
 from open_instruct.errors import InputError
+from open_instruct.model.backends import head_shape
 
 IN_CONTEXT = "base + context"
+TIMED = 10  # questions whose first token is timed
 
 
 def evaluate(
@@ -142,6 +145,8 @@ def measure(
         "normaliser": normaliser,
         "writing": dict(Counter(writing.writing_of(reference) for reference in references)),
         "tokens_before": tokens_before(served, context),
+        "bytes_before": bytes_before(served, context),
+        "first_token_seconds": first_token_seconds(served, rows, models) if context else {},
         "figures": figures,
         "differences_from_base": differences,
         "examples": [
@@ -175,6 +180,39 @@ def tokens_before(served: Served, context: Context | None) -> dict[str, int]:
         return {}
     virtual = {name: folder.num_virtual_tokens for name, folder in served.adapters.folders.items()}
     return {BASE: 0, IN_CONTEXT: len(context.ids) - context.num_shared, **virtual}
+
+
+def bytes_before(served: Served, context: Context | None) -> dict[str, int]:
+    """Return the bytes of keys and values that a request keeps before its conversation; empty where that is unknown."""
+    base = served.adapters.base
+    shape, layers = head_shape(base.config), getattr(base.config.get_text_config(), "num_hidden_layers", None)
+    if shape is None or not layers:
+        return {}
+    each = 2 * layers * shape.num_key_heads * shape.size * base.dtype.itemsize
+    return {name: each * count for name, count in tokens_before(served, context).items()}
+
+
+def first_token_seconds(
+    served: Served, rows: Sequence[Question], models: Mapping[str, Context | None]
+) -> dict[str, float]:
+    """Return the median time from a question to the first token of its answer, one request at a time.
+
+    Models take turns, so that a machine's other work disturbs all of them alike.
+
+    Args:
+        served: base and adapters.
+        rows: the questions, of which the first few are asked.
+        models: the context that stands before each model's conversations, or None.
+    """
+    one, times = Sampling(max_new_tokens=1), defaultdict(list)
+    for question in [rows[0], *rows[:TIMED]]:  # the first one warms up
+        prompt = questions.prompt_ids(served.tokenizer, question.messages)
+        for name, before in models.items():
+            ids = before.before(prompt)[0] if before else prompt
+            start = time.perf_counter()
+            list(served.stream([ids], BASE if before else name, one))
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values[1:])) for name, values in times.items()}
 
 
 def loss_statistics(

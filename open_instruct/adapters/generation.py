@@ -86,6 +86,7 @@ def generate(
     batch_size: int = 32,
     streamer: Any = None,
     cache: Callable[[int], Any] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, list[str]]]:
     """Answer each prompt, and yield its index and its answers as soon as they are there.
 
@@ -102,6 +103,7 @@ def generate(
         batch_size: most rows in a batch.
         streamer: one of transformers' streamers, for one prompt and one answer.
         cache: makes, for a number of rows, the keys and values of the prompts' first tokens, which are not computed.
+        seeds: a seed for each prompt, instead of `sampling.seed` for all.
 
     Yields:
         The index of a prompt, and its `num_return_sequences` answers, without special tokens and surrounding white
@@ -125,8 +127,11 @@ def generate(
                     ids = torch.tensor([list(prompts[index]) for index, _ in batch], device=device)
                     processors = LogitsProcessorList()
                     if sampling.do_sample:
-                        seeds = [seed_of(sampling.seed, prompts[index], copy) for index, copy in batch]
-                        processors = LogitsProcessorList([*sampling.warpers(), DrawByRow(seeds)])
+                        draws = [
+                            seed_of(seeds[index] if seeds else sampling.seed, prompts[index], copy)
+                            for index, copy in batch
+                        ]
+                        processors = LogitsProcessorList([*sampling.warpers(), DrawByRow(draws)])
                     out = model.generate(
                         input_ids=ids,
                         attention_mask=torch.ones_like(ids),

@@ -53,12 +53,15 @@ class Served:
         sampling: Sampling,
         batch_size: int = 32,
         streamer: Any = None,
+        seeds: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, list[str]]]:
         """Yield the answers of one adapter to token ids as they come; see `generation.generate`."""
         model, max_length = self.adapters.use(name), self.max_length(name)
         if self.engine is not None:
-            return self.engine.stream(prompts, name, sampling, max_length)
-        return generation.generate(model, self.tokenizer, prompts, sampling, max_length, batch_size, streamer)
+            return self.engine.stream(prompts, name, sampling, max_length, seeds)
+        return generation.generate(
+            model, self.tokenizer, prompts, sampling, max_length, batch_size, streamer, seeds=seeds
+        )
 
     def answers(
         self,

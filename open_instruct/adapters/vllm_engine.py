@@ -103,7 +103,12 @@ class VllmEngine:
         self.engine: Any = LLM(model=name, **settings)
 
     def stream(
-        self, prompts: Sequence[Sequence[int]], name: str, sampling: Sampling, max_length: int | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        name: str,
+        sampling: Sampling,
+        max_length: int | None,
+        seeds: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, list[str]]]:
         """Yield the answers of one adapter; see `generation.generate`. What is drawn at random is vLLM's."""
         from vllm import SamplingParams
@@ -127,7 +132,7 @@ class VllmEngine:
                     top_p=sampling.top_p,
                     top_k=sampling.top_k,
                     repetition_penalty=sampling.repetition_penalty,
-                    seed=seed_of(sampling.seed, prompt, 0) if sampling.do_sample else None,
+                    seed=seed_of(seeds[index] if seeds else sampling.seed, prompt, 0) if sampling.do_sample else None,
                     stop_token_ids=self.end_ids,
                     stop=[self.end_text] if self.end_text else None,
                 )

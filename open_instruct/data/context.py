@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.data import chat
+from open_instruct.data import chat, forms
 from open_instruct.data.chat import Spans
+from open_instruct.data.texts import plain
 from open_instruct.errors import InputError
 from open_instruct.small_files import read_text
 
 MAX_BYTES = 1 << 26
+CONTEXT = "context"  # role of the message that holds a row's own context, on its way to the tokenizer
 
 
 @dataclass(frozen=True)
@@ -97,3 +101,119 @@ def system_text(text: str, alone: str, begins: str, tokenizer: PreTrainedTokeniz
     if not both.endswith(alone) or text.strip() not in both[: -len(alone)]:
         return None
     return both[: -len(alone)]
+
+
+@dataclass(frozen=True)
+class ContextSource:
+    """Where the context of a row stands: in a column, in its system message, or in a file that holds for all rows.
+
+    Args:
+        column: name of the column, or None.
+        text: of the file, or None. With neither, it is the system message.
+    """
+
+    column: str | None = None
+    text: str | None = None
+
+    @property
+    def is_by_row(self) -> bool:
+        """Rows have contexts of their own."""
+        return self.text is None
+
+    @property
+    def key(self) -> str:
+        """What tells this source from others, for the token cache."""
+        shared = self.text and hashlib.sha256(self.text.encode()).hexdigest()
+        return f"behind a context: {self.column!r} {shared}"
+
+    def with_context(self, source: str, row: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return a row's messages with its own context before them, as a message of the role CONTEXT.
+
+        Raises:
+            InputError: the row has none where it needs one, or another than the file's.
+        """
+        if self.column:
+            text = forms.optional_text(source, row, self.column)
+            if not text.strip():
+                raise InputError(
+                    f"{source}: no text in `{plain(self.column)}`, the column of --distill_column (columns: "
+                    f"{plain(', '.join(row))}): name another column, or remove the row"
+                )
+            return [{"role": CONTEXT, "content": text}, *messages]
+        if self.text is not None:
+            own = row.get(CONTEXT)
+            if isinstance(own, str) and own.strip() and own.strip() != self.text.strip():
+                raise InputError(
+                    f"{source}: its `{CONTEXT}` is another text than that of --distill_context: distil the rows' own "
+                    f"texts with --distill_column {CONTEXT} instead, or remove the column"
+                )
+            return messages
+        if messages[0]["role"] != "system":
+            return messages
+        if len(messages) == 1 or messages[1]["role"] == "system":
+            raise InputError(f"{source}: --distill_system takes one system message before a conversation: mend the row")
+        return [{**messages[0], "role": CONTEXT}, *messages[1:]]
+
+
+def source_of(file: str | None, column: str | None, is_system: bool) -> ContextSource | None:
+    """Return where the contexts of rows stand, with the text of a file; None where there are none.
+
+    Args:
+        file: of --distill_context, or None.
+        column: of --distill_column, or None.
+        is_system: they are the rows' system messages.
+
+    Raises:
+        InputError: the file can't be read.
+    """
+    if not (file or column or is_system):
+        return None
+    return ContextSource(column, file and read_context(file, "--distill_context"))
+
+
+def split_context(messages: Sequence[dict[str, Any]]) -> tuple[str, Sequence[dict[str, Any]]]:
+    """Return the text of a row's own context, "" where it has none, and its other messages."""
+    return (messages[0]["content"], messages[1:]) if messages[0]["role"] == CONTEXT else ("", messages)
+
+
+class ContextTokens:
+    """Tokens of texts that stand before conversations; those of the last texts are kept."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take a tokenizer with its chat template."""
+        self.of_text = lru_cache(256)(lambda text: context_of(text, tokenizer))
+
+    def of(self, text: str) -> list[int]:
+        """Return the ids of a text as a context; none of an empty one."""
+        return list(self.of_text(text).ids) if text else []
+
+
+@dataclass(frozen=True)
+class RowContexts:
+    """Contexts that differ between rows; the examples hold their tokens.
+
+    Args:
+        num_shared: first tokens of every conversation that each context begins with, too.
+        sample: tokens of one of them.
+        num_rows: training examples.
+        num_with: those that have a context.
+        mean_length: its tokens, on average.
+    """
+
+    num_shared: int
+    sample: tuple[int, ...]
+    num_rows: int
+    num_with: int
+    mean_length: float
+
+    @property
+    def key(self) -> str:
+        """What is compared on resume; the tokens are part of the examples' content."""
+        return "the rows' own"
+
+    def describe(self) -> str:
+        """Return in words what they are."""
+        return (
+            f"contexts: {self.num_with:,} of {self.num_rows:,} training rows have one of their own, of "
+            f"{self.mean_length:,.0f} tokens on average"
+        )

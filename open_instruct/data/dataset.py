@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data import chat, token_cache
 from open_instruct.data.bad_rows import BadRows
-from open_instruct.data.token_cache import SCHEMA
+from open_instruct.data.context import ContextTokens, split_context
+from open_instruct.data.token_cache import SCHEMA, SCHEMA_WITH_CONTEXT
 from open_instruct.errors import InputError
 from open_instruct.files import sha256
 
@@ -34,7 +35,7 @@ NO_LIMIT = 2**31  # tokens of a row: what is too long is cut, and counted, after
 class Examples:
     """Tokenised conversations, as rows of a table that may hold others too."""
 
-    table: pa.Table  # columns input_ids, and spans: the bounds [start, end, start, end, …] of what is labelled
+    table: pa.Table  # input_ids; spans: the bounds [start, end, start, end, …] of what is labelled; maybe context
     rows: np.ndarray  # [N]: the rows of the table that belong here
     fingerprint: str  # of the source's content, the tokenizer and the length
     num_read: int = 0  # conversations
@@ -68,13 +69,29 @@ class Examples:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one example as {"input_ids": [int], "spans": [start, end, …]}."""
+        """Return one example as {"input_ids": [int], "spans": [start, end, …]}, with its "context" if it has one."""
         row = int(self.rows[index])
-        return {name: self.table[name][row].as_py() for name in SCHEMA.names}
+        return {name: self.table[name][row].as_py() for name in self.table.column_names}
 
     def subset(self, indices: np.ndarray) -> Examples:
         """Return the examples at `indices`, in that order."""
         return replace(self, rows=self.rows[indices])
+
+    @property
+    def context_lengths(self) -> np.ndarray:
+        """Tokens [N] of each example's own context."""
+        if "context" not in self.table.column_names:
+            return np.zeros(len(self), int)
+        lengths: np.ndarray = pc.list_value_length(self.table["context"]).to_numpy()[self.rows]
+        return lengths
+
+    def has_one_context(self, ids: Sequence[int]) -> bool:
+        """Return whether these tokens are each example's own context."""
+        column = self.table["context"].combine_chunks().take(pa.array(self.rows))
+        if not (self.context_lengths == len(ids)).all():
+            return False
+        values = column.flatten().to_numpy(zero_copy_only=False).reshape(len(self), len(ids))
+        return bool((values == np.asarray(ids)).all())
 
     @cached_property
     def content(self) -> str:
@@ -103,6 +120,7 @@ def build(
     cache_dir: Path | None,
     overwrite_cache: bool = False,
     bad: BadRows | None = None,
+    contexts: ContextTokens | None = None,
 ) -> Examples:
     """Tokenise conversations, or memory-map the result of an earlier run with the same source, tokenizer and length.
 
@@ -114,18 +132,20 @@ def build(
         cache_dir: folder of the cache; None keeps the result in memory.
         overwrite_cache: tokenise again.
         bad: takes the errors of single rows, those of `named_conversations` included; None: the first one is raised.
+        contexts: tokenises the rows' own contexts, which begin their messages (see `ContextSource`); None: they have
+            none.
 
     Raises:
         InputError: no conversation has a labelled token left, or there were bad rows and `bad` does not skip them.
     """
     parts = [TOKENISATION_VERSION, source_key, tokenizer_key(tokenizer), str(tokenizer.chat_template), max_length]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    counts = new_counts()
-    tables = tokenize_all(named_conversations, tokenizer, max_length, counts, bad)
+    counts, schema = new_counts(), SCHEMA_WITH_CONTEXT if contexts else SCHEMA
+    tables = tokenize_all(named_conversations, tokenizer, max_length, counts, bad, contexts)
     if cache_dir is None:
-        tokenised = token_cache.in_memory(tables, counts)
+        tokenised = token_cache.in_memory(tables, counts, schema)
     else:
-        tokenised = token_cache.load_or_fill(cache_dir / fingerprint, tables, counts, overwrite_cache)
+        tokenised = token_cache.load_or_fill(cache_dir / fingerprint, tables, counts, overwrite_cache, schema)
     table, counts = tokenised.table, tokenised.counts
     if table.num_rows == 0:
         if counts["num_read"] == 0:
@@ -165,6 +185,7 @@ def tokenize_all(
     max_length: int,
     counts: dict[str, Any],
     bad: BadRows | None = None,
+    contexts: ContextTokens | None = None,
 ) -> Iterator[pa.Table]:
     """Yield tables of tokenised rows, batch by batch, and update `counts`.
 
@@ -176,15 +197,18 @@ def tokenize_all(
         max_length: tokens of a conversation kept.
         counts: result of `new_counts`.
         bad: takes the errors of single rows; None: the first one is raised.
+        contexts: see `build`.
 
     Raises:
         InputError: there were bad rows, and `bad` does not skip them.
     """
     with tqdm(desc="tokenising", unit=" rows", disable=None, delay=2) as progress:
         for batch in batches(named_conversations, BATCH_ROWS):
-            ids, spans = tokenize_batch(batch, tokenizer, bad)
+            ids, spans, texts = tokenize_batch(batch, tokenizer, bad)
             rows: dict[str, list[list[int]]] = {"input_ids": [], "spans": []}
-            for row_ids, row_spans in zip(ids, spans, strict=True):
+            if contexts:
+                rows["context"] = []
+            for row_ids, row_spans, text in zip(ids, spans, texts, strict=True):
                 counts["num_truncated"] += len(row_ids) > max_length
                 for start in [max(start, 1) for start, end in row_spans if end > max(start, 1)][:1]:
                     counts["first_label"] = min(counts["first_label"] or start, start)
@@ -194,8 +218,10 @@ def tokenize_all(
                     continue
                 rows["input_ids"].append(row_ids[:max_length])
                 rows["spans"].append([bound for span in kept for bound in span])
+                if contexts:
+                    rows["context"].append(contexts.of(text))
             counts["num_read"] += len(ids)
-            yield pa.table(rows, schema=SCHEMA)
+            yield pa.table(rows, schema=SCHEMA_WITH_CONTEXT if contexts else SCHEMA)
             progress.update(len(batch))
     if bad is not None:
         bad.check()
@@ -204,16 +230,18 @@ def tokenize_all(
 
 def tokenize_batch(
     batch: list[tuple[str, list[dict[str, Any]]]], tokenizer: PreTrainedTokenizerBase, bad: BadRows | None
-) -> tuple[list[list[int]], list[chat.Spans]]:
-    """Return the token ids of (source, messages) pairs, uncut, and the spans to be learned.
+) -> tuple[list[list[int]], list[chat.Spans], list[str]]:
+    """Return the token ids of (source, messages) pairs, uncut, the spans to be learned, and the texts of contexts.
 
     Rows that the chat template refuses are noted as bad, and left out.
     """
+    split = [(source, *split_context(messages)) for source, messages in batch]
     try:
-        return chat.tokenize(tokenizer, [messages for _, messages in batch], NO_LIMIT)
+        ids, spans = chat.tokenize(tokenizer, [messages for _, _, messages in split], NO_LIMIT)
+        return ids, spans, [text for _, text, _ in split]
     except InputError:  # which rows they are is found out below
-        ids, spans = [], []
-    for source, messages in batch:
+        ids, spans, texts = [], [], []
+    for source, text, messages in split:
         try:
             row_ids, row_spans = chat.tokenize(tokenizer, [messages], NO_LIMIT)
         except InputError as error:
@@ -224,7 +252,8 @@ def tokenize_batch(
             continue
         ids += row_ids
         spans += row_spans
-    return ids, spans
+        texts.append(text)
+    return ids, spans, texts
 
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

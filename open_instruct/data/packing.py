@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -152,11 +152,41 @@ class Packing:
         """See `Batching`. The longest example of the data set must fit."""
         longest_row = max(int(lengths[row].sum()) for row in self.micro_batches(indices, lengths, 0, 1))
         bound = max(longest_row // 2, int(lengths.max()))
-        return Packing(bound) if bound < longest_row else None
+        return replace(self, max_tokens=bound) if bound < longest_row else None
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return one packed row; see `pack`."""
         return pack(examples or NO_LABELS)
+
+
+@dataclass(frozen=True)
+class PackingBehindContexts(Packing):
+    """A packed row, and beside it the row of the same examples with their own contexts before them.
+
+    Its length is not bounded: nothing is kept of it for a backward pass.
+    """
+
+    num_shared: int = 0  # first tokens of every example that its context begins with, too
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return one packed row, and as `teacher_…` the other one without its targets, which are the same."""
+        whole = pack([behind_context(example, self.num_shared) for example in examples or NO_LABELS])
+        del whole["targets"]
+        return {**super().collate(examples), **{f"teacher_{name}": value for name, value in whole.items()}}
+
+
+def behind_context(example: dict[str, Any], num_shared: int) -> dict[str, Any]:
+    """Return an example {"input_ids", "spans"} with its "context" before it, if it has one.
+
+    Args:
+        example: the example. Its first token is not labelled in the result either.
+        num_shared: see `PackingBehindContexts`.
+    """
+    ids, spans, context = example["input_ids"], example["spans"], example.get("context", ())
+    if not context:
+        return example
+    moved = len(context) - num_shared
+    return {"input_ids": [*context, *ids[num_shared:]], "spans": [max(bound, 1) + moved for bound in spans]}
 
 
 NO_LABELS = [{"input_ids": [0, 0], "spans": []}]  # stands in where a process has no example

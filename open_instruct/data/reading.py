@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from open_instruct.data import forms, lines, shards
 from open_instruct.data.bad_rows import BadRows, note
+from open_instruct.data.context import ContextSource
 from open_instruct.data.kinds import BYTE_ORDER_MARK, TABLE_SUFFIXES, file_kind, is_json, is_table, open_bytes
 from open_instruct.data.texts import shown
 from open_instruct.errors import InputError, input_faults
@@ -220,7 +221,10 @@ def mixture_count(name: str, amount: str, num_rows: int) -> int:
 
 
 def conversations(
-    rows: Iterable[Row], key: str = "messages", bad: BadRows | None = None
+    rows: Iterable[Row],
+    key: str = "messages",
+    bad: BadRows | None = None,
+    context: ContextSource | None = None,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield each row's source and checked messages.
 
@@ -228,6 +232,7 @@ def conversations(
         rows: the rows.
         key: column of the messages.
         bad: takes the errors of single rows, and decides whether good ones still count; None: the first is raised.
+        context: finds each row's own context, which then begins its messages.
 
     Raises:
         InputError: a row is no conversation.
@@ -235,6 +240,8 @@ def conversations(
     for source, row in rows:
         try:
             messages = forms.to_messages(source, row, key)
+            if context:
+                messages = context.with_context(source, row, messages)
         except InputError as error:
             note(bad, error)
             continue

@@ -31,6 +31,7 @@ from open_instruct.temporary import temporary_folder, temporary_name
 
 TOKENS, COUNTS = "tokens.arrow", "counts.json"
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32()))])
+SCHEMA_WITH_CONTEXT = SCHEMA.append(pa.field("context", pa.list_(pa.int32())))  # tokens that stand before the row
 COUNTED = ("num_read", "num_truncated", "num_skipped", "first_label")
 REMEDY = "free some space, name another folder with --dataset_local_cache_dir, or pass --dataset_skip_cache"
 
@@ -48,9 +49,9 @@ class Tokenised:
 class ContentHash:
     """Hash of a table's values, however its rows are cut into batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, schema: pa.Schema) -> None:
         """Start without a row."""
-        self.parts = [hashlib.sha256() for _ in range(2 * len(SCHEMA))]  # of each column: lengths, values
+        self.parts = [hashlib.sha256() for _ in range(2 * len(schema))]  # of each column: lengths, values
 
     def update(self, table: pa.Table) -> None:
         """Add rows."""
@@ -67,22 +68,24 @@ class ContentHash:
 
 
 def content_of(table: pa.Table) -> str:
-    """Return the hash of a table's ids and spans."""
-    content = ContentHash()
+    """Return the hash of a table's values."""
+    content = ContentHash(table.schema)
     content.update(table)
     return content.hexdigest()
 
 
-def in_memory(tables: Iterable[pa.Table], counts: dict[str, Any]) -> Tokenised:
+def in_memory(tables: Iterable[pa.Table], counts: dict[str, Any], schema: pa.Schema = SCHEMA) -> Tokenised:
     """Collect tables; `counts` is complete when they are."""
-    content, kept = ContentHash(), [SCHEMA.empty_table()]
+    content, kept = ContentHash(schema), [schema.empty_table()]
     for table in tables:
         content.update(table)
         kept.append(table)
     return Tokenised(pa.concat_tables(kept), counts, content.hexdigest())
 
 
-def load_or_fill(entry: Path, tables: Iterable[pa.Table], counts: dict[str, Any], overwrite: bool) -> Tokenised:
+def load_or_fill(
+    entry: Path, tables: Iterable[pa.Table], counts: dict[str, Any], overwrite: bool, schema: pa.Schema = SCHEMA
+) -> Tokenised:
     """Return an entry of the cache, which is filled where it is missing or damaged.
 
     Args:
@@ -90,11 +93,12 @@ def load_or_fill(entry: Path, tables: Iterable[pa.Table], counts: dict[str, Any]
         tables: its rows, consumed only to fill it.
         counts: counts of `tables`, complete when they are consumed.
         overwrite: fill it anew.
+        schema: of the tables.
 
     Raises:
         InputError: the disk is full.
     """
-    found = None if overwrite else read(entry)
+    found = None if overwrite else read(entry, schema)
     if found is not None:
         return found
     replaces = os.path.lexists(entry)
@@ -103,19 +107,19 @@ def load_or_fill(entry: Path, tables: Iterable[pa.Table], counts: dict[str, Any]
             working = held.enter_context(temporary_folder(entry))
         except OSError as error:
             warn(f"the token cache can't be written ({system_fault(error)}): the tokens of this run are kept in memory")
-            return in_memory(tables, counts)
+            return in_memory(tables, counts, schema)
         held.enter_context(removed_by_sigterm(working))
-        write(working, tables, counts)
+        write(working, tables, counts, schema)
         # Read under this name: under the other, a process that replaces the entry, too, may just have moved it away.
-        written = read(working)
+        written = read(working, schema)
         if written is None:
             raise InputError(f"token cache {entry.parent} does not keep what is written: {REMEDY}")
         with input_faults(f"token cache {entry.parent}", REMEDY):
-            publish(working, entry, replaces)
+            publish(working, entry, replaces, schema)
     return replace(written, entry=entry)
 
 
-def read(entry: Path) -> Tokenised | None:
+def read(entry: Path, schema: pa.Schema = SCHEMA) -> Tokenised | None:
     """Return an entry whose checksums are right; None where there is none, or a damaged one, which a warning names."""
     if not os.path.lexists(entry):
         return None
@@ -130,7 +134,7 @@ def read(entry: Path) -> Tokenised | None:
             if checksum(entry / TOKENS) != known[TOKENS]:
                 raise ValueError(f"{TOKENS} does not match its checksum")
             table = pa.ipc.open_stream(pa.memory_map(str(entry / TOKENS))).read_all()
-            if table.schema != SCHEMA:
+            if table.schema != schema:
                 raise ValueError(f"{TOKENS} holds other columns")
             counts = {name: int(known[name]) for name in COUNTED} | {"bad_rows": str(known["bad_rows"])}
             return Tokenised(table, counts, str(known["content"]), entry)
@@ -139,16 +143,16 @@ def read(entry: Path) -> Tokenised | None:
         return None
 
 
-def write(working: Path, tables: Iterable[pa.Table], counts: dict[str, Any]) -> None:
+def write(working: Path, tables: Iterable[pa.Table], counts: dict[str, Any], schema: pa.Schema = SCHEMA) -> None:
     """Write an entry's files and flush them to the disk.
 
     Raises:
         InputError: the disk is full. What the source of the tables raises passes as it is.
     """
-    content, what = ContentHash(), f"token cache {working.parent}"
+    content, what = ContentHash(schema), f"token cache {working.parent}"
     with input_faults(what, REMEDY), ExitStack() as opened:
         sink = opened.enter_context(pa.OSFile(str(working / TOKENS), "wb"))
-        writer = opened.enter_context(pa.ipc.new_stream(sink, SCHEMA))
+        writer = opened.enter_context(pa.ipc.new_stream(sink, schema))
         files = opened.pop_all()
     try:
         for table in tables:
@@ -167,13 +171,14 @@ def write(working: Path, tables: Iterable[pa.Table], counts: dict[str, Any]) -> 
             flush(path)
 
 
-def publish(working: Path, entry: Path, replaces: bool) -> None:
+def publish(working: Path, entry: Path, replaces: bool, schema: pa.Schema = SCHEMA) -> None:
     """Give a filled folder its final name.
 
     Args:
         working: the folder.
         entry: its final name. An old entry is moved away before it is deleted: at no time is there half a one.
         replaces: an entry is to be replaced; else an intact one, which another process made meanwhile, is kept.
+        schema: of its rows.
     """
     for _ in range(3):
         try:
@@ -181,7 +186,7 @@ def publish(working: Path, entry: Path, replaces: bool) -> None:
         except OSError:
             if not os.path.lexists(entry):
                 raise
-            if not replaces and read(entry) is not None:
+            if not replaces and read(entry, schema) is not None:
                 return
             old = temporary_name(entry)
             with suppress(FileNotFoundError):  # another process was faster

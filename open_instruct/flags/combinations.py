@@ -9,6 +9,8 @@ from typing import Any
 
 from open_instruct.errors import reason_of
 
+DISTILLED = ("distill_context", "distill_system", "distill_column")
+
 
 def not_an_object(text: str) -> str | None:
     """Refuse text that is not a JSON object."""
@@ -80,6 +82,15 @@ def unused_init_text(flags: Any) -> str | None:
     return f"the initialisation is {init}, which uses no text: choose text, or drop this flag"
 
 
+def moving_first_token(flags: Any) -> str | None:
+    """Refuse to freeze a virtual token that something else would move."""
+    if flags.prefix_projection:
+        return "a projected prefix has no token of its own to freeze: drop one of the two flags"
+    if flags.weight_decay:
+        return f"--weight_decay {flags.weight_decay:g} would shrink it: drop one of the two flags"
+    return needs_packing(flags)
+
+
 def bad_auto_lr(flags: Any) -> str | None:
     """Refuse a range test beside a fixed rate, or without an adapter to restore."""
     if flags.learning_rate is not None:
@@ -98,9 +109,19 @@ def float16_weights(flags: Any) -> str | None:
 
 def cannot_distill(flags: Any) -> str | None:
     """Refuse to distil without a frozen base, or in the padded forward pass."""
+    given = [name for name in DISTILLED if getattr(flags, name)]
+    if len(given) > 1:
+        return f"--{' and --'.join(given)} name several contexts: give one of them"
     if flags.method == "full" and not flags.adapter_name_or_path:
         return "its teacher is the frozen base, which full fine-tuning changes: choose an adapter method, or drop it"
     return needs_packing(flags)
+
+
+def without_distillation(flags: Any) -> str | None:
+    """Refuse a setting of distillation where nothing is distilled."""
+    if any(getattr(flags, name) for name in DISTILLED):
+        return None
+    return f"it has no effect without --{', --'.join(DISTILLED)}: remove it, or set one of them"
 
 
 def needs_packing(flags: Any) -> str | None:

@@ -116,6 +116,13 @@ class MethodFlags:
         ),
         on_resume="same",
     )
+    prefix_freeze_first: bool = flag(
+        False,
+        "leave the first virtual token of a prefix as it starts: an anchor that attention can rest on (2506.06266)",
+        methods=("prefix_tuning",),
+        check=checks.moving_first_token,
+        on_resume="same",
+    )
     prefix_projection: bool = flag(
         False,
         "compute the prefix by a trained two-layer network (Li and Liang 2021)",

@@ -7,7 +7,7 @@ that use them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -178,6 +178,10 @@ class Method(ABC):
     def start_of(self, model: Any, ids: list[int]) -> torch.Tensor:
         """Return the values of the soft prompt's parameter for P tokens; only for methods with an `init_flag`."""
         raise NotImplementedError(f"{self.title} does not start from tokens")
+
+    def start_of_keys(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor | None:
+        """Return the values of the soft prompt's parameter for keys and values [1, K, P, E]; None where it has none."""
+        return None
 
     def set_init(self, model: Any, values: torch.Tensor) -> None:
         """Start from one of `init_candidates`."""

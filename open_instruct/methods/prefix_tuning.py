@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ class PrefixTuningSettings:
     prompt_tuning_init_text: str | None  # None: `DEFAULT_TEXT`
     prefix_projection: bool
     encoder_hidden_size: int | None  # None: the model's hidden size
+    prefix_freeze_first: bool = False
 
 
 class PrefixTuning(Method):
@@ -97,6 +98,7 @@ class PrefixTuning(Method):
             init_weights="zero" if settings.prefix_init == "zero" else None,
         )
         wrapped = get_peft_model(model, config)
+        wrapped.prompt_encoder["default"].freezes_first = settings.prefix_freeze_first
         if start is not None:
             self.set_init(wrapped, start)
         return wrapped
@@ -134,13 +136,27 @@ class PrefixTuning(Method):
         """Return keys and values, as PEFT's encoder holds them."""
         return keys_and_values(model.get_base_model(), ids)
 
+    def start_of_keys(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor | None:
+        """See `Method`."""
+        return embeddings_of_pairs(pairs)
+
     def soft_prompt(self, model: Any) -> SoftPrompt:
         """Return keys and values [1, K, P, E] of each layer, as PEFT puts them into its cache."""
         from open_instruct.model.shared_prefix import SoftPrompt
 
         cache = model.get_prompt(batch_size=1)
         length = model.active_peft_config.num_virtual_tokens
-        return SoftPrompt(keys_values=[(layer.keys, layer.values) for layer in cache.layers], length=length)
+        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+        if getattr(model.prompt_encoder[model.active_adapter], "freezes_first", False):
+            pairs = [(without_gradient_of_first(keys), without_gradient_of_first(values)) for keys, values in pairs]
+        return SoftPrompt(keys_values=pairs, length=length)
+
+
+def without_gradient_of_first(prefix: torch.Tensor) -> torch.Tensor:
+    """Return keys or values [1, K, P, E] whose gradient does not reach the first token."""
+    import torch
+
+    return torch.cat([prefix[:, :, :1].detach(), prefix[:, :, 1:]], 2)
 
 
 def keys_and_values(base: PreTrainedModel, ids: list[int]) -> torch.Tensor:
@@ -149,14 +165,19 @@ def keys_and_values(base: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     Raises:
         InputError: the base keeps no keys and values for each layer.
     """
-    from peft.tuners.cartridge.utils import prompt_embeddings_from_past_key_values
-
     try:
-        pairs = cached(base, ids)
-        values: torch.Tensor = prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=len(ids))
+        return embeddings_of_pairs(cached(base, ids))
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise InputError(
             f"a prefix can't start from tokens on a {base.config.model_type} model ({one_line(error, 200)}): "
             "use --prefix_init zero"
         ) from error
+
+
+def embeddings_of_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Return keys and values [1, K, P, E] of each layer as [P, 2 · L · K · E] in float32; see `keys_and_values`."""
+    from peft.tuners.cartridge.utils import prompt_embeddings_from_past_key_values
+
+    length = pairs[0][0].shape[2]
+    values: torch.Tensor = prompt_embeddings_from_past_key_values(pairs, num_virtual_tokens=length)
     return values.float()

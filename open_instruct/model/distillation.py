@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from open_instruct.data import packing
-from open_instruct.data.context import Context
+from open_instruct.data.context import Context, RowContexts
 from open_instruct.errors import InputError
 from open_instruct.model.chunked_loss import chunked_loss
 from open_instruct.model.evaluation_mode import evaluating
@@ -37,14 +37,18 @@ class DistillationSettings:
     """What is distilled, and how far the student is from the teacher.
 
     Args:
-        file: text file of the context.
+        file: text file of the context, or None.
+        column: column of the rows' own contexts, or None. With neither, they are the rows' system messages.
         kind: forward: KL(teacher ‖ student); reverse: KL(student ‖ teacher); mixed: their mean.
         weight: share of the divergence in the loss; the rest is the cross-entropy of the labels.
+        offload: hold the keys and values of the context in the CPU's memory.
     """
 
-    file: str
+    file: str | None
+    column: str | None
     kind: Kind
     weight: float
+    offload: bool = False
 
 
 class DistilledModel(PackedModel):
@@ -59,7 +63,7 @@ class DistilledModel(PackedModel):
         soft_prompt: Callable[[], SoftPrompt | None],
         backend: Backend,
         head: str | None,
-        context: Context,
+        context: Context | RowContexts,
         settings: DistillationSettings,
     ) -> None:
         """Wrap a PeftModel; see `PackedModel`.
@@ -107,15 +111,25 @@ class DistilledModel(PackedModel):
         lengths: tuple[int, ...],
         target_positions: torch.Tensor,
         targets: torch.Tensor,
+        **behind_contexts: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the summed loss in nats, and the number of labelled tokens; see `PackedModel.forward`."""
+        """Return the summed loss in nats, and the number of labelled tokens; see `PackedModel.forward`.
+
+        Args:
+            input_ids: see `PackedModel.forward`, as the following.
+            position_ids: of the row.
+            lengths: of the examples.
+            target_positions: of the labelled tokens.
+            targets: the labelled tokens.
+            behind_contexts: where examples have contexts of their own, the row with these; see `PackingBehindContexts`.
+        """
         row = input_ids, position_ids, lengths, target_positions
         count = torch.tensor(len(targets), device=targets.device)
-        if self.measure == "teacher":
-            return self.loss(self.teacher_outputs(*row), targets), count
         if self.measure == "student":
             return super().forward(*row, targets)
-        theirs = self.teacher_outputs(*row)
+        theirs = self.own_outputs(**behind_contexts) if behind_contexts else self.teacher_outputs(*row)
+        if self.measure == "teacher":
+            return self.loss(theirs, targets), count
         outputs = self.outputs(*row, self.soft_prompt() or SoftPrompt())
         return self.distillation_loss(outputs, theirs, targets), count
 
@@ -137,6 +151,20 @@ class DistilledModel(PackedModel):
         return result
 
     @torch.no_grad()
+    def own_outputs(
+        self,
+        teacher_input_ids: torch.Tensor,
+        teacher_position_ids: torch.Tensor,
+        teacher_lengths: tuple[int, ...],
+        teacher_target_positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return what the base gives at the labelled tokens of a row with a context of its own before each example."""
+        with self.as_base():
+            return self.outputs(
+                teacher_input_ids, teacher_position_ids, teacher_lengths, teacher_target_positions, SoftPrompt()
+            )
+
+    @torch.no_grad()
     def teacher_outputs(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: tuple[int, ...], positions: torch.Tensor
     ) -> torch.Tensor:
@@ -145,7 +173,7 @@ class DistilledModel(PackedModel):
         The examples' own beginning-of-sequence token is left out, as the context has it. What it would predict, the
         context's last token predicts.
         """
-        with evaluating(self.model), self.without_adapter():
+        with self.as_base():
             prompt, last = self.context_prompt(input_ids.device)
             shared, place = self.context.num_shared, position_ids[0]
             if not shared:
@@ -162,28 +190,54 @@ class DistilledModel(PackedModel):
     def context_prompt(self, device: torch.device) -> tuple[SoftPrompt, torch.Tensor]:
         """Return the context as a prefix of keys and values, and the base's output [D] or [V] at its last token.
 
-        They are computed in pieces, and once: call it without the adapter.
+        They are computed once: call it without the adapter.
         """
         if self.teacher is None:
-            pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-            for start in range(0, len(self.context.ids), CHUNK):
-                ids = torch.tensor([self.context.ids[start : start + CHUNK]], device=device)
-                length = ids.shape[1]
-                kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-                before = SoftPrompt(start, keys_values=pairs) if pairs else SoftPrompt()
-                places, end = torch.arange(length, device=device)[None], torch.tensor([length - 1], device=device)
-                last = self.outputs(ids, places, (length,), end, before, kept)[0]
-                new = [kept[layer] for layer in sorted(kept)]
-                pairs = (
-                    [
-                        (torch.cat([keys, more], 2), torch.cat([values, others], 2))
-                        for (keys, values), (more, others) in zip(pairs, new, strict=True)
-                    ]
-                    if pairs
-                    else new
-                )
-            self.teacher = SoftPrompt(len(self.context.ids), keys_values=pairs), last
+            pairs, last = self.context_keys(device)
+            self.teacher = SoftPrompt(len(self.context_ids), keys_values=pairs), last
         return self.teacher
+
+    @property
+    def context_ids(self) -> tuple[int, ...]:
+        """Tokens of the context that stands before all rows."""
+        assert isinstance(self.context, Context)
+        return self.context.ids
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Compute with the base, in evaluation mode, for as long as the context lasts."""
+        with evaluating(self.model), self.without_adapter():
+            yield
+
+    def context_keys(
+        self, device: torch.device, first_position: int = 0
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        """Return the context's keys and values of each layer, and the output at its last token; in pieces of CHUNK.
+
+        Args:
+            device: of the model.
+            first_position: of the context's first token.
+        """
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for start in range(0, len(self.context_ids), CHUNK):
+            ids = torch.tensor([self.context_ids[start : start + CHUNK]], device=device)
+            length = ids.shape[1]
+            kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+            before = SoftPrompt(start, keys_values=pairs) if pairs else SoftPrompt()
+            places = torch.arange(length, device=device)[None] + first_position
+            last = self.outputs(ids, places, (length,), torch.tensor([length - 1], device=device), before, kept)[0]
+            new = [kept[layer] for layer in sorted(kept)]
+            if self.settings.offload:  # the attention of each layer takes its own back
+                new = [(keys.cpu(), values.cpu()) for keys, values in new]
+            pairs = (
+                [
+                    (torch.cat([keys, more], 2), torch.cat([values, others], 2))
+                    for (keys, values), (more, others) in zip(pairs, new, strict=True)
+                ]
+                if pairs
+                else new
+            )
+        return pairs, last
 
     def forget_context(self) -> None:
         """Let the context be computed again, as when the model's weights have moved to other processes."""
@@ -216,7 +270,9 @@ def teacher_problem(model: DistilledModel, ids: list[int], tolerance: float) -> 
         ids: a row's tokens.
         tolerance: largest relative difference of the tokens' losses.
     """
-    context = replace(model.context, ids=model.context.ids[:CHECKED])
+    given = model.context
+    beginning = (given.ids if isinstance(given, Context) else given.sample)[:CHECKED]
+    context = Context(beginning, given.num_shared, False)
     short = DistilledModel(model.model, model.soft_prompt, model.backend, model.head_name, context, model.settings)
     row = [*context.ids[: context.num_shared], *ids]
     batch = packing.to_device(packing.pack([{"input_ids": row, "spans": [1, len(row)]}]), model.causal.device)

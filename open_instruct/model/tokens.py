@@ -27,18 +27,18 @@ def random_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
     return [candidates[i] for i in torch.randint(0, len(candidates), (count,)).tolist()]
 
 
-def context_starts(ids: Sequence[int], count: int, num_starts: int) -> list[list[int]]:
-    """Return choices of `count` ids of a context to start a soft prompt from.
+def context_places(length: int, count: int, num_starts: int) -> list[list[int]]:
+    """Return choices of `count` places of a context to start a soft prompt from.
 
     The first is the context's beginning; each other one is pieces of it, drawn by torch's global generator, in their
     order (2508.17032). A context of fewer tokens is repeated.
     """
-    ids = [ids[i % len(ids)] for i in range(max(len(ids), count))]
-    starts = [ids[:count]]
+    places = [i % length for i in range(max(length, count))]
+    starts = [places[:count]]
     num_pieces = -(-count // PIECE)
     for _ in range(num_starts - 1):
-        firsts = torch.randint(0, len(ids) - min(PIECE, count) + 1, (num_pieces,)).sort().values.tolist()
-        starts.append([token for first in firsts for token in ids[first : first + PIECE]][:count])
+        firsts = torch.randint(0, len(places) - min(PIECE, count) + 1, (num_pieces,)).sort().values.tolist()
+        starts.append([place for first in firsts for place in places[first : first + PIECE]][:count])
     return starts
 
 

@@ -39,6 +39,12 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     if before := result.get("tokens_before"):
         lines.append("| tokens before a conversation | " + " | ".join(f"{before[name]:,}" for name in names) + " |")
+    if size := result.get("bytes_before"):
+        cells = " | ".join(f"{size[name] / 1e6:,.3g}" for name in names)
+        lines.append(f"| their keys and values, MB a request | {cells} |")
+    if seconds := result.get("first_token_seconds"):
+        cells = " | ".join(f"{1000 * seconds[name]:.3g}" for name in names)
+        lines.append(f"| first token, ms, one request at a time | {cells} |")
     other = {kind: count for kind, count in result.get("writing", {}).items() if kind != "latin"}
     if other:
         kinds = ", ".join(f"{count} {WRITING[kind]}" for kind, count in other.items())
@@ -75,11 +81,43 @@ def cell(figure: dict[str, Any], sign: bool = False) -> str:
     return f"{figure['value']:{plus}.4g} [{low:{plus}.4g}, {high:{plus}.4g}]"
 
 
+def plot_compression(axes: Any, figures: dict[str, dict[str, Any]], before: dict[str, int]) -> None:
+    """Draw a figure of adapters over the tokens before a conversation; base and base behind the context are lines.
+
+    Args:
+        axes: of matplotlib.
+        figures: values with intervals: of the base, of the base behind the context, then of adapters.
+        before: tokens of each.
+    """
+    base, bound, *adapters = figures
+    for name, style in ((base, ":"), (bound, "--")):
+        axes.axhline(figures[name]["value"], color="tab:gray", linestyle=style, label=pictures.literal(name))
+    adapters.sort(key=before.__getitem__)
+    values = [figures[name]["value"] for name in adapters]
+    bounds = [figures[name]["interval"] or (value, value) for name, value in zip(adapters, values, strict=True)]
+    below = [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]
+    above = [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)]
+    axes.errorbar([before[name] for name in adapters], values, yerr=[below, above], marker="o", capsize=3)
+    axes.set_xscale("symlog", linthresh=1)
+    ticks = sorted({before[name] for name in (*adapters, bound)})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlim(-0.5 if 0 in ticks else 0.7 * ticks[0], 1.4 * ticks[-1])
+    axes.set_xlabel("tokens before", fontsize=8)
+    axes.legend(fontsize=7)
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Write each figure's values with their intervals, as a PNG."""
+    """Write each figure's values with their intervals, as a PNG; below, over the tokens that a context takes."""
     names = list(result["figures"])
     metrics = list(result["figures"][names[0]])
-    picture, grid = plt.subplots(1, len(metrics), figsize=(max(4, 2.2 * len(metrics)), 3.6), squeeze=False)
+    before = result.get("tokens_before")
+    num_rows = 2 if before else 1
+    size = max(4, 2.2 * len(metrics)), 3.6 * num_rows
+    picture, grid = plt.subplots(num_rows, len(metrics), figsize=size, squeeze=False)
+    if before:
+        for axes, metric in zip(grid[1], metrics, strict=True):
+            plot_compression(axes, {name: result["figures"][name][metric] for name in names}, before)
     for axes, metric in zip(grid[0], metrics, strict=True):
         values = [result["figures"][name][metric]["value"] for name in names]
         bounds = [result["figures"][name][metric]["interval"] for name in names]

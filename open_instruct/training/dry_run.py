@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PretrainedConfig
 
+from open_instruct.data.context import Context
 from open_instruct.data.packing import Packing
 from open_instruct.data.plan import Plan
 from open_instruct.model import attention_masks, memory
@@ -88,10 +89,13 @@ def context_bytes(forward: Forward, config: PretrainedConfig, itemsize: int) -> 
         itemsize: bytes of a number.
     """
     shape = head_shape(config)
-    if not isinstance(forward.model, DistilledModel) or shape is None:
+    model = forward.model
+    if not isinstance(model, DistilledModel) or shape is None or model.settings.offload:
+        return 0
+    if not isinstance(model.context, Context):
         return 0
     numbers = 2 * config.get_text_config().num_hidden_layers * shape.num_key_heads * shape.size
-    return int(numbers * len(forward.model.context.ids) * itemsize)
+    return int(numbers * len(model.context.ids) * itemsize)
 
 
 def mask_bytes(forward: Forward, rows: list[list[int]], lengths: Any, settings: Resolved) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PretrainedConfig
 
 from open_instruct.adapters.folders import WEIGHTS, AdapterFolder
-from open_instruct.data.context import Context
+from open_instruct.data.context import Context, RowContexts
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError, input_faults
 from open_instruct.files import sha256
@@ -66,7 +66,7 @@ def of_processes(settings: Settings, saved: Checkpoint | None) -> dict[str, Any]
 def of_data(
     settings: Settings,
     data: Data,
-    context: Context | None,
+    context: Context | RowContexts | None,
     config: PretrainedConfig,
     plan: Plan,
     num_processes: int,

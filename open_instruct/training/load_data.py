@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data import dataset, forms, reading
 from open_instruct.data.bad_rows import BadRows
+from open_instruct.data.context import ContextSource, ContextTokens
 from open_instruct.data.dataset import Examples
 from open_instruct.data.reading import Row
 from open_instruct.errors import InputError
@@ -43,6 +44,7 @@ class DataSettings:
     num_workers: int | None
     cache_dir: Path | None
     overwrite_cache: bool
+    context: ContextSource | None = None  # of the rows' own contexts, which are distilled
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,12 @@ def build_examples(
     settings: DataSettings, rows: Iterator[Row], key: str | None, tokenizer: PreTrainedTokenizerBase, bad: BadRows
 ) -> Examples:
     """Turn rows into examples, through the cache where their content is known; `bad` has those that can't be read."""
-    named = reading.conversations(rows, settings.messages_key, bad)
+    context = settings.context
+    named = reading.conversations(rows, settings.messages_key, bad, context)
     source_key = f"{key} {settings.messages_key}" + (" without bad rows" if bad.skip else "")
+    source_key += f" {context.key}" if context else ""
     cache = settings.cache_dir if key else None
-    return dataset.build(named, tokenizer, settings.max_length, source_key, cache, settings.overwrite_cache, bad)
+    contexts = ContextTokens(tokenizer) if context and context.is_by_row else None
+    return dataset.build(
+        named, tokenizer, settings.max_length, source_key, cache, settings.overwrite_cache, bad, contexts
+    )

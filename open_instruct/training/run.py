@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from open_instruct.data.context import Context
+from open_instruct.data.context import Context, RowContexts
 from open_instruct.data.plan import Plan
 from open_instruct.errors import warn
 from open_instruct.flags import Flags
@@ -107,7 +107,7 @@ def run(
     is_new = adapter is None and saved is None and not flags.dry_run
     starts = start.Starts()
     if is_new:
-        text = None if is_sharded else context  # whose tokens no process could compute
+        text = context if isinstance(context, Context) and not is_sharded else None  # else no process can compute it
         starts = start.init_candidates(method, resolved.method_settings, model, tokenizer, text)
     pad = tokenizer.pad_token_id
     chosen = forward.choose_forward(model, method, before.forward, accelerator, before.compute_dtype, pad)
@@ -115,6 +115,7 @@ def run(
     engines.check_agreement(accelerator, {"attention": chosen.attention})
     accelerator.print(f"forward pass: {chosen.description}")
     with chosen:
+        starts = start.with_attended(starts, method, accelerator, chosen, data.train, plan)
         start.search_init(method, starts, accelerator, chosen, data.train, plan)
         resolved, rates = start.search_rate(resolved, saved, accelerator, chosen, data.train, plan)
         shown, origins = resolved.shown(), resolved.origins
@@ -168,7 +169,7 @@ class Inputs:
 
     tokenizer: Any
     data: Data
-    context: Context | None
+    context: Context | RowContexts | None
     plan: Plan
     identity: dict[str, Any]  # what a resumed run must share, as far as it is known without the model
 
@@ -185,7 +186,6 @@ def read_inputs(
         InputError: they can't be used, or belong to another run.
     """
     tokenizer = base_model.load_base_tokenizer(before.tokenizer, before.adapter)
-    context = distilling.read(before.distillation, tokenizer)
     data = load_data(before.data, accelerator, tokenizer)
     if before.flags.cache_dataset_only:
         accelerator.print(data.cached())
@@ -194,7 +194,8 @@ def read_inputs(
         accelerator.print(line)
     before.forward.check_rows(data.longest)
     plan = before.plan(len(data.train), accelerator.num_processes)
-    distilling.check_room(context, data.longest, config)
+    context = distilling.context_of_run(before.data.context, data, tokenizer)
+    distilling.check_room(context, data, config)
     if context:
         accelerator.print(context.describe())
     own = identity.of_data(before, data, context, config, plan, accelerator.num_processes)

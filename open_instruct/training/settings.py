@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from open_instruct.adapters import loaded
 from open_instruct.adapters.folders import AdapterFolder
+from open_instruct.data.context import source_of
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
 from open_instruct.flags import FIELDS, Flags, names_with
@@ -243,6 +244,7 @@ def before_data(
     seed = flags.seed if flags.split_seed is None else flags.split_seed
     members = mixture_members(flags.dataset_mixer, flags.dataset_mixer_list)
     sources = (*(flags.train_file or ()), *(name for name, _ in members), flags.validation_file, flags.dataset_name)
+    distilled = source_of(flags.distill_context, flags.distill_column, flags.distill_system)
     trackers = tuple(flags.report_to) if flags.with_tracking and flags.report_to != ["none"] else ()
     inputs = {
         "the base model": flags.model_name_or_path,
@@ -287,6 +289,7 @@ def before_data(
             num_workers=flags.preprocessing_num_workers,
             cache_dir=None if flags.dataset_skip_cache else Path(flags.dataset_local_cache_dir),
             overwrite_cache=flags.overwrite_cache,
+            context=distilled,
         ),
         processes=ProcessSettings(
             compute_dtype=model.compute_dtype,
@@ -310,8 +313,14 @@ def before_data(
             compile_layers=flags.compile,
         ),
         distillation=(
-            DistillationSettings(flags.distill_context, flags.distill_loss, flags.distill_weight)
-            if flags.distill_context
+            DistillationSettings(
+                flags.distill_context,
+                flags.distill_column,
+                flags.distill_loss,
+                flags.distill_weight,
+                flags.distill_offload,
+            )
+            if distilled
             else None
         ),
         output=OutputSettings(

@@ -26,8 +26,11 @@ from open_instruct.data.packing import Batching, to_device
 from open_instruct.data.plan import Plan
 from open_instruct.errors import input_faults
 from open_instruct.methods import Method
+from open_instruct.model import context_starts
+from open_instruct.model.distillation import DistilledModel
 from open_instruct.model.evaluation_mode import evaluating
-from open_instruct.model.tokens import context_starts
+from open_instruct.model.precision import autocast
+from open_instruct.model.tokens import context_places
 from open_instruct.ranking import finite_or_inf
 from open_instruct.training import engines, stored
 from open_instruct.training.forward import Forward, switch_on
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 
 CANDIDATES = 16  # starts: the text and 15 draws
 JUDGED_ON = 16  # examples on which starts are judged
+ATTENDED_BY = 64  # examples whose attention to a context is measured
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the recipe's rate
 STEPS = 8  # of each short training
@@ -47,11 +51,11 @@ MAX_STEP_EXAMPLES = 16
 
 @dataclass(frozen=True)
 class Starts:
-    """Values of the soft prompt's parameter to choose from, none where the start stays as it is, and their origin."""
+    """Values of the soft prompt's parameter to choose from, none where the start stays as it is, and their origins."""
 
     values: Sequence[torch.Tensor] = ()
-    first: str = "the text"
-    others: str = "random tokens"
+    origins: Sequence[str] = ()
+    places: Sequence[Sequence[int]] = ()  # of their tokens in a context that is distilled
 
 
 def init_candidates(
@@ -64,11 +68,56 @@ def init_candidates(
     """Return the starts to choose from. A soft prompt that replaces a context starts from pieces of that."""
     init = getattr(settings, method.init_flag) if method.init_flag else None
     if context and init in ("text", "screened") and settings.prompt_tuning_init_text is None:
-        count = CANDIDATES if init == "screened" else 1
-        choices = context_starts(context.ids, settings.num_virtual_tokens, count)
-        values = [method.start_of(model, ids) for ids in choices]
-        return Starts(values, "the context's first tokens", "the context's pieces")
-    return Starts(method.init_candidates(model, tokenizer, settings, CANDIDATES)) if init == "screened" else Starts()
+        count = CANDIDATES // 2 if init == "screened" else 1
+        places = context_places(len(context.ids), settings.num_virtual_tokens, count)
+        values = [method.start_of(model, [context.ids[place] for place in choice]) for choice in places]
+        origins = ["the context's first tokens", *(f"pieces of the context, draw {i}" for i in range(1, count))]
+        return Starts(values, origins, places if init == "screened" else ())
+    if init != "screened":
+        return Starts()
+    values = method.init_candidates(model, tokenizer, settings, CANDIDATES)
+    return Starts(values, ["the text", *(f"draw {i} of random tokens" for i in range(1, len(values)))])
+
+
+def with_attended(
+    starts: Starts, method: Method, accelerator: Accelerator, forward: Forward, examples: Examples, plan: Plan
+) -> Starts:
+    """Return starts and those that only the teacher of a distillation knows.
+
+    These are the tokens of the context to which the first conversations attend most; for a prefix their keys and values
+    within the context, and those of the other starts, too.
+
+    Args:
+        starts: result of `init_candidates`.
+        method: the run's method.
+        accelerator: joins the run's processes.
+        forward: the run's forward pass, activated.
+        examples: training examples.
+        plan: the examples of each step.
+    """
+    model = forward.model
+    if not starts.places or not isinstance(model, DistilledModel):
+        return starts
+    batches = collate_examples(forward.training, examples, first_examples(plan, ATTENDED_BY))
+    with autocast(accelerator.device.type, model.causal.dtype):
+        received = context_starts.received_attention(model, batches)
+    count, values, origins = len(starts.places[0]), list(starts.values), list(starts.origins)
+    attended = received.topk(min(count, len(received))).indices.sort().values.tolist()
+    attended = (attended * count)[:count] if len(attended) < count else attended
+    name = "the context's most attended tokens"
+    if method.prompt_kind == "embeddings":
+        return Starts(
+            [*values, method.start_of(model.model, [model.context_ids[i] for i in attended])], [*origins, name]
+        )
+    if context_starts.is_movable(model.causal):
+        for pairs, origin in zip(
+            context_starts.keys_values_at(model, [*starts.places, attended]), [*starts.origins, name], strict=True
+        ):
+            start = method.start_of_keys(pairs)
+            if start is not None:
+                values.append(start)
+                origins.append(f"{origin}, as they are within it")
+    return Starts(values, origins)
 
 
 def search_init(
@@ -99,10 +148,9 @@ def search_init(
             method.set_init(model, values)
             losses.append(mean_loss(accelerator, forward.model, batches))
         best = min(range(len(losses)), key=lambda i: finite_or_inf(losses[i]))
-        origin = starts.first if best == 0 else f"draw {best} of {starts.others}"
         accelerator.print(
-            f"soft prompt starts from {origin}: loss {losses[best]:.4f}, the lowest of {len(losses)} starts "
-            f"({starts.first.removeprefix('the ')} {losses[0]:.4f}, highest {max(losses):.4f})"
+            f"soft prompt starts from {starts.origins[best]}: loss {losses[best]:.4f}, the lowest of {len(losses)} "
+            f"starts ({starts.origins[0].removeprefix('the ')} {losses[0]:.4f}, highest {max(losses):.4f})"
         )
     method.set_init(model, starts.values[engines.broadcast(best)])
 
