@@ -116,6 +116,7 @@ def generate(
     answers: dict[int, list[str]] = defaultdict(lambda: [""] * copies)
     device = next(model.parameters()).device
     end_ids, end_text = turn_ends(model, tokenizer)
+    makes_pairs = model.config.is_encoder_decoder  # whose output begins with the decoder's start, not with the prompt
     with evaluating(model):
         for length, indices in by_length.items():
             max_new_tokens = sampling.max_new_tokens
@@ -145,7 +146,7 @@ def generate(
                         **({"past_key_values": cache(len(batch))} if cache else {}),
                         **({"stop_strings": end_text, "tokenizer": tokenizer} if end_text else {}),
                     )
-                    for (index, copy), row in zip(batch, out[:, length:], strict=True):
+                    for (index, copy), row in zip(batch, out[:, 1 if makes_pairs else length :], strict=True):
                         text = tokenizer.decode(row, skip_special_tokens=True)
                         answers[index][copy] = (text.partition(end_text)[0] if end_text else text).strip()
                 for index, copy in batch:
@@ -183,7 +184,7 @@ def turn_ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int]
     named = model.generation_config.eos_token_id
     end_ids = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
     end_text = None
-    if isinstance(tokenizer.chat_template, str):
+    if isinstance(tokenizer.chat_template, str) and not chat.makes_pairs(tokenizer):
         text = taught_end(tokenizer)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         if len(ids) == 1 and ids[0] in tokenizer.all_special_ids:

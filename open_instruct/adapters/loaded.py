@@ -231,6 +231,26 @@ def tokenizer_for(
     return tokenizer
 
 
+def is_encoder_decoder(name: str, folders: Sequence[AdapterFolder], trust_remote_code: bool = False) -> bool:
+    """Return whether a base is an encoder–decoder, by its configuration.
+
+    Raises:
+        InputError: it can't be read; or adapters were trained on a model of the other kind.
+    """
+    changes = shared_changes(folders)
+    config = loading.load_config(
+        changes.config_name or name, trust_remote_code=trust_remote_code, revision=changes.model_revision
+    )
+    kind = "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
+    for folder in folders:
+        if folder.settings.get("task_type") not in (None, kind):
+            raise InputError(
+                f"adapter {folder.name} was trained for {folder.settings['task_type']}, and the base {name} is a "
+                f"{config.model_type} model, for {kind}: give the base that it was trained on"
+            )
+    return bool(config.is_encoder_decoder)
+
+
 def shared_changes(folders: Sequence[AdapterFolder]) -> BaseChanges:
     """Return the flags with which all adapters' base was loaded in training.
 

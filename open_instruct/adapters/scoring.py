@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 from open_instruct.adapters.folders import BASE
 from open_instruct.data.chat import Spans
+from open_instruct.data.packing import IGNORE, to_device
+from open_instruct.data.pairs import pad_pairs
 
 LOGITS_AT_ONCE = 1 << 28  # elements: half a gigabyte in bfloat16
 
@@ -49,6 +51,34 @@ def token_scores(model: Any, rows: Sequence[Sequence[int]], batch_size: int) -> 
             losses = F.cross_entropy(logits_TV.float(), targets, reduction="none")
             scores[i] = losses.cpu(), (logits_TV.argmax(-1) == targets).cpu()
     return scores
+
+
+@torch.no_grad()
+def pair_losses(
+    model: Any, rows: Sequence[Sequence[int]], spans: Sequence[Spans], batch_size: int
+) -> list[tuple[float, int]]:
+    """Return, for each pair, the summed loss of its target in nats, and its number of tokens.
+
+    Args:
+        model: an encoder–decoder or a PeftModel.
+        rows: source and target of each pair; see `pairs`.
+        spans: the target's.
+        batch_size: most pairs computed at once.
+    """
+    device, start = next(model.parameters()).device, model.config.decoder_start_token_id
+    sums: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        pairs = [{"input_ids": list(rows[i]), "spans": list(spans[i][-1]) if spans[i] else []} for i in chosen]
+        batch = to_device(pad_pairs(pairs, 0, start), device)
+        labels = batch.pop("labels")
+        logits = model(**batch, use_cache=False).logits
+        for b, i in enumerate(chosen):
+            labelled = labels[b] != IGNORE
+            losses = F.cross_entropy(logits[b][labelled].float(), labels[b][labelled], reduction="none")
+            sums[i] = losses.double().sum().item(), int(labelled.sum())
+    return sums
 
 
 @torch.no_grad()
@@ -100,6 +130,8 @@ def answer_losses(
         spans: [start, end) of the labelled tokens of each row; the first token of a row has no loss.
         batch_size: most rows computed at once.
     """
+    if model.config.is_encoder_decoder:
+        return pair_losses(model, rows, spans, batch_size)
     sums = []
     for (losses, _), row_spans in zip(token_scores(model, rows, batch_size), spans, strict=True):
         pieces = [losses[max(start, 1) - 1 : end - 1] for start, end in row_spans]

@@ -123,9 +123,17 @@ def load(
     if engine == "vllm":
         vllm_engine.check_engine(folders)
     tokenizer = loaded.tokenizer_for(name, folders, trust_remote_code)
+    if loaded.is_encoder_decoder(name, folders, trust_remote_code):
+        if engine != "transformers":
+            raise InputError(
+                f"--engine {engine} is for causal language models, and {name} is an encoder–decoder: drop it"
+            )
+        chat.mark_pairs(tokenizer)
     if not chat_template_name:
         check_templates(folders)
-        if not tokenizer.chat_template:
+        if not tokenizer.chat_template and chat.makes_pairs(tokenizer):
+            chat_template_name = chat.PLAIN
+        elif not tokenizer.chat_template:
             warn(f"the tokenizer of {name} has no chat template: using tulu's (--chat_template_name)")
             chat_template_name = "tulu"
     if chat_template_name:

@@ -26,6 +26,8 @@ PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content
 MOST_OWN_TEXT = 1_000_000
 MOST_FOR_EACH_CHARACTER = 100
 
+PAIRS = "makes_pairs"  # attribute of a tokenizer
+
 # The formats are open-instruct's and Hugging Face's; `generation` marks the assistant's turns.
 CHAT_TEMPLATES = {
     "tulu": (
@@ -58,6 +60,13 @@ CHAT_TEMPLATES = {
 }
 
 
+# For encoder–decoders: what they were pretrained on has no role tags.
+PLAIN = "plain"
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+)
+
+
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, add_bos: bool = False) -> None:
     """Give a tokenizer its chat template.
 
@@ -78,6 +87,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, add_bos: bo
             )
     elif name in CHAT_TEMPLATES:
         template = CHAT_TEMPLATES[name]
+    elif name == PLAIN and makes_pairs(tokenizer):
+        template = PLAIN_TEMPLATE
     elif Path(name).exists() and not Path(name).is_dir():
         template = read_text(Path(name), f"chat template {name}", "name a Jinja file")
     else:
@@ -94,6 +105,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, add_bos: bo
             raise InputError("--add_bos is set, but the tokenizer has no beginning-of-sequence token: drop the flag")
         template = "{{ bos_token }}" + template
     tokenizer.chat_template = template
+    if makes_pairs(tokenizer):  # it writes sources, which need no answer in them
+        render_texts(tokenizer, [PROBE[:1]], add_generation_prompt=True)
+        return
     try:
         (text,), (spans,) = render(tokenizer, [PROBE])
     except InputError as error:
@@ -104,6 +118,16 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, add_bos: bo
         raise InputError(
             f"chat template {name} writes no answer of the assistant that could be learned: mend it, or use another"
         )
+
+
+def mark_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer make pairs of source and target from now on, as an encoder–decoder needs; see `pairs`."""
+    setattr(tokenizer, PAIRS, True)
+
+
+def makes_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer belongs to an encoder–decoder."""
+    return getattr(tokenizer, PAIRS, False) is True
 
 
 def render_texts(
@@ -204,6 +228,10 @@ def tokenize(
     Raises:
         InputError: the chat template can't hold a conversation, for example a system message, or two turns of one role.
     """
+    if makes_pairs(tokenizer):
+        from open_instruct.data.pairs import tokenize_pairs
+
+        return tokenize_pairs(tokenizer, batch, max_length)
     texts, character_spans = render(tokenizer, batch)
     encoded = tokenizer(
         texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from open_instruct.data import chat, token_cache
 from open_instruct.data.bad_rows import BadRows
 from open_instruct.data.context import ContextTokens, split_context
+from open_instruct.data.pairs import fit_pair
 from open_instruct.data.token_cache import SCHEMA, SCHEMA_WITH_CONTEXT
 from open_instruct.errors import InputError
 from open_instruct.files import sha256
@@ -202,6 +203,7 @@ def tokenize_all(
     Raises:
         InputError: there were bad rows, and `bad` does not skip them.
     """
+    makes_pairs = chat.makes_pairs(tokenizer)
     with tqdm(desc="tokenising", unit=" rows", disable=None, delay=2) as progress:
         for batch in batches(named_conversations, BATCH_ROWS):
             ids, spans, texts = tokenize_batch(batch, tokenizer, bad)
@@ -210,6 +212,8 @@ def tokenize_all(
                 rows["context"] = []
             for row_ids, row_spans, text in zip(ids, spans, texts, strict=True):
                 counts["num_truncated"] += len(row_ids) > max_length
+                if makes_pairs:
+                    row_ids, row_spans = fit_pair(row_ids, row_spans, max_length)
                 for start in [max(start, 1) for start, end in row_spans if end > max(start, 1)][:1]:
                     counts["first_label"] = min(counts["first_label"] or start, start)
                 kept = [(start, min(end, max_length)) for start, end in row_spans if start < max_length]
@@ -267,7 +271,8 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of everything that decides how text becomes ids, and which special tokens a template writes."""
     special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
     versions = [importlib.metadata.version(name) for name in TOKENISERS]
-    parts = [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), special, versions]
+    kind = "pairs" if chat.makes_pairs(tokenizer) else type(tokenizer).__name__
+    parts = [kind, tokenizer.backend_tokenizer.to_str(), special, versions]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

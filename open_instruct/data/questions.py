@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data import chat, forms, reading
 from open_instruct.data.bad_rows import BadRows, note
+from open_instruct.data.pairs import source_ids
 from open_instruct.data.reading import Row
 from open_instruct.errors import InputError, warn
 
@@ -90,6 +91,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]
     Raises:
         InputError: the chat template can't hold it, for example a system message, or two turns of one role.
     """
+    if chat.makes_pairs(tokenizer):
+        return source_ids(tokenizer, [messages])[0]
     (text,), _ = chat.render_texts(tokenizer, [messages], add_generation_prompt=True)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:

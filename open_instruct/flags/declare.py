@@ -31,6 +31,7 @@ def flag(
     in_study: Literal["free", "same", "decided"] = "free",
     shown: bool = False,
     differs: str | None = None,
+    causal_only: bool = False,
     optional_value: Any = None,
     form: Literal["name", "text", "json"] = "name",
 ) -> Any:
@@ -54,6 +55,7 @@ def flag(
             instead; "free": it changes results by no more than rounding and draws of dropout. Each flag needs one.
         in_study: "same": all trials of a fair study share it; "decided": the study sets it; "free": it may differ.
         shown: printed with its origin before the first step.
+        causal_only: refused for an encoder–decoder.
         differs: why the default is not open-instruct's.
         optional_value: value if the flag is given without one.
         form: of a text. "name": one line; "text": any; "json": a JSON object, which a YAML file may give as a mapping.

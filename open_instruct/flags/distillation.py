@@ -19,18 +19,21 @@ class DistillationFlags:
         "each conversation, which the adapter never sees. The rows' answers only choose the positions",
         check=checks.cannot_distill,
         on_resume="content",
+        causal_only=True,
     )
     distill_system: bool = flag(
         False,
         "as --distill_context, with each row's own system message for the text: the adapter learns to do without it",
         check=checks.cannot_distill,
         on_resume="same",
+        causal_only=True,
     )
     distill_column: str | None = flag(
         None,
         "as --distill_context, with the text in this column of each row",
         check=checks.cannot_distill,
         on_resume="same",
+        causal_only=True,
     )
     distill_loss: Literal["forward", "reverse", "mixed"] = flag(
         "forward",

@@ -129,6 +129,7 @@ class MethodFlags:
         methods=("prefix_tuning",),
         shown=True,
         on_resume="same",
+        causal_only=True,
     )
     encoder_hidden_size: int | None = flag(
         None,

@@ -55,6 +55,7 @@ class ModelFlags:
         optional_value=True,
         differs="used where it is installed",
         on_resume="content",
+        causal_only=True,
     )
     use_liger_kernel: bool = flag(False, "use Liger's fused kernels (needs liger-kernel and a GPU)", on_resume="same")
     allow_pickle: bool = flag(
@@ -81,6 +82,7 @@ class ModelFlags:
         "put the beginning-of-sequence token before every conversation, unless the template does",
         in_study="same",
         on_resume="content",
+        causal_only=True,
     )
     chat_template_name: str = flag(
         "tulu",

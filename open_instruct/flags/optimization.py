@@ -161,12 +161,14 @@ class OptimizationFlags:
         "Ampere or newer) and sdpa",
         check=checks.needs_packing,
         on_resume="content",
+        causal_only=True,
     )
     compile: bool = flag(
         False,
         "compile the decoder layers (packed forward pass only; the first steps take minutes)",
         check=checks.needs_packing,
         on_resume="free",
+        causal_only=True,
     )
     reduce_loss: Literal["mean", "sum"] = flag(
         "mean",

@@ -238,6 +238,13 @@ class EmbeddingPrompt(Method):
             return model.get_prompt(batch_size=1)[0].detach().float().cpu()
 
 
+def task_type(model: Any) -> Any:
+    """Return PEFT's name for what a model does."""
+    from peft import TaskType
+
+    return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
+
+
 def unusual_linears(model: Any) -> list[str]:
     """Return the names of a model's own kinds of linear layers, such as the routers of Llama 4 and PhiMoE.
 

@@ -62,11 +62,16 @@ def key_std(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float
 def cached(model: PreTrainedModel, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return keys and values [1, K, T, E] of each layer for T tokens, also where a layer's window is shorter than T."""
     import torch
-    from transformers import DynamicCache
+    from transformers import DynamicCache, EncoderDecoderCache
 
     cache = DynamicCache()  # a cache that the model makes itself keeps no more than the window
+    inputs = torch.tensor([ids], device=model.device)
     with torch.no_grad():
-        model.eval()(torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True)
+        if model.config.is_encoder_decoder:  # what its decoder computes if it reads the tokens as well
+            both = EncoderDecoderCache(cache, DynamicCache())
+            model.eval()(inputs, decoder_input_ids=inputs, past_key_values=both, use_cache=True)
+        else:
+            model.eval()(inputs, past_key_values=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from open_instruct.errors import InputError
-from open_instruct.methods.base import LayerMethod, Recipe
+from open_instruct.methods.base import LayerMethod, Recipe, task_type
 from open_instruct.methods.facts import ModelFacts, between
 from open_instruct.methods.features import Feature
 
@@ -41,10 +41,10 @@ class Ia3(LayerMethod):
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Any) -> nn.Module:
         """Put IA3 on the layers that PEFT knows for this architecture, else on those with Llama's names."""
-        from peft import IA3Config, TaskType, get_peft_model
+        from peft import IA3Config, get_peft_model
 
         try:
-            return get_peft_model(model, IA3Config(task_type=TaskType.CAUSAL_LM))
+            return get_peft_model(model, IA3Config(task_type=task_type(model)))
         except ValueError as error:
             names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
             if not set(USUAL_LAYERS) <= names:
@@ -52,6 +52,6 @@ class Ia3(LayerMethod):
                     f"IA3 does not know the layers of a {model.config.model_type} model ({error}): use --use_lora"
                 ) from None
         config = IA3Config(
-            task_type=TaskType.CAUSAL_LM, target_modules=USUAL_LAYERS, feedforward_modules=USUAL_LAYERS[2:]
+            task_type=task_type(model), target_modules=USUAL_LAYERS, feedforward_modules=USUAL_LAYERS[2:]
         )
         return get_peft_model(model, config)

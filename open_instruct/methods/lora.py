@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from open_instruct.methods.base import LayerMethod, Recipe, unusual_linears
+from open_instruct.methods.base import LayerMethod, Recipe, task_type, unusual_linears
 from open_instruct.methods.facts import ModelFacts, between
 from open_instruct.methods.features import Feature
 
@@ -47,10 +47,10 @@ class Lora(LayerMethod):
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: LoraSettings) -> nn.Module:
         """Put PEFT's LoRA on all linear layers."""
-        from peft import LoraConfig, TaskType, get_peft_model
+        from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
-            task_type=TaskType.CAUSAL_LM,
+            task_type=task_type(model),
             r=settings.lora_rank,
             lora_alpha=settings.lora_alpha,
             lora_dropout=settings.lora_dropout,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from open_instruct.methods.base import EmbeddingPrompt, Recipe, TrainedAdapter, load_network
+from open_instruct.methods.base import EmbeddingPrompt, Recipe, TrainedAdapter, load_network, task_type
 from open_instruct.methods.facts import ModelFacts, between, model_facts
 
 if TYPE_CHECKING:
@@ -48,11 +48,12 @@ class PTuning(EmbeddingPrompt):
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PTuningSettings) -> nn.Module:
         """Put PEFT's P-tuning on, with an output layer scaled so that the prompt starts with the embeddings' spread."""
         import torch
-        from peft import PromptEncoderConfig, TaskType, get_peft_model
+        from peft import PromptEncoderConfig, get_peft_model
 
         config = PromptEncoderConfig(
-            task_type=TaskType.CAUSAL_LM,
+            task_type=task_type(model),
             num_virtual_tokens=settings.num_virtual_tokens,
+            num_transformer_submodules=1,  # see prompt tuning
             encoder_reparameterization_type="MLP",
             encoder_hidden_size=settings.encoder_hidden_size or model.config.get_text_config().hidden_size,
         )

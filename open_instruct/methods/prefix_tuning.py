@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from open_instruct.errors import InputError, one_line
-from open_instruct.methods.base import Method, Recipe, TrainedAdapter, load_network
+from open_instruct.methods.base import Method, Recipe, TrainedAdapter, load_network, task_type
 from open_instruct.methods.facts import DEFAULT_TEXT, ModelFacts, between, cached
 from open_instruct.methods.features import Feature
 
@@ -82,7 +82,7 @@ class PrefixTuning(Method):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PrefixTuningSettings
     ) -> nn.Module:
         """Put PEFT's prefix tuning on; `text` starts from the keys and values that the base computes for a text."""
-        from peft import PrefixTuningConfig, TaskType, get_peft_model
+        from peft import PrefixTuningConfig, get_peft_model
 
         from open_instruct.model.tokens import text_tokens
 
@@ -91,11 +91,12 @@ class PrefixTuning(Method):
             text = settings.prompt_tuning_init_text or DEFAULT_TEXT
             start = keys_and_values(model, text_tokens(tokenizer, text, settings.num_virtual_tokens))
         config = PrefixTuningConfig(
-            task_type=TaskType.CAUSAL_LM,
+            task_type=task_type(model),
             num_virtual_tokens=settings.num_virtual_tokens,
             prefix_projection=settings.prefix_projection,
             encoder_hidden_size=settings.encoder_hidden_size or model.config.get_text_config().hidden_size,
             init_weights="zero" if settings.prefix_init == "zero" else None,
+            **decoder_sizes(model),
         )
         wrapped = get_peft_model(model, config)
         wrapped.prompt_encoder["default"].freezes_first = settings.prefix_freeze_first
@@ -146,10 +147,35 @@ class PrefixTuning(Method):
 
         cache = model.get_prompt(batch_size=1)
         length = model.active_peft_config.num_virtual_tokens
+        if model.config.is_encoder_decoder:
+            cache = cache.self_attention_cache
         pairs = [(layer.keys, layer.values) for layer in cache.layers]
         if getattr(model.prompt_encoder[model.active_adapter], "freezes_first", False):
             pairs = [(without_gradient_of_first(keys), without_gradient_of_first(values)) for keys, values in pairs]
         return SoftPrompt(keys_values=pairs, length=length)
+
+
+def decoder_sizes(model: Any) -> dict[str, int]:
+    """Return an encoder–decoder's sizes for PEFT, which would take the encoder's, and heads as wide as D / H."""
+    if not model.config.is_encoder_decoder:
+        return {}
+    config = model.config
+    num_layers = getattr(config, "num_decoder_layers", None) or config.decoder_layers
+    num_heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
+    size = getattr(config, "d_kv", None) or config.hidden_size // num_heads
+    return {"num_layers": num_layers, "num_attention_heads": num_heads, "token_dim": num_heads * size}
+
+
+def as_peft_reads(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return a decoder's keys and values in the order in which PEFT 0.21 gives a prefix to its layers.
+
+    PEFT repeats the list of all layers' keys and values, and gives each layer four in turn, of which the last two, for
+    attention to the encoder, are dropped. So layer j gets pair 2j modulo L: where L is even, layers j and j + L/2 share
+    one, and every other pair is not used.
+    """
+    count = len(pairs)
+    taken = {2 * layer % count: pair for layer, pair in reversed(list(enumerate(pairs)))}
+    return [taken.get(index, pairs[index]) for index in range(count)]
 
 
 def without_gradient_of_first(prefix: torch.Tensor) -> torch.Tensor:
@@ -166,7 +192,8 @@ def keys_and_values(base: PreTrainedModel, ids: list[int]) -> torch.Tensor:
         InputError: the base keeps no keys and values for each layer.
     """
     try:
-        return embeddings_of_pairs(cached(base, ids))
+        pairs = cached(base, ids)
+        return embeddings_of_pairs(as_peft_reads(pairs) if base.config.is_encoder_decoder else pairs)
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise InputError(
             f"a prefix can't start from tokens on a {base.config.model_type} model ({one_line(error, 200)}): "

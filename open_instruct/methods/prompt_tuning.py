@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from open_instruct.methods.base import EmbeddingPrompt, Recipe, TrainedAdapter
+from open_instruct.methods.base import EmbeddingPrompt, Recipe, TrainedAdapter, task_type
 from open_instruct.methods.facts import DEFAULT_TEXT, ModelFacts
 
 if TYPE_CHECKING:
@@ -57,12 +57,16 @@ class PromptTuning(EmbeddingPrompt):
         PEFT samples from every row of the embedding matrix, unused and special ones included, and its `random` draws
         N(0, 1), some 50 times the spread of a large model's embeddings: the start from which the loss rises.
         """
-        from peft import PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
+        from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
 
         from open_instruct.model.tokens import random_tokens, text_tokens
 
         num_tokens = settings.num_virtual_tokens
-        wrapped = get_peft_model(model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_tokens))
+        # Before an encoder's input alone: for encoder–decoders PEFT would make as many again, and not use them.
+        config = PromptTuningConfig(
+            task_type=task_type(model), num_virtual_tokens=num_tokens, num_transformer_submodules=1
+        )
+        wrapped = get_peft_model(model, config)
         config = wrapped.peft_config["default"]
         if settings.prompt_tuning_init == "random":
             return wrapped

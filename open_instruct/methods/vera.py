@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from open_instruct.methods.base import LayerMethod, Recipe
+from open_instruct.methods.base import LayerMethod, Recipe, task_type
 from open_instruct.methods.facts import ModelFacts, between
 from open_instruct.methods.features import Feature
 
@@ -46,10 +46,10 @@ class Vera(LayerMethod):
 
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: VeraSettings) -> nn.Module:
         """Put PEFT's VeRA on all linear layers."""
-        from peft import TaskType, VeraConfig, get_peft_model
+        from peft import VeraConfig, get_peft_model
 
         config = VeraConfig(
-            task_type=TaskType.CAUSAL_LM,
+            task_type=task_type(model),
             r=settings.vera_rank,
             vera_dropout=settings.vera_dropout,
             target_modules="all-linear",

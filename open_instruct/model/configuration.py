@@ -56,6 +56,7 @@ FIXED = (  # attributes that say what the weights are, or that the trainer sets
     "output_hidden_states",
 )
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters")  # transformers 5 keeps the first two in the third
+PAIR_MODELS = ("t5", "mt5", "umt5", "bart", "mbart")  # encoder–decoders of text
 ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}  # unless their configuration says otherwise
 
 
@@ -76,7 +77,7 @@ def not_causal(config: PretrainedConfig) -> str | None:
     """Return why a configuration does not make a causal language model whose weights it describes, or None."""
     kind, text = config.model_type, config.get_text_config()
     if config.is_encoder_decoder or getattr(text, "is_encoder_decoder", False):
-        return f"{kind} is an encoder-decoder, of which only the decoder would be used"
+        return None if kind in PAIR_MODELS else f"{kind} is an encoder-decoder of a family that is not known here"
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return None  # the model's own code decides
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -105,7 +105,9 @@ def try_out(model: Any, what: str, remedy: str, training: bool) -> None:
         InputError: it does not run, or computes what is not finite.
     """
     with input_faults(what, remedy):
-        logits = model.train(training)(input_ids=torch.tensor([[0, 1, 2]], device=model.device)).logits
+        ids = torch.tensor([[0, 1, 2]], device=model.device)
+        more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        logits = model.train(training)(input_ids=ids, **more).logits
         if not torch.isfinite(logits).all():
             raise ValueError("the model computes what is not finite")
     model.eval()

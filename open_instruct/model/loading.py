@@ -15,6 +15,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -205,6 +206,11 @@ def choose_attention(use_flash_attn: bool | None, dtype: torch.dtype, compute_dt
     return "flash_attention_2" if available and in_16_bits and use_flash_attn is not False else None
 
 
+def model_class(config: PretrainedConfig) -> Any:
+    """Return what builds a model of a configuration: an encoder–decoder, or a causal language model."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def load_model(
     name: str,
     config: PretrainedConfig,
@@ -236,7 +242,7 @@ def load_model(
     """
     check_weights(name, allow_pickle)
     options |= loading_options(attention, arguments)
-    loader: Any = AutoModelForCausalLM
+    loader: Any = model_class(config)
     if use_liger_kernel:
         if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():
             raise InputError("--use_liger_kernel needs a GPU and `pip install liger-kernel`: drop the flag")
@@ -306,7 +312,7 @@ def check_fit_early(name: str, config: PretrainedConfig, arguments: str | None, 
         return
     options |= loading_options(None, arguments) | {"device_map": "meta", "use_safetensors": True}
     with readable(f"model {name}"):
-        model, info = AutoModelForCausalLM.from_pretrained(name, config=config, **options)
+        model, info = model_class(config).from_pretrained(name, config=config, **options)
     check_fit(name, config, model, info, arguments)
 
 
@@ -328,6 +334,8 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 def context_length(config: PretrainedConfig) -> int | None:
     """Return the number of positions that the model was made for, or None where its configuration names none."""
     text = config.get_text_config()
+    if getattr(text, "relative_attention_num_buckets", None):  # T5 knows distances only
+        return None
     return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
 
 

@@ -65,6 +65,10 @@ class PackedModel(TrainingModel):
     can't be used in any other way. Use it as a context manager, or call `activate` and `release`.
     """
 
+    attention_name = shared_prefix.NAME  # under which transformers knows the packed attention
+    find_head = staticmethod(find_head)
+    head_forms = staticmethod(head_forms)
+
     def __init__(
         self, model: Any, soft_prompt: Callable[[], SoftPrompt | None], backend: Backend, head: str | None = "find"
     ) -> None:
@@ -81,8 +85,8 @@ class PackedModel(TrainingModel):
         super().__init__(model)
         self.soft_prompt = soft_prompt
         self.backend = backend
-        self.head_name = find_head(self.causal) if head == "find" else head
-        self.head = head_forms(self.causal)[self.head_name] if self.head_name else None
+        self.head_name = self.find_head(self.causal) if head == "find" else head
+        self.head = self.head_forms(self.causal)[self.head_name] if self.head_name else None
         self.windows: set[int] = set()  # that layers have called their attention with
         self._own_attention: str | None = None  # the model's, while it is replaced
 
@@ -100,10 +104,10 @@ class PackedModel(TrainingModel):
         if self._own_attention is not None:
             return
         own_attention = self.causal.config._attn_implementation
-        if own_attention == shared_prefix.NAME:
+        if own_attention == self.attention_name:
             raise RuntimeError("another PackedModel of this model is active: release it first")
         self._own_attention = own_attention
-        self.causal.set_attn_implementation(shared_prefix.NAME)
+        self.causal.set_attn_implementation(self.attention_name)
 
     def release(self) -> None:
         """Give the model its own attention back, for generation. Nothing happens if it has it already."""

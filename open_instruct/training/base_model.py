@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from open_instruct.adapters.folders import AdapterFolder
 from open_instruct.adapters.loaded import chat_template
@@ -56,6 +56,7 @@ class TokenizerSettings:
     trust_remote_code: bool
     chat_template_name: str
     add_bos: bool
+    makes_pairs: bool = False  # the model is an encoder–decoder
 
 
 def absolute(name: str | None) -> str | None:
@@ -83,6 +84,8 @@ def load_base_tokenizer(settings: TokenizerSettings, adapter: AdapterFolder | No
     tokenizer = loading.load_tokenizer(
         settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
     )
+    if settings.makes_pairs:
+        chat.mark_pairs(tokenizer)
     chat.set_chat_template(tokenizer, settings.chat_template_name, settings.add_bos)
     template = chat_template(adapter.path) if adapter else None
     if template not in (None, tokenizer.chat_template):
@@ -135,7 +138,7 @@ def skeleton(settings: BaseModelSettings, config: PretrainedConfig) -> Any:
     attention = loading.choose_attention(settings.use_flash_attn, settings.dtype, settings.compute_dtype)
     own = {"attn_implementation": attention} | loader_arguments(settings.arguments)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
+        model = loading.model_class(config).from_config(
             config, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code, **own
         )
     model.tie_weights()  # the context makes each parameter anew

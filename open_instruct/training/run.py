@@ -27,6 +27,7 @@ from open_instruct.training import (
     dry_run,
     engines,
     forward,
+    forward_pairs,
     identity,
     output,
     sample_answers,
@@ -110,7 +111,8 @@ def run(
         text = context if isinstance(context, Context) and not is_sharded else None  # else no process can compute it
         starts = start.init_candidates(method, resolved.method_settings, model, tokenizer, text)
     pad = tokenizer.pad_token_id
-    chosen = forward.choose_forward(model, method, before.forward, accelerator, before.compute_dtype, pad)
+    choose = forward_pairs.choose_pair_forward if config.is_encoder_decoder else forward.choose_forward
+    chosen = choose(model, method, before.forward, accelerator, before.compute_dtype, pad)
     chosen = distilling.distilled(chosen, before.distillation, context, accelerator, before.compute_dtype)
     engines.check_agreement(accelerator, {"attention": chosen.attention})
     accelerator.print(f"forward pass: {chosen.description}")

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from open_instruct.adapters import loaded
 from open_instruct.adapters.folders import AdapterFolder
+from open_instruct.data.chat import PLAIN
 from open_instruct.data.context import source_of
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
@@ -88,6 +89,12 @@ class Settings:
             for feature, is_wanted in wanted.items()
             if feature and is_wanted and feature in method.obstacles
         ]
+        if self.tokenizer.makes_pairs:
+            problems += [
+                f"--{name} is for causal language models, and this is an encoder–decoder: remove it"
+                for name in names_with("causal_only", True)
+                if name in self.origins and getattr(flags, name)
+            ]
         if is_sharded(engine):
             if flags.load_in_4bit or flags.load_in_8bit:
                 flag = "--load_in_4bit" if flags.load_in_4bit else "--load_in_8bit"
@@ -236,6 +243,7 @@ def before_data(
         InputError: virtual tokens and conversations do not fit into the model's context.
     """
     method, context, model = METHODS[flags.method], loading.context_length(config), base_model_settings(flags)
+    makes_pairs, is_chosen = bool(config.is_encoder_decoder), "chat_template_name" in origins
     num_virtual_tokens = flags.num_virtual_tokens or 0
     if method.is_soft_prompt and not num_virtual_tokens:
         num_virtual_tokens = method.recommended_virtual_tokens(context, flags.max_seq_length)
@@ -269,8 +277,9 @@ def before_data(
             name=flags.tokenizer_name_or_path or model.name,
             revision=flags.tokenizer_revision or flags.model_revision,
             trust_remote_code=flags.trust_remote_code,
-            chat_template_name=flags.chat_template_name,
+            chat_template_name=flags.chat_template_name if is_chosen or not makes_pairs else PLAIN,
             add_bos=flags.add_bos,
+            makes_pairs=makes_pairs,
         ),
         data=DataSettings(
             train_files=tuple(flags.train_file or ()),

@@ -1,0 +1,396 @@
+"""Encoder–decoders: packed pairs equal each pair alone; pairs are tokenised, cut, batched, answered and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+from open_instruct.adapters.generation import Sampling, generate
+from open_instruct.adapters.scoring import answer_losses
+from open_instruct.data import chat
+from open_instruct.data.pairs import (
+    PairPacking,
+    PairPadding,
+    fit_pair,
+    pack_pairs,
+    pad_pairs,
+    source_ids,
+    split,
+    tokenize_pairs,
+)
+from open_instruct.flags import default_values
+from open_instruct.generate_peft import main as generate_main
+from open_instruct.methods import METHODS
+from open_instruct.model.encoder_decoder import PackedPairModel, PaddedPairModel
+from open_instruct.model.shared_prefix import CannotPack
+from open_instruct.training.forward_pairs import try_packed
+from tests.conftest import ROOT, TINY_MODEL
+from tests.tiny_models import gradient_error
+
+VOCAB = 120
+T5 = {"d_model": 32, "d_ff": 64, "num_heads": 4, "decoder_start_token_id": 0, "dropout_rate": 0.1}
+T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 16}
+BART = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_start_token_id": 2,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 256,
+}  # fmt: skip
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gated t5": (
+        "t5", {**T5, "d_kv": 8, "num_layers": 2, "num_decoder_layers": 3, "feed_forward_proj": "gated-gelu",
+               "tie_word_embeddings": False},
+    ),
+    "tied t5, wide heads": ("t5", {**T5, "d_kv": 16, "num_layers": 4, "tie_word_embeddings": True}),
+    "umt5": ("umt5", {**T5, "d_kv": 8, "num_layers": 3}),
+    "bart": ("bart", {**BART, "scale_embedding": True}),
+    "mbart": ("mbart", BART),
+}  # fmt: skip
+METHOD_NAMES = ("full", "lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning")
+CASES = [
+    (architecture, method)
+    for architecture in ARCHITECTURES
+    for method in METHOD_NAMES
+    if not (method == "ia3" and architecture in ("umt5", "mbart"))  # PEFT does not know their layers
+]
+
+
+def random_model(name: str) -> Any:
+    """Return a tiny model of a real architecture, far from its small initial weights."""
+    torch.manual_seed(0)
+    kind, values = ARCHITECTURES[name]
+    config = AutoConfig.for_model(kind, vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2, **values)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(3)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.normal_()
+    return model.eval()
+
+
+def wrap(method_name: str, base: Any) -> tuple[Any, Any]:
+    """Return (adapted model that is not at its neutral start, its method)."""
+    method = METHODS[method_name]
+    values = default_values(
+        num_virtual_tokens=5, prompt_tuning_init="random", prefix_init="random", lora_rank=4, lora_dropout=0.0
+    )
+    words = {str(i): i for i in range(VOCAB)}
+    tokenizer = SimpleNamespace(all_special_ids=[0], added_tokens_decoder={}, get_vocab=lambda: words)
+    torch.manual_seed(1)
+    model: Any = method.wrap(base, tokenizer, method.settings(values))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval(), method
+
+
+def pairs() -> list[dict[str, Any]]:
+    """Return ragged pairs, shorter and longer than the distances that T5 tells apart."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = [(5, 4), (23, 7), (11, 3), (1, 19)]
+    ids = [torch.randint(3, VOCAB, (source + target,), generator=generator).tolist() for source, target in lengths]
+    return [
+        {"input_ids": row, "spans": [source, source + target]}
+        for row, (source, target) in zip(ids, lengths, strict=True)
+    ]
+
+
+def token_losses(model: Any, one: dict[str, Any]) -> torch.Tensor:
+    """Return the losses of a pair's target, from transformers' and PEFT's own forward on this pair alone."""
+    source, target, _ = split(one)
+    start = model.config.decoder_start_token_id
+    logits = model(
+        input_ids=torch.tensor([source]),
+        attention_mask=torch.ones(1, len(source)),
+        decoder_input_ids=torch.tensor([[start, *target[:-1]]]),
+        use_cache=False,
+    ).logits[0]
+    return F.cross_entropy(logits, torch.tensor(target), reduction="none")
+
+
+def gradient_of(model: Any) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None])
+
+
+def packed_of(model: Any, method: Any) -> PackedPairModel:
+    return PackedPairModel(model, partial(method.soft_prompt, model), None)
+
+
+@pytest.mark.parametrize("architecture, method_name", CASES)
+def test_packed_pairs_equal_each_pair_alone(architecture, method_name):
+    """Every token's loss, and the gradient of everything that is trained."""
+    model, method = wrap(method_name, random_model(architecture))
+    expected = torch.cat([token_losses(model, one) for one in pairs()])
+    expected.sum().backward()
+    gradient = gradient_of(model)
+    model.zero_grad()
+    start = model.config.decoder_start_token_id
+    with packed_of(model, method) as packed:
+        found = []
+        for index in range(len(pairs())):  # the losses of one pair at a time, in the row of all
+            batch = pack_pairs(pairs(), start)
+            ends = torch.tensor([target for _, target in batch["lengths"]]).cumsum(0).tolist()
+            chosen = slice(ends[index] - batch["lengths"][index][1], ends[index])
+            only = {name: batch[name][chosen] for name in ("target_positions", "targets")}
+            found.append(packed(**{**batch, **only})[0].item())
+        loss, count = packed(**pack_pairs(pairs(), start))
+        loss.backward()
+    assert count == sum(len(split(one)[1]) for one in pairs())
+    sums = [token_losses(model, one).sum().item() for one in pairs()]
+    assert found == pytest.approx(sums, rel=1e-5)
+    assert loss.item() == pytest.approx(expected.sum().item(), rel=1e-5)
+    assert gradient_error(gradient_of(model), gradient) < 1e-4
+
+
+@pytest.mark.parametrize("mistake", ["boundary", "distances", "source", "order"])
+def test_a_wrong_row_is_found(mistake, monkeypatch):
+    """Boundaries off by one, a prefix without its distances, a decoder that sees another source, a future token."""
+    from open_instruct.model import encoder_decoder
+
+    model, method = wrap("prefix_tuning", random_model("gated t5"))
+    own = encoder_decoder.bounds_of
+    if mistake == "boundary":
+        monkeypatch.setattr(
+            encoder_decoder, "bounds_of", lambda lengths: own([lengths[0] + 1, lengths[1] - 1, *lengths[2:]])
+        )
+    if mistake == "distances":
+        monkeypatch.setattr(encoder_decoder, "prefix_bias", lambda table, p, t, like: like.new_zeros(1, 1, t, p))
+    if mistake == "order":
+        monkeypatch.setattr(torch.Tensor, "triu", lambda self, diagonal=0: torch.zeros_like(self))
+    expected = sum(token_losses(model, one).sum().item() for one in pairs())
+    batch = pack_pairs(pairs(), 0)
+    if mistake == "source":  # each target beside another pair's source
+        batch["lengths"] = tuple(
+            (batch["lengths"][i][0], batch["lengths"][j][1]) for i, j in ((0, 2), (1, 1), (2, 0), (3, 3))
+        )
+    with packed_of(model, method) as packed, torch.no_grad():
+        found = packed(**batch)[0].item()
+    assert abs(found / expected - 1) > 1e-3
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_padded_pairs_equal_each_pair_alone(architecture):
+    model, _ = wrap("lora", random_model(architecture))
+    start = model.config.decoder_start_token_id
+    expected = [token_losses(model, one).sum().item() for one in pairs()]
+    with torch.no_grad():
+        loss, count = PaddedPairModel(model)(**pad_pairs(pairs(), 0, start))
+    assert loss.item() == pytest.approx(sum(expected), rel=1e-5) and count == 33
+    ids = [one["input_ids"] for one in pairs()]
+    spans = [[tuple(one["spans"])] for one in pairs()]
+    found = answer_losses(model, ids, spans, 3)
+    assert [loss for loss, _ in found] == pytest.approx(expected, rel=1e-5)
+    assert [number for _, number in found] == [4, 7, 3, 19]
+
+
+def test_the_probe_agrees_with_exact_models_only(monkeypatch):
+    """It takes what is exact, and gives a reason against what is not."""
+    from open_instruct.model import encoder_decoder
+
+    model, method = wrap("prefix_tuning", random_model("gated t5"))
+    packed, reason = try_packed(model, method, 0, torch.float32)
+    assert packed is not None and not reason
+    monkeypatch.setattr(encoder_decoder, "prefix_bias", lambda table, p, t, like: like.new_zeros(1, 1, t, p))
+    packed, reason = try_packed(model, method, 0, torch.float32)
+    assert packed is None and "differs from its own" in reason
+    monkeypatch.setattr(encoder_decoder, "kinds_of", lambda causal: (_ for _ in ()).throw(CannotPack("it can't")))
+    assert try_packed(model, method, 0, torch.float32) == (None, "it can't")
+
+
+def test_checkpointing_changes_nothing():
+    model, method = wrap("prefix_tuning", random_model("gated t5"))
+    gradients = []
+    for is_checkpointed in (False, True):
+        base = model.get_base_model()
+        if is_checkpointed:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.config.dropout_rate = 0.0
+        model.zero_grad()
+        with packed_of(model, method) as packed:
+            packed.train()
+            for module in packed.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+                if hasattr(module, "dropout") and isinstance(module.dropout, float):
+                    module.dropout = 0.0
+            packed(**pack_pairs(pairs(), 0))[0].backward()
+        gradients.append(gradient_of(model))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A T5 without knowledge, whose tokenizer is the bundled model's and ends each text with </s>."""
+    path = tmp_path_factory.mktemp("t5")
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    values = {**T5, "d_model": 64, "d_kv": 16, "num_layers": 2, "dropout_rate": 0.0, "tie_word_embeddings": False}
+    config = T5Config(vocab_size=len(tokenizer), eos_token_id=end[1], pad_token_id=tokenizer.pad_token_id, **values)
+    T5ForConditionalGeneration(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def tokenizer(folder) -> Any:
+    words = AutoTokenizer.from_pretrained(folder)
+    chat.mark_pairs(words)
+    chat.set_chat_template(words, chat.PLAIN)
+    return words
+
+
+TALK = [
+    {"role": "system", "content": "sort the words"},
+    {"role": "user", "content": "lion cat"},
+    {"role": "assistant", "content": "cat lion"},
+    {"role": "user", "content": "fox bear"},
+    {"role": "assistant", "content": "bear fox"},
+]
+
+
+def test_a_conversation_is_its_last_answer_and_what_precedes_it(tokenizer):
+    """Tokenised apart, as the tokenizer does it alone; a user's turn after the last answer is left out."""
+    text = "sort the words\nlion cat\ncat lion\nfox bear"
+    source, target = tokenizer(text)["input_ids"], tokenizer("bear fox")["input_ids"]
+    assert source[-1] == target[-1] == tokenizer.eos_token_id
+    for talk in (TALK, [*TALK, {"role": "user", "content": "more"}]):
+        (ids,), (spans,) = tokenize_pairs(tokenizer, [talk], 999)
+        assert ids == [*source, *target] and spans == [(len(source), len(source) + len(target))]
+    assert source_ids(tokenizer, [TALK[:-1]]) == [source]
+    assert chat.tokenize(tokenizer, [TALK], 999) == tokenize_pairs(tokenizer, [TALK], 999)
+
+
+def test_what_is_too_long_keeps_its_ends():
+    ids, spans = list(range(10, 30)), [(12, 20)]
+    assert fit_pair(ids, spans, 20) == (ids, spans)
+    assert fit_pair(ids, spans, 12) == ([10, 11, 12, 21, *range(22, 30)], [(4, 12)])
+    assert fit_pair(ids, spans, 5) == ([21, 22, 23, 24, 29], [(1, 5)])
+    assert fit_pair(ids, spans, 2) == ([21, 29], [(1, 2)])
+
+
+def test_batches_of_nothing():
+    """A process that has no pair left computes a batch without labels."""
+    for batching in (PairPacking(64, 7), PairPadding(4, 0, 7)):
+        batch = batching.collate([])
+        labels = batch.get("labels")
+        assert len(batch["targets"]) == 0 if labels is None else (labels == -100).all()
+
+
+@pytest.mark.parametrize("method_name", ["lora", "prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_greedy_answers_are_the_forward_passs(method_name, tokenizer):
+    """Token by token without a cache; also for P-tuning and prefixes, whose generation PEFT does by itself.
+
+    (transformers 5.23 can't generate where the two stacks differ in depth.)
+    """
+    model, _ = wrap(method_name, random_model("tied t5, wide heads"))
+    sampling = Sampling(max_new_tokens=6)
+    prompts = [split(one)[0] for one in pairs()]
+    found = dict(generate(model, tokenizer, prompts, sampling))
+    for index, prompt in enumerate(prompts):
+        read = [0]
+        for _ in range(6):
+            with torch.no_grad():
+                logits = model(
+                    input_ids=torch.tensor([prompt]),
+                    attention_mask=torch.ones(1, len(prompt)),
+                    decoder_input_ids=torch.tensor([read]),
+                    use_cache=False,
+                ).logits[0, -1]
+            read.append(int(logits.argmax()))
+            if read[-1] == 2:
+                break
+        assert found[index] == [tokenizer.decode(read[1:], skip_special_tokens=True).strip()]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--use_lora",),
+        ("--use_ia3",),
+        ("--use_prompt_tuning",),
+        ("--use_p_tuning",),
+        ("--use_prefix_tuning",),
+        (),
+    ],
+)
+def test_every_method_learns_with_nothing_set(flags, train, folder, tokenizer):
+    """The held-out loss falls below the base's; the saved adapter gives the same loss in plain PEFT."""
+    run = train("run", *flags, "--max_train_steps", "80", model=folder, data=ROOT / "data" / "sample" / "train.jsonl")
+    assert run.code == 0, run.err
+    assert "packed pairs" in run.out
+    assert run.summary["final_eval_loss"] < 0.9 * run.summary["base_eval_loss"]
+    rows = [json.loads(line) for line in (ROOT / "data" / "sample" / "heldout.jsonl").read_text().splitlines()[:8]]
+    ids, spans = tokenize_pairs(tokenizer, [row["messages"] for row in rows], 999)
+    if flags:
+        plain = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(folder), run.folder).eval()
+    else:
+        plain = AutoModelForSeq2SeqLM.from_pretrained(run.folder).eval()
+    found = answer_losses(plain, ids, spans, 4)
+    alone = [
+        token_losses(plain, {"input_ids": row, "spans": list(span[-1])}).sum().item()
+        for row, span in zip(ids, spans, strict=True)
+    ]
+    assert [loss for loss, _ in found] == pytest.approx(alone, rel=1e-4)
+    assert sum(alone) / sum(number for _, number in found) < run.summary["base_eval_loss"]
+
+
+def test_a_run_resumes_bit_for_bit_and_answers(train, tmp_path, folder):
+    flags = ("--use_prefix_tuning", "--max_train_steps", "8", "--checkpointing_steps", "4", "--gradient_checkpointing")
+    whole = train("whole", *flags, model=folder)
+    assert whole.code == 0, whole.err
+    shutil.copytree(whole.folder, tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step_8")
+    (tmp_path / "half" / "summary.json").unlink()
+    resumed = train("half", *flags, "--resume_from_checkpoint", model=folder)
+    assert resumed.code == 0, resumed.err
+    first, second = (load_file(run.folder / "adapter_model.safetensors") for run in (whole, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    questions.write_text(json.dumps({"prompt": "reverse the words: lion cat"}) + "\n")
+    words = ["--adapter", str(whole.folder), "--input_file", str(questions), "--output_file", str(out)]
+    assert generate_main([*words, "--max_new_tokens", "8"]) == 0
+    assert json.loads(out.read_text())["answers"]
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (("--add_bos",), "--add_bos is for causal language models"),
+        (("--use_lora", "--distill_system"), "--distill_system is for causal language models"),
+        (("--attn_backend", "sdpa"), "--attn_backend is for causal language models"),
+        (("--use_prefix_tuning", "--prefix_projection"), "--prefix_projection is for causal language models"),
+    ],
+)
+def test_flags_of_causal_models_are_refused(flags, expected, train, tmp_path, folder):
+    run = train("run", *flags, model=folder)
+    assert run.code == 2 and expected in run.err and not (tmp_path / "run").exists()
+
+
+def test_adapters_of_the_other_kind_are_refused(train, tmp_path, capsys, folder):
+    """Both ways, and before anything is answered."""
+    causal = train("causal", "--use_lora", "--max_train_steps", "1")
+    pair = train("pair", "--use_lora", "--max_train_steps", "1", model=folder)
+    assert (causal.code, pair.code) == (0, 0)
+    questions = tmp_path / "q.jsonl"
+    questions.write_text(json.dumps({"prompt": "lion cat"}) + "\n")
+    for adapter, base in ((causal.folder, folder), (pair.folder, TINY_MODEL)):
+        words = ["--adapter", str(adapter), "--model_name_or_path", str(base), "--any_base"]
+        words += ["--input_file", str(questions), "--output_file", str(tmp_path / f"{Path(base).name}.jsonl")]
+        assert generate_main(words) == 2
+        assert "give the base that it was trained on" in capsys.readouterr().err
