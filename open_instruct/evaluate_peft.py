@@ -13,6 +13,7 @@ difference of two models' answers, on the same rows. With --answers no model is 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,10 +27,11 @@ import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
 from open_instruct.adapters.answer_flags import add_answer_flags, wrong_mode
-from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS, check_regex
+from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS, check_regex, chosen_rows
 from open_instruct.command_line import OneLineArgumentParser, add_engine_flag, add_model_flags, at_least, seed
 from open_instruct.data import reading
-from open_instruct.errors import exit_code, visible
+from open_instruct.errors import InputError, exit_code, visible
+from open_instruct.files import check_path, write_text
 from open_instruct.flags.data import BAD_ROWS
 from open_instruct.interrupts import ending_at_once
 from open_instruct.report.result_files import check_result_folder, result_folder, write_result
@@ -94,7 +96,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if problem := wrong_mode(parser, args):
         parser.error(problem)
-    if bool(args.file) == bool(args.lm_eval_tasks) and not args.answers:
+    if bool(args.file) == bool(args.lm_eval_tasks) and not (args.answers or args.blind_results):
         parser.error("give one of --file, --lm_eval_tasks and --answers")
     if args.lm_eval_tasks and args.engine != "transformers":
         parser.error("--engine belongs to --file: drop it for --lm_eval_tasks")
@@ -110,7 +112,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, held: ExitStack) -> None:
     """Check, measure, print, write."""
-    if args.answers:
+    if args.blind_sheet:
+        write_blind_sheet(args)
+        return
+    if args.answers or args.blind_results:
         score_answers(args, held)
         return
     folders.base_name(args.model_name_or_path, folders.parse_adapters(args.adapter), args.any_base)
@@ -160,29 +165,53 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
         print(visible(text))
 
 
+def write_blind_sheet(args: argparse.Namespace) -> None:
+    """Write the page of a blind comparison."""
+    path = Path(args.blind_sheet)
+    check_path(path.parent, f"--blind_sheet {path}")
+    if os.path.lexists(path) or path.suffix not in (".html", ".htm"):
+        raise InputError(f"--blind_sheet {path} exists, or does not end in .html: name another file")
+    with ending_at_once():
+        from open_instruct.adapters.answer_files import read_answers
+        from open_instruct.adapters.blind_results import blind_sheet
+
+    rows = read_answers(args.answers, bad_rows=args.bad_rows)
+    rows = [rows[i] for i in chosen_rows(len(rows), args.max_samples, args.seed)]
+    page = blind_sheet(rows, args.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+    print(visible(f"{len(rows)} questions: open {path} in a browser, then count with --blind_results"))
+
+
 def score_answers(args: argparse.Namespace, held: ExitStack) -> None:
-    """Measure answers that exist already, print, write."""
+    """Measure answers that exist already, or count blind comparisons of them; print, write."""
     check_result_folder(args.output_dir, "evaluation")
     with ending_at_once():  # reading rows imports pyarrow
         from open_instruct.adapters.answer_evaluation import evaluate_answers
+        from open_instruct.adapters.blind_results import count_results
         from open_instruct.report import answers as report
+        from open_instruct.report.blind import blind_tables
 
     held.enter_context(result_folder(args.output_dir, "evaluation"))
-    result = evaluate_answers(
-        args.answers,
-        args.file,
-        args.metrics,
-        args.answer_regex,
-        args.normaliser,
-        args.several,
-        args.pass_at,
-        args.metric,
-        args.stemmer,
-        args.max_samples,
-        args.seed,
-        args.bad_rows,
-    )
-    text = report.markdown(result)
+    if args.blind_results:
+        result = count_results(args.blind_results, args.seed)
+        text = blind_tables(result)
+    else:
+        result = evaluate_answers(
+            args.answers,
+            args.file,
+            args.metrics,
+            args.answer_regex,
+            args.normaliser,
+            args.several,
+            args.pass_at,
+            args.metric,
+            args.stemmer,
+            args.max_samples,
+            args.seed,
+            args.bad_rows,
+        )
+        text = report.markdown(result)
     try:  # first the files: what was computed is not lost where nobody reads the output
         write_result(args.output_dir, "evaluation", text, report.plot, result)
     finally:

@@ -7,11 +7,13 @@ import argparse
 from open_instruct.adapters.answer_scores import SEVERAL
 from open_instruct.command_line import OneLineArgumentParser, at_least
 
-ONLY_ANSWERS = ("several", "pass_at", "metric", "stemmer")
+ONLY_ANSWERS = ("several", "pass_at", "metric", "stemmer", "blind_sheet")
 WITH_ANSWERS = (
     *ONLY_ANSWERS,
     *("answers", "file", "bad_rows", "metrics", "answer_regex", "normaliser", "max_samples", "seed", "output_dir"),
 )
+WITH_SHEET = ("answers", "blind_sheet", "bad_rows", "max_samples", "seed")
+WITH_RESULTS = ("blind_results", "seed", "output_dir")
 
 
 def add_answer_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,11 +42,27 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
         help="figure of your own: FUNCTION(answer, [references]) returns a number; can be repeated; its code is run",
     )
     add("--stemmer", action="store_true", help="ROUGE compares stems of English words")
+    add(
+        "--blind_sheet",
+        metavar="FILE.html",
+        help="write a page on which a person compares the models' answers, shuffled by --seed and without names, "
+        "instead of measuring",
+    )
+    add(
+        "--blind_results",
+        nargs="+",
+        metavar="FILE",
+        help="count results that were downloaded from such a page, one file for each judge",
+    )
 
 
 def wrong_mode(parser: OneLineArgumentParser, args: argparse.Namespace) -> str | None:
     """Return what is wrong with the flags that belong to --answers, or that do not; None: nothing."""
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    for mode, allowed in (("blind_results", WITH_RESULTS), ("blind_sheet", WITH_SHEET)):
+        beside = [f"--{name}" for name in given if name not in allowed]
+        if mode in given and beside and (mode == "blind_results" or args.answers):
+            return f"{', '.join(beside)}: no effect with --{mode}: drop one of them"
     wrong = [f"--{name}" for name in given if (name not in WITH_ANSWERS if args.answers else name in ONLY_ANSWERS)]
     if wrong and args.answers:
         return f"{', '.join(wrong)}: no effect with --answers, which loads no model: drop that, or --answers"
