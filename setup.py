@@ -48,7 +48,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["open_instruct", "open_instruct.*"]),
-    package_data={"open_instruct.study": ["templates/*.j2"], "open_instruct.adapters": ["self_study.yaml"]},
+    package_data={
+        "open_instruct.study": ["templates/*.j2"],
+        "open_instruct.adapters": ["self_study.yaml"],
+        "open_instruct.report": ["blind_sheet.html"],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
 )

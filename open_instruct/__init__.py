@@ -10,6 +10,7 @@ PUBLIC = {
     "Sampling": "open_instruct.adapters.generation",
     "merge": "open_instruct.adapters.merging",
     "evaluate": "open_instruct.adapters.evaluation",
+    "evaluate_answers": "open_instruct.adapters.answer_evaluation",
     "inspect": "open_instruct.adapters.inspection",
     "InputError": "open_instruct.errors",
 }

@@ -1,17 +1,19 @@
-r"""Measure a base model and adapters on it: loss, exact match, ROUGE and BLEU on a file, or the EleutherAI harness.
+r"""Measure a base model and adapters on it, on a file or with the EleutherAI harness; or measure existing answers.
 
     python open_instruct/evaluate_peft.py --adapter output/run --file heldout.jsonl --output_dir output/run-evaluated
     python open_instruct/evaluate_peft.py --adapter a=output/a --adapter b=output/b --file gsm8k.jsonl \
         --answer_regex "#### (.*)" --normaliser number
     python open_instruct/evaluate_peft.py --adapter output/run --lm_eval_tasks hellaswag arc_easy
+    python open_instruct/evaluate_peft.py --answers answers.jsonl --file references.jsonl --pass_at 1 5
 
-On a file, every figure has a bootstrapped 95 % interval, and so has each adapter's difference from the base on the same
-rows.
+On files, every figure has a bootstrapped 95 % interval, and so has each adapter's difference from the base, or the
+difference of two models' answers, on the same rows. With --answers no model is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,10 +26,12 @@ if not __package__:  # started as a file, from a clone that need not be installe
 import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
-from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS, check_regex
+from open_instruct.adapters.answer_flags import add_answer_flags, wrong_mode
+from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS, check_regex, chosen_rows
 from open_instruct.command_line import OneLineArgumentParser, add_engine_flag, add_model_flags, at_least, seed
 from open_instruct.data import reading
-from open_instruct.errors import exit_code, visible
+from open_instruct.errors import InputError, exit_code, visible
+from open_instruct.files import check_path, write_text
 from open_instruct.flags.data import BAD_ROWS
 from open_instruct.interrupts import ending_at_once
 from open_instruct.report.result_files import check_result_folder, result_folder, write_result
@@ -49,7 +53,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--file", metavar="FILE", help="questions with answers, in any form that training reads")
     add("--bad_rows", choices=["error", "skip"], default="error", help=BAD_ROWS)
-    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="figures to compute (default: all)")
+    add(
+        "--metrics",
+        nargs="+",
+        choices=[*METRICS, "none"],
+        help="figures to compute; none: only those of --metric (default: all, without loss for --answers)",
+    )
     add(
         "--answer_regex",
         help="regular expression whose last match's first group is the part of an answer that counts, as '#### (.*)'",
@@ -83,20 +92,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--limit", type=at_least(1), help="number of documents of each harness task; unset: all")
     add("--apply_chat_template", action="store_true", help="put harness questions into the chat template")
+    add_answer_flags(parser)
     args = parser.parse_args(argv)
-    if bool(args.file) == bool(args.lm_eval_tasks):
-        parser.error("give one of --file and --lm_eval_tasks")
+    if problem := wrong_mode(parser, args):
+        parser.error(problem)
+    if bool(args.file) == bool(args.lm_eval_tasks) and not (args.answers or args.blind_results):
+        parser.error("give one of --file, --lm_eval_tasks and --answers")
     if args.lm_eval_tasks and args.engine != "transformers":
         parser.error("--engine belongs to --file: drop it for --lm_eval_tasks")
     if args.context and args.lm_eval_tasks:
         parser.error("--context belongs to --file: drop it for --lm_eval_tasks")
     if args.answer_regex:
         check_regex(args.answer_regex)
+    if args.metrics is None:
+        args.metrics = [name for name in METRICS if name != "loss" or not args.answers]
+    args.metrics = [name for name in args.metrics if name != "none"]
     return args
 
 
 def run(args: argparse.Namespace, held: ExitStack) -> None:
     """Check, measure, print, write."""
+    if args.blind_sheet:
+        write_blind_sheet(args)
+        return
+    if args.answers or args.blind_results:
+        score_answers(args, held)
+        return
     folders.base_name(args.model_name_or_path, folders.parse_adapters(args.adapter), args.any_base)
     if args.file:
         reading.files_of(args.file)
@@ -138,6 +159,59 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
             **options,
         )
     text = report.markdown(result)
+    try:  # first the files: what was computed is not lost where nobody reads the output
+        write_result(args.output_dir, "evaluation", text, report.plot, result)
+    finally:
+        print(visible(text))
+
+
+def write_blind_sheet(args: argparse.Namespace) -> None:
+    """Write the page of a blind comparison."""
+    path = Path(args.blind_sheet)
+    check_path(path.parent, f"--blind_sheet {path}")
+    if os.path.lexists(path) or path.suffix not in (".html", ".htm"):
+        raise InputError(f"--blind_sheet {path} exists, or does not end in .html: name another file")
+    with ending_at_once():
+        from open_instruct.adapters.answer_files import read_answers
+        from open_instruct.adapters.blind_results import blind_sheet
+
+    rows = read_answers(args.answers, bad_rows=args.bad_rows)
+    rows = [rows[i] for i in chosen_rows(len(rows), args.max_samples, args.seed)]
+    page = blind_sheet(rows, args.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+    print(visible(f"{len(rows)} questions: open {path} in a browser, then count with --blind_results"))
+
+
+def score_answers(args: argparse.Namespace, held: ExitStack) -> None:
+    """Measure answers that exist already, or count blind comparisons of them; print, write."""
+    check_result_folder(args.output_dir, "evaluation")
+    with ending_at_once():  # reading rows imports pyarrow
+        from open_instruct.adapters.answer_evaluation import evaluate_answers
+        from open_instruct.adapters.blind_results import count_results
+        from open_instruct.report import answers as report
+        from open_instruct.report.blind import blind_tables
+
+    held.enter_context(result_folder(args.output_dir, "evaluation"))
+    if args.blind_results:
+        result = count_results(args.blind_results, args.seed)
+        text = blind_tables(result)
+    else:
+        result = evaluate_answers(
+            args.answers,
+            args.file,
+            args.metrics,
+            args.answer_regex,
+            args.normaliser,
+            args.several,
+            args.pass_at,
+            args.metric,
+            args.stemmer,
+            args.max_samples,
+            args.seed,
+            args.bad_rows,
+        )
+        text = report.markdown(result)
     try:  # first the files: what was computed is not lost where nobody reads the output
         write_result(args.output_dir, "evaluation", text, report.plot, result)
     finally:

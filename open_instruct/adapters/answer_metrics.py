@@ -1,11 +1,11 @@
-"""Answers against references: exact match, ROUGE (rouge-score) and BLEU (sacrebleu), with bootstrapped intervals."""
+"""Answers against references: exact match, ROUGE, BLEU and chrF, with bootstrapped intervals."""
 
 from __future__ import annotations
 
 import re
 import string
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from open_instruct.bootstrap import interval
 from open_instruct.errors import InputError
 from open_instruct.limits import SECONDS, evaluating_input
 
-METRICS = ("loss", "exact_match", "rouge", "bleu")
+METRICS = ("loss", "exact_match", "rouge", "bleu", "chrf")
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 NORMALISERS = ("none", "text", "number")
 NUM_RESAMPLES = 1000
 Statistic = Callable[[np.ndarray], float]  # indices of rows, some of them repeated → a figure of these rows
@@ -90,10 +91,24 @@ def exact_matches(answers: Sequence[str], references: Sequence[str], regex: str 
     return np.array([float((a != "" or regex is None) and normalise(a, how) == normalise(r, how)) for a, r in pairs])
 
 
-def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the F-measures of ROUGE-1, ROUGE-2 and ROUGE-L of each row, without stemming, from 0 to 1.
+def rouge(
+    answers: Iterable[str],
+    references: Sequence[Sequence[str]],
+    kinds: Sequence[str] = ROUGE[:3],
+    stemmer: bool = False,
+) -> dict[str, np.ndarray]:
+    """Return ROUGE of each row, from 0 to 1: of several references, the figures of the one with the highest F1.
 
-    `writing` says how a row is cut into words if its reference is not in Latin script.
+    Sentences of rougeLsum are lines, as rouge-score has it.
+
+    Args:
+        answers: one text a row.
+        references: one or more texts a row; how most of their letters are written says how the row is cut into words.
+        kinds: some of `ROUGE`.
+        stemmer: take Porter's stems of the words of rows in Latin script, as English has them.
+
+    Returns:
+        For each kind [rows, 3]: precision, recall, F1.
 
     Raises:
         InputError: rouge-score is not installed.
@@ -102,13 +117,17 @@ def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, np.nda
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise InputError("ROUGE needs rouge-score: pip install '.[eval]', or leave rouge out of --metrics") from None
-    names = ["rouge1", "rouge2", "rougeL"]
-    latin, other = RougeScorer(names), RougeScorer(names, tokenizer=writing.Words())
+    latin, other = RougeScorer(kinds, use_stemmer=stemmer), RougeScorer(kinds, tokenizer=writing.Words())
     rows = [
-        (latin if writing.writing_of(reference) == "latin" else other).score(reference, answer)
-        for answer, reference in zip(answers, references, strict=True)
+        (latin if writing_of_all(alternatives) == "latin" else other).score_multi(alternatives, answer)
+        for answer, alternatives in zip(answers, references, strict=True)
     ]
-    return {name: np.array([row[name].fmeasure for row in rows]) for name in names}
+    return {kind: np.array([row[kind] for row in rows], dtype=float).reshape(-1, 3) for kind in kinds}
+
+
+def writing_of_all(references: Sequence[str]) -> str:
+    """Return how most letters of a row's references are written; see `writing.writing_of`."""
+    return writing.writing_of("\n".join(references))
 
 
 @dataclass(frozen=True)
@@ -117,13 +136,16 @@ class Bleu:
 
     Args:
         counts: [rows, 10] matches of 1- to 4-grams, their totals, and the lengths of answer and reference in tokens.
+            Of several references, an n-gram matches in any, and the length is that of the nearest.
+        each: [rows] BLEU of each row alone, from 0 to 100, with sacrebleu's effective order.
     """
 
     counts: np.ndarray
+    each: np.ndarray
 
     @classmethod
-    def count(cls, answers: Sequence[str], references: Sequence[str]) -> Bleu:
-        """Count the n-grams of answers, with sacrebleu's tokeniser for the script of each reference, mostly 13a.
+    def count(cls, answers: Iterable[str], references: Sequence[Sequence[str]]) -> Bleu:
+        """Count the n-grams of answers, with sacrebleu's tokeniser for the script of each row's references, mostly 13a.
 
         Raises:
             InputError: sacrebleu is not installed.
@@ -136,10 +158,11 @@ class Bleu:
             name: BLEU(effective_order=True, tokenize=name) for name in dict.fromkeys(writing.BLEU_TOKENISERS.values())
         }
         rows = [
-            metrics[writing.BLEU_TOKENISERS[writing.writing_of(reference)]].sentence_score(answer, [reference])
-            for answer, reference in zip(answers, references, strict=True)
+            metrics[writing.BLEU_TOKENISERS[writing_of_all(alternatives)]].sentence_score(answer, alternatives)
+            for answer, alternatives in zip(answers, references, strict=True)
         ]
-        return cls(np.array([[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows]))
+        counts = [[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in rows]
+        return cls(np.array(counts, dtype=int).reshape(-1, 10), np.array([row.score for row in rows]))
 
     def score(self, rows: np.ndarray) -> float:
         """Return the corpus BLEU of some rows, from 0 to 100."""
@@ -149,6 +172,76 @@ class Bleu:
         return float(
             BLEU.compute_bleu(total[:4], total[4:8], sys_len=total[8], ref_len=total[9], smooth_method="exp").score
         )
+
+
+@dataclass(frozen=True)
+class Chrf:
+    """The counts of each row from which chrF (Popović 2015) is computed, as sacrebleu's chrF2: without white space.
+
+    With m[n] matches of n-grams of characters, a[n] of them in the answers and r[n] in the references, n from 1 to 6,
+
+        P = mean of m[n] / a[n],  R = mean of m[n] / r[n],  chrF = 100 · 5 P R / (4 P + R),
+
+    where the means leave out the n that have no n-gram in the answers or in the references.
+
+    Args:
+        counts: [rows, 18] a[n], r[n], m[n] of n = 1, 2 …; of several references, the one with the highest chrF.
+        each: [rows] chrF of each row alone, from 0 to 100.
+    """
+
+    counts: np.ndarray
+    each: np.ndarray
+
+    @classmethod
+    def count(cls, answers: Iterable[str], references: Sequence[Sequence[str]]) -> Chrf:
+        """Count the n-grams of answers."""
+        counts, each = [], []
+        for answer, alternatives in zip(answers, references, strict=True):
+            ngrams = character_ngrams(answer)
+            rows = [matches(ngrams, character_ngrams(reference)) for reference in alternatives]
+            scores = [chrf(row) for row in rows]
+            counts.append(rows[int(np.argmax(scores))])
+            each.append(max(scores))
+        return cls(np.array(counts, dtype=int).reshape(-1, 18), np.array(each))
+
+    def score(self, rows: np.ndarray) -> float:
+        """Return the corpus chrF of some rows, from 0 to 100."""
+        return chrf(self.counts[rows].sum(0))
+
+
+def character_ngrams(text: str) -> list[Counter[str]]:
+    """Return how often each n-gram of 1 to 6 characters occurs in a text without white space."""
+    text = "".join(text.split())
+    return [Counter(text[i : i + n] for i in range(len(text) - n + 1)) for n in range(1, 7)]
+
+
+def matches(answer: list[Counter[str]], reference: list[Counter[str]]) -> list[int]:
+    """Return the counts of one row of `Chrf`; an answer's n-grams count where the reference has some of that length."""
+    counts = []
+    for ours, theirs in zip(answer, reference, strict=True):
+        counts += [ours.total() if theirs else 0, theirs.total(), (ours & theirs).total()]
+    return counts
+
+
+def chrf(counts: Sequence[int] | np.ndarray) -> float:
+    """Return chrF, from 0 to 100, of the sums of counts [18]."""
+    table = np.asarray(counts, dtype=float).reshape(6, 3)
+    table = table[(table[:, :2] > 0).all(1)]
+    if not table[:, 2].sum():
+        return 0.0
+    precision, recall = (table[:, 2:] / table[:, :2]).mean(0)
+    return float(100 * 5 * precision * recall / (4 * precision + recall))
+
+
+def mean_of(values: np.ndarray) -> Statistic:
+    """Return a statistic: the mean of a value over rows."""
+    return lambda rows: float(values[rows].mean())
+
+
+def chosen_rows(num_rows: int, max_samples: int | None, seed: int) -> list[int]:
+    """Return the numbers of the rows that are measured, in order: all, or `max_samples` of them, drawn by seed."""
+    drawn = np.random.default_rng([seed, 0xE7]).permutation(num_rows)[: max_samples or num_rows]
+    return [int(number) for number in np.sort(drawn)]
 
 
 def resamples(num_rows: int, seed: int) -> list[np.ndarray]:
@@ -168,11 +261,12 @@ def figures(statistics: dict[str, Statistic], num_rows: int, draws: Sequence[np.
 
 
 def differences(adapter: dict[str, dict[str, Any]], base: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return each figure of an adapter less the base's on the same rows, with the interval of that difference."""
+    """Return each figure that both have, an adapter's less the base's on the same rows, with that interval."""
     return {
         name: {
             "value": figure["value"] - base[name]["value"],
             "interval": interval([a - b for a, b in zip(figure["drawn"], base[name]["drawn"], strict=True)]),
         }
         for name, figure in adapter.items()
+        if name in base
     }

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from open_instruct.adapters import answer_metrics, writing
-from open_instruct.adapters.answer_metrics import METRICS, Statistic
+from open_instruct.adapters.answer_metrics import METRICS, Statistic, mean_of
 from open_instruct.adapters.folders import BASE
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.scoring import answer_losses, divergences
@@ -81,10 +81,7 @@ def chosen_questions(file: str, max_samples: int | None, seed: int, bad_rows: st
         InputError: there is none, or one can't be used or has no answer, and `bad_rows` is not "skip".
     """
     rows = questions.read_questions(file, bad_rows, answered=True)
-    if max_samples and max_samples < len(rows):
-        chosen = np.sort(np.random.default_rng([seed, 0xE7]).permutation(len(rows))[:max_samples])
-        rows = [rows[i] for i in chosen]
-    return rows
+    return [rows[i] for i in answer_metrics.chosen_rows(len(rows), max_samples, seed)]
 
 
 def measure(
@@ -285,16 +282,14 @@ def answer_statistics(
 ) -> dict[str, Statistic]:
     """Return the figures of generated answers."""
     per_row: dict[str, np.ndarray] = {}
+    alternatives = [[reference] for reference in references]
     if "exact_match" in names:
         per_row["exact_match"] = answer_metrics.exact_matches(answers, references, regex, normaliser)
     if "rouge" in names:
-        per_row |= answer_metrics.rouge(answers, references)
+        per_row |= {kind: values[:, 2] for kind, values in answer_metrics.rouge(answers, alternatives).items()}
     statistics: dict[str, Statistic] = {name: mean_of(values) for name, values in per_row.items()}
     if "bleu" in names:
-        statistics["bleu"] = answer_metrics.Bleu.count(answers, references).score
+        statistics["bleu"] = answer_metrics.Bleu.count(answers, alternatives).score
+    if "chrf" in names:
+        statistics["chrf"] = answer_metrics.Chrf.count(answers, alternatives).score
     return statistics
-
-
-def mean_of(values: np.ndarray) -> Statistic:
-    """Return a statistic: the mean of a value over rows."""
-    return lambda rows: float(values[rows].mean())

@@ -6,16 +6,18 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from open_instruct.data import forms, lines, shards
 from open_instruct.data.bad_rows import BadRows, note
-from open_instruct.data.context import ContextSource
 from open_instruct.data.kinds import BYTE_ORDER_MARK, TABLE_SUFFIXES, file_kind, is_json, is_table, open_bytes
 from open_instruct.data.texts import shown
 from open_instruct.errors import InputError, input_faults
+
+if TYPE_CHECKING:  # it imports transformers, for which a first answer must not wait
+    from open_instruct.data.context import ContextSource
 
 Row = tuple[str, dict[str, Any]]
 """(source, columns): the source names where the row stands, for error messages."""

@@ -9,18 +9,15 @@ from matplotlib import pyplot as plt
 
 from open_instruct.report import pictures
 from open_instruct.report.summary import shortened
+from open_instruct.report.tables import WRITING, cell
 
-WRITING = {
-    "words": "references in words of another script than Latin",
-    "chinese": "in Chinese characters",
-    "characters": "in another script without blanks, by character",
-}
 UNITS = {
     "loss": "nats per labelled token",
     "perplexity": "per labelled token",
     "divergence": "nats per labelled token",
     "exact_match": "share of rows",
     "bleu": "0 to 100",
+    "chrf": "0 to 100",
 }
 
 
@@ -70,15 +67,6 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["", f"question {number}: {shortened(example['question'], 120)}"]
         lines += [f"- {name}: {shortened(text, 120)}" for name, text in example.items() if name != "question"]
     return "\n".join(lines)
-
-
-def cell(figure: dict[str, Any], sign: bool = False) -> str:
-    """Return a value with its interval, if that is known."""
-    if figure["interval"] is None:
-        return f"{figure['value']:.4g}"
-    low, high = figure["interval"]
-    plus = "+" if sign else ""
-    return f"{figure['value']:{plus}.4g} [{low:{plus}.4g}, {high:{plus}.4g}]"
 
 
 def plot_compression(axes: Any, figures: dict[str, dict[str, Any]], before: dict[str, int]) -> None:
