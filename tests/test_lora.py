@@ -165,7 +165,8 @@ def test_flags_that_mean_nothing_are_refused(words, says):
 def test_sharded_engines_refuse_what_they_would_lose():
     for values in ({"use_dora": True}, {"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]}):
         obstacles = LORA.obstacles_of(settings(**values))
-        assert set(obstacles) == {Feature.ZERO_3, Feature.FSDP}
+        assert set(obstacles) - {Feature.EIGHT_BITS} == {Feature.ZERO_3, Feature.FSDP}
+    assert Feature.EIGHT_BITS in LORA.obstacles_of(settings(use_dora=True))
     assert not LORA.obstacles_of(settings(use_rslora=True, loraplus_ratio=4.0))
 
 

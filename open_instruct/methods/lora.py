@@ -42,6 +42,12 @@ VARIANT_OBSTACLES: tuple[tuple[str, Callable[[Any], bool], tuple[Feature, ...], 
         "DoRA reads the base's weights outside of the modules that gather them: use DDP or ZeRO-2, or drop --use_dora",
     ),
     (
+        "--use_dora",
+        lambda settings: settings.use_dora,
+        (Feature.EIGHT_BITS,),
+        "PEFT's DoRA does not run on 8-bit layers (peft 0.21): use --load_in_4bit, or drop --use_dora",
+    ),
+    (
         "--lora_bias",
         lambda settings: settings.lora_bias != "none",
         (Feature.ZERO_3, Feature.FSDP),
