@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from open_instruct.methods import METHODS, Feature
+from open_instruct.methods.lora import VARIANT_OBSTACLES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +35,11 @@ def render() -> str:
             cells.append(f"no ({reasons.index(reason) + 1})" if reason else "yes")
         lines.append(f"| {method.title} | " + " | ".join(cells) + " |")
     lines += ["", *(f"{number}. {reason}." for number, reason in enumerate(reasons, start=1)), ""]
+    lines += ["Flags of LoRA that narrow its row ([lora.md](lora.md)):", ""]
+    for words, _, features, reason in VARIANT_OBSTACLES:
+        lines.append(f"- `{words}`: not with {' and '.join(map(str, features))}: {reason}.")
     lines += [
+        "",
         "Packing needs a model whose attention goes through transformers' `AttentionInterface`. "
         "A probe at the start of each run",
         "compares a packed row with the model's own forward pass, and takes PEFT's padded one, "

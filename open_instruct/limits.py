@@ -16,6 +16,7 @@ from open_instruct.errors import InputError, input_faults
 
 SECONDS = 10.0  # of this process's CPU time, so that a busy machine changes nothing; real ones take milliseconds
 MEMORY = 1 << 30  # bytes beyond what the process has
+PATTERN_SECONDS = 1.0  # for one regular expression on the names of all layers; real ones take milliseconds
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import warnings
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional CPU kernel of bitsandbytes is missing
 warnings.filterwarnings("ignore", message="Position ids are not supported for parameter efficient tuning")
+# A head that shares the embedding's weight is given one of its own where an adapter is merged.
+warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer is part")
 warnings.filterwarnings(
     "ignore", message="`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated"
 )  # the new names are not in transformers 5.0

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from open_instruct.adapters.folders import BASE, CONFIG, WEIGHTS, AdapterFolder, BaseChanges, quantisation
 from open_instruct.adapters.generation import check_generation
 from open_instruct.errors import InputError, input_faults, one_line, warn
-from open_instruct.limits import evaluating_input
+from open_instruct.limits import PATTERN_SECONDS, evaluating_input
 from open_instruct.methods import METHODS
 from open_instruct.model import loading
 from open_instruct.model.configuration import parse_arguments
@@ -31,7 +31,6 @@ from open_instruct.model.fit import try_out
 from open_instruct.model.weights import check_tensor_names, misfit, read_tensors
 
 PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
-PATTERN_SECONDS = 1.0  # of CPU time for one pattern on the names of all layers; real ones take milliseconds
 
 
 class Adapters:

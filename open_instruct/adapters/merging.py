@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
 from open_instruct.adapters import loaded, prompt_tokens
@@ -218,6 +220,7 @@ def merged_model(
     if method is not None and method.merges_into == "weights":
         model = adapters.use(folders[0].name)
         assert isinstance(model, PeftModel)
+        untie(adapters.base)
         return model.merge_and_unload(safe_merge=True), []
     prompts = []
     width = adapters.base.get_input_embeddings().weight.shape[1]
@@ -231,6 +234,19 @@ def merged_model(
     prompt_tokens.put_first(tokenizer, new_tokens, templates)
     check_template(tokenizer, new_tokens, templates)
     return adapters.base, new_tokens
+
+
+def untie(base: Any) -> None:
+    """Give the head a weight of its own where it shares the embedding's, and an adapter changes one of the two."""
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    adapted = [layer for layer in (embedding, head) if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    if adapted and base.config.get_text_config().tie_word_embeddings:
+        while head is not None and not isinstance(head, torch.nn.Linear):
+            head = getattr(head, "base_layer", None) or getattr(head, "original_module", None)
+        if head is not None:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        for config in (base.config, base.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def check_template(

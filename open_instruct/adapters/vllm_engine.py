@@ -23,6 +23,7 @@ from open_instruct.serving.checkpoint import read_prefixes, read_tokens
 from open_instruct.serving.vllm_command import CONNECTOR, PROCESSOR
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
+BEYOND_LORA = ("use_dora", "modules_to_save", "trainable_token_indices")  # settings of an adapter
 MEMORY = 0.6  # share of a GPU that vLLM takes: the base of the own loop stays there too
 
 
@@ -37,7 +38,7 @@ def check_engine(folders: Sequence[AdapterFolder]) -> None:
     for folder in folders:
         if folder.prompt_kind:
             continue
-        if not (folder.method and folder.method.known_to_vllm) or folder.settings.get("use_dora"):
+        if not (folder.method and folder.method.known_to_vllm) or any(map(folder.settings.get, BEYOND_LORA)):
             raise InputError(
                 f"--engine vllm: adapter {folder.name} is {folder.title}, which vLLM does not know: merge it with "
                 "merge_peft.py and give the result as --model_name_or_path, or leave --engine out"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from open_instruct.flags import combinations as checks
+from open_instruct.flags import lora as lora_checks
 from open_instruct.flags.declare import flag
 
 PROMPT_INITS = Literal["screened", "text", "sample_vocab", "random"]
@@ -169,6 +170,61 @@ class MethodFlags:
         below=1,
         methods=LORA,
         shown=True,
+        on_resume="same",
+    )
+    lora_target_modules: list[str] | None = flag(
+        None,
+        "layers that LoRA updates: names as PEFT takes them (q_proj v_proj), or one regular expression on full names, "
+        "or attention, mlp (found in the model's structure), or all-linear; unset: all-linear, which is every linear "
+        "layer but the head",
+        methods=LORA,
+        check=lora_checks.bad_targets,
+        on_resume="same",
+    )
+    lora_layers: list[str] | None = flag(
+        None,
+        "decoder layers that LoRA updates: indices from 0, and ranges with both ends, as in 0-7 12; unset: all",
+        methods=LORA,
+        check=lora_checks.bad_layers,
+        on_resume="same",
+    )
+    lora_bias: Literal["none", "all", "lora_only"] = flag(
+        "none",
+        "biases that are trained beside LoRA: none, all of the base's, or those of the layers that LoRA updates",
+        methods=LORA,
+        check=lora_checks.bad_bias,
+        on_resume="same",
+    )
+    use_rslora: bool = flag(
+        False, "multiply LoRA's update by alpha / √rank, not alpha / rank (rsLoRA)", methods=LORA, on_resume="same"
+    )
+    use_dora: bool = flag(
+        False,
+        "train the length of each weight's rows apart from their direction, which LoRA updates (DoRA)",
+        methods=LORA,
+        on_resume="same",
+    )
+    init_lora_weights: str | None = flag(
+        None,
+        "how LoRA starts. true: A random, B zero; gaussian: A from a normal distribution, B zero; pissa: from the "
+        "weights' largest singular values (pissa_niter_N: computed approximately, in N iterations); olora: from their "
+        "QR decomposition. All of them start with the base's own output; unset: true",
+        methods=LORA,
+        check=lora_checks.bad_init,
+        on_resume="same",
+    )
+    loraplus_ratio: float | None = flag(
+        None,
+        "learning rate of LoRA's B, as a multiple of that of everything else (LoRA+); unset: the same rate",
+        above=0,
+        at_most=10**4,
+        methods=LORA,
+        on_resume="same",
+    )
+    modules_to_save: list[str] | None = flag(
+        None,
+        "names of modules that are trained in full beside LoRA, and saved with it, such as lm_head",
+        methods=LORA,
         on_resume="same",
     )
     vera_rank: int = flag(

@@ -150,8 +150,22 @@ class Method(ABC):
         """Whether dropout on the layers' inputs takes memory."""
         return False
 
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter groups; options that a group lacks come from the run."""
+    def changes_base(self, settings: Any) -> bool:
+        """Whether a run with these settings leaves its base with other weights, so that no later run can use it."""
+        return self.trains_base
+
+    def obstacles_of(self, settings: Any) -> Mapping[Feature, str]:
+        """Return the features that can't be combined with the method under these settings, and why."""
+        return self.obstacles
+
+    def parameter_groups(self, model: nn.Module, settings: Any, learning_rate: float) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups; options that a group lacks come from the run.
+
+        Args:
+            model: base with adapter.
+            settings: an instance of `settings_class`.
+            learning_rate: the run's rate, for groups whose rate is a multiple of it.
+        """
         return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
 
     def soft_prompt(self, model: Any) -> SoftPrompt | None:
@@ -205,7 +219,7 @@ class LayerMethod(Method):
         from peft import get_peft_model, set_peft_model_state_dict
 
         adapter.config.inference_mode = False
-        wrapped = get_peft_model(model, adapter.config)
+        wrapped = trained_in_float32(get_peft_model(model, adapter.config))
         if adapter.weights is None:
             return wrapped
         try:
@@ -257,6 +271,19 @@ def unusual_linears(model: Any) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
     ]
+
+
+def trained_in_float32(wrapped: Any) -> Any:
+    """Hold trained parameters in float32, those that belong to the base or were copied from it as well.
+
+    The base's own (biases) keep their value in `of_base`, so that the base can be computed while they are trained.
+    """
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+            if name.endswith(".bias") and not any(part in name for part in (".lora_", ".modules_to_save.")):
+                parameter.of_base = parameter.detach().clone()
+    return wrapped
 
 
 def load_network(wrapped: nn.Module, network: Mapping[str, torch.Tensor]) -> None:

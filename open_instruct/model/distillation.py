@@ -24,7 +24,7 @@ from open_instruct.errors import InputError
 from open_instruct.model.chunked_loss import chunked_loss
 from open_instruct.model.evaluation_mode import evaluating
 from open_instruct.model.shared_prefix import Backend, SoftPrompt
-from open_instruct.model.training_model import PackedModel, longest_exact_row
+from open_instruct.model.training_model import PackedModel, base_only, longest_exact_row
 
 Kind = Literal["forward", "reverse", "mixed"]
 Measure = Literal["distillation", "student", "teacher"]
@@ -278,7 +278,7 @@ def teacher_problem(model: DistilledModel, ids: list[int], tolerance: float) -> 
     batch = packing.to_device(packing.pack([{"input_ids": row, "spans": [1, len(row)]}]), model.causal.device)
     targets = batch.pop("targets")
     whole, _ = context.before(row)
-    with evaluating(model.model), model.model.disable_adapter():
+    with evaluating(model.model), base_only(model.model):
         logits = model.causal(input_ids=torch.tensor([whole], device=targets.device), use_cache=False).logits[0]
         own = F.cross_entropy(logits[-len(row) : -1].float(), targets, reduction="none")
     with short:

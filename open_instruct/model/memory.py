@@ -110,5 +110,6 @@ def counts(model: torch.nn.Module) -> dict[str, Any]:
         if quantisation is not None:
             num_elements = quantisation.shape.numel()
         total += num_elements
-        trained += num_elements if parameter.requires_grad else 0
+        if parameter.requires_grad:
+            trained += num_elements - getattr(parameter, "num_fixed", 0)  # see `methods.lora_start`
     return {"trainable_parameters": trained, "total_parameters": total}

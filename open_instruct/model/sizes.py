@@ -85,12 +85,16 @@ def free_bytes(device: torch.device) -> int | None:
 def linear_sizes(model: Any) -> list[tuple[int, int]]:
     """Return (inputs, outputs) of a model's linear layers but the head, on which adapters of layers are put."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    sizes = []
-    for module in model.modules():
-        if module is head:
-            continue
-        if isinstance(module, nn.Linear):  # quantised ones are, too
-            sizes.append((module.in_features, module.out_features))
-        elif type(module).__name__ == "Conv1D":  # GPT-2's, stored as [inputs, outputs]
-            sizes.append((int(module.weight.shape[0]), int(module.weight.shape[1])))
-    return sizes
+    layers = (module for module in model.modules() if module is not head and not isinstance(module, nn.Embedding))
+    return [size for module in layers if (size := layer_size(module))]
+
+
+def layer_size(module: Any) -> tuple[int, int] | None:
+    """Return (inputs, outputs) of a linear layer or an embedding; None for any other module."""
+    if isinstance(module, nn.Linear):  # quantised ones are, too
+        return module.in_features, module.out_features
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if type(module).__name__ == "Conv1D":  # GPT-2's, stored as [inputs, outputs]
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +34,7 @@ class TrainingModel(nn.Module):
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """Compute with the base model for as long as the context lasts; for PeftModels only."""
-        with self.model.disable_adapter():
+        with base_only(self.model):
             yield
 
 
@@ -223,6 +224,25 @@ class PackedModel(TrainingModel):
         """Return the head's parameters that want a gradient."""
         parameters = self.causal.get_output_embeddings().parameters()
         return [p for p in parameters if p.requires_grad and torch.is_grad_enabled()]
+
+
+@contextmanager
+def base_only(model: Any) -> Iterator[None]:
+    """Switch a PeftModel's adapter off, and give parameters of the base that are trained (biases) the base's values."""
+    of_base = [(p, p.of_base) for p in model.parameters() if p.requires_grad and hasattr(p, "of_base")]
+    trained = [parameter.detach().clone() for parameter, _ in of_base]
+    with torch.no_grad():
+        for parameter, value in of_base:
+            parameter.copy_(value)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Careful, disabling adapter layers")  # these are seen to here
+            with model.disable_adapter():
+                yield
+    finally:
+        with torch.no_grad():
+            for (parameter, _), value in zip(of_base, trained, strict=True):
+                parameter.copy_(value)
 
 
 def causal_of(model: Any) -> Any:

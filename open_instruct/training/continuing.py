@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -109,9 +109,22 @@ def check_adopted(values: Mapping[str, Any], folder: AdapterFolder) -> None:
     """
     kinds = get_type_hints(Flags)
     for name, value in values.items():
-        kind = kinds[name] | int if kinds[name] is float else kinds[name]
-        if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind):
+        if not is_of(value, kinds[name]):
             raise InputError(f"the adapter's settings in {folder.path} can't be used (--{name} {value!r}): repair them")
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Return whether a value is one that a flag of this type could have."""
+    origin, members = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return isinstance(value, str) and value in members
+    if origin is list:
+        return isinstance(value, list) and all(is_of(item, members[0]) for item in value)
+    if members:
+        return any(is_of(value, member) for member in members)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def put_adapter_on(

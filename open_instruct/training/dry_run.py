@@ -14,6 +14,7 @@ from open_instruct.model import attention_masks, memory
 from open_instruct.model.backends import head_shape
 from open_instruct.model.chunked_loss import rows_at_once
 from open_instruct.model.distillation import DistilledModel
+from open_instruct.model.training_model import causal_of
 from open_instruct.training import engines
 from open_instruct.training.forward import Forward
 from open_instruct.training.load_data import Data
@@ -50,7 +51,8 @@ def plan_text(
     largest = max(batching.positions(row, lengths, settings.num_virtual_tokens) for row in rows)
     logit_rows = largest
     if isinstance(batching, Packing):
-        logit_rows = min(largest, rows_at_once(device, vocab_size, settings.method.trains_base))
+        trains_head = any(p.requires_grad for p in causal_of(model).get_output_embeddings().parameters())
+        logit_rows = min(largest, rows_at_once(device, vocab_size, trains_head))
     estimate = memory.estimate_mb(
         model,
         config,

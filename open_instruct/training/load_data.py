@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,6 +101,13 @@ class Data:
         held_out = self.held_out.describe("held out") if self.held_out else "held out: none (--validation_fraction 0)"
         bad = [f"{name}: {text}" for name, text in self.bad_rows().items()]
         return "\n".join([self.train.describe("training"), held_out, *bad])
+
+
+def mixture_members(mixer: str | None, words: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
+    """Return the (file or data set, amount) pairs of a mixture, from its JSON object or its list of words."""
+    if mixer:
+        return tuple((name, str(amount)) for name, amount in json.loads(mixer).items())
+    return tuple(zip((words or [])[::2], (words or [])[1::2], strict=True))
 
 
 def conversation_length(context: int | None, num_virtual_tokens: int, max_seq_length: int | None) -> int:

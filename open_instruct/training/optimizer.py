@@ -10,7 +10,6 @@ import torch
 from transformers import get_scheduler
 
 from open_instruct.errors import InputError
-from open_instruct.methods import Method
 
 
 @dataclass(frozen=True)
@@ -31,17 +30,19 @@ class OptimizerSettings:
         return min(math.ceil(self.warmup_ratio * num_steps), num_steps - 1)
 
 
-def make_optimizer(
-    method: Method, model: torch.nn.Module, settings: OptimizerSettings, num_steps: int
-) -> tuple[Any, Any]:
+def make_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings, num_steps: int) -> tuple[Any, Any]:
     """Return optimizer and schedule.
 
     accelerate does not prepare the schedule, which advances once a step whatever the number of processes.
 
+    Args:
+        groups: groups of parameters, see `Method.parameter_groups`.
+        settings: hyperparameters.
+        num_steps: steps of the run.
+
     Raises:
         InputError: bitsandbytes is not installed.
     """
-    groups: Any = method.parameter_groups(model)
     options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if settings.eight_bits:
         try:

@@ -134,7 +134,7 @@ def run(
                 chosen.model.forget_context()  # all processes compute it together
             sharding.shard(chosen.model, forward.decoder_layers(forward.causal_of(model)), accelerator)
         clip = resolved.optimizer.clip_grad_norm
-        optimizer, schedule = make_optimizer(method, chosen.model, resolved.optimizer, plan.num_steps)
+        optimizer, schedule = make_optimizer(resolved.groups(chosen.model), resolved.optimizer, plan.num_steps)
         prepared, optimizer = engines.prepare(accelerator, chosen.model, optimizer, clip)
         own = engines.broadcast(identity.of_run(inputs.identity, resolved, chosen.attention))
         state = TrainState(history=History(prompt_norm=median_norm(vectors)))

@@ -7,9 +7,8 @@ There are three moments. `before_data` knows the flags, the adapter and the base
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from open_instruct.training.checkpoint import Checkpoint
 from open_instruct.training.doctor import RunInfo
 from open_instruct.training.engines import ProcessSettings, is_sharded
 from open_instruct.training.forward import ForwardSettings
-from open_instruct.training.load_data import Data, DataSettings, conversation_length
+from open_instruct.training.load_data import Data, DataSettings, conversation_length, mixture_members
 from open_instruct.training.loop import LoopSettings
 from open_instruct.training.optimizer import OptimizerSettings
 from open_instruct.training.output import OutputSettings
@@ -78,6 +77,7 @@ class Settings:
             InputError: naming every obstacle.
         """
         flags, method = self.flags, self.method
+        obstacles = method.obstacles_of(method.settings(asdict(flags)))
         wanted = {
             Feature.PADDED_CHECKPOINTING: flags.gradient_checkpointing and not flags.packing,
             Feature.FOUR_BITS: flags.load_in_4bit,
@@ -85,9 +85,9 @@ class Settings:
             engine: engine is not None,
         }
         problems = [
-            f"{method.title} does not work with {feature}: {method.obstacles[feature]}"
+            f"{method.title} does not work with {feature}: {obstacles[feature]}"
             for feature, is_wanted in wanted.items()
-            if feature and is_wanted and feature in method.obstacles
+            if feature and is_wanted and feature in obstacles
         ]
         if self.tokenizer.makes_pairs:
             problems += [
@@ -137,6 +137,10 @@ class Resolved(Settings):
             "clip_grad_norm": optimizer.clip_grad_norm,
             **asdict(self.method_settings),
         }
+
+    def groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups."""
+        return self.method.parameter_groups(model, self.method_settings, self.optimizer.learning_rate)
 
     def shown(self) -> dict[str, Any]:
         """Return the hyperparameters that are printed before the first step."""
@@ -220,7 +224,7 @@ def base_model_settings(flags: Flags) -> BaseModelSettings:
         dtype=torch.float32 if method.trains_base else loading.choose_dtype(flags.dtype),
         compute_dtype=loading.choose_dtype(flags.dtype),
         quantise=quantise,
-        trains_base=method.trains_base,
+        trains_base=method.changes_base(method.settings(asdict(flags))),
         use_flash_attn=flags.use_flash_attn,
         use_liger_kernel=flags.use_liger_kernel,
         allow_pickle=flags.allow_pickle,
@@ -350,13 +354,6 @@ def before_data(
             run_name=flags.run_name or f"{flags.exp_name}__{method.name}__{flags.seed}__{int(time.time())}",
         ),
     )
-
-
-def mixture_members(mixer: str | None, words: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
-    """Return the (file or data set, amount) pairs of a mixture, from its JSON object or its list of words."""
-    if mixer:
-        return tuple((name, str(amount)) for name, amount in json.loads(mixer).items())
-    return tuple(zip((words or [])[::2], (words or [])[1::2], strict=True))
 
 
 def with_recipe(settings: Settings, facts: ModelFacts, sharded: bool) -> Resolved:

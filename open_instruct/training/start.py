@@ -12,8 +12,9 @@ examples, and is judged on others.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -182,7 +183,7 @@ def search_rate(
         test = range_test(
             accelerator,
             forward.model,
-            resolved.method,
+            partial(resolved.method.parameter_groups, forward.model, resolved.method_settings),
             examples,
             plan,
             forward.training,
@@ -240,7 +241,7 @@ class RangeTest:
 def range_test(
     accelerator: Accelerator,
     model: torch.nn.Module,
-    method: Method,
+    groups: Callable[[float], list[dict[str, Any]]],
     examples: Examples,
     plan: Plan,
     batching: Batching,
@@ -253,7 +254,7 @@ def range_test(
     Args:
         accelerator: gives the device.
         model: a `TrainingModel`, not prepared yet.
-        method: says which parameters the optimizer gets.
+        groups: learning rate → the optimizer's parameter groups.
         examples: training examples.
         plan: the examples of each step; the first are used.
         batching: makes micro-batches.
@@ -281,7 +282,7 @@ def range_test(
         with evaluating(model):  # which gives back the mode that the short trainings change
             for rate in rates:
                 restore()
-                train_shortly(accelerator, model, method, training, rate, clip_grad_norm, seed)
+                train_shortly(accelerator, model, groups(rate), training, rate, clip_grad_norm, seed)
                 losses.append(mean_loss(accelerator, model, probes))
     finally:
         restore()
@@ -292,7 +293,7 @@ def range_test(
 def train_shortly(
     accelerator: Accelerator,
     model: torch.nn.Module,
-    method: Method,
+    groups: list[dict[str, Any]],
     steps: Sequence[tuple[list[dict[str, Any]], int]],
     rate: float,
     clip_grad_norm: float,
@@ -301,7 +302,7 @@ def train_shortly(
     """Take a step on each (micro-batches, number of labelled tokens), with a rate that falls linearly to zero."""
     model.train()
     torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(method.parameter_groups(model), lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     peaks = [group["lr"] for group in optimizer.param_groups]  # a method's groups may have rates of their own
     for number, (batches, label_tokens) in enumerate(steps):
