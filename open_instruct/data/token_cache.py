@@ -31,9 +31,17 @@ from open_instruct.temporary import temporary_folder, temporary_name
 
 TOKENS, COUNTS = "tokens.arrow", "counts.json"
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32()))])
-SCHEMA_WITH_CONTEXT = SCHEMA.append(pa.field("context", pa.list_(pa.int32())))  # tokens that stand before the row
+CONTEXT_FIELD = pa.field("context", pa.list_(pa.int32()))  # tokens that stand before the row
+ANSWERS_FIELD = pa.field("answers", pa.list_(pa.int32()))  # spans of the assistant's turns, where others are learned
+
 COUNTED = ("num_read", "num_truncated", "num_skipped", "first_label")
 REMEDY = "free some space, name another folder with --dataset_local_cache_dir, or pass --dataset_skip_cache"
+
+
+def schema_of(with_context: bool = False, with_answers: bool = False) -> pa.Schema:
+    """Return the columns of an entry."""
+    schema = SCHEMA.append(CONTEXT_FIELD) if with_context else SCHEMA
+    return schema.append(ANSWERS_FIELD) if with_answers else schema
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,12 @@ class DataFlags:
     sft_messages_key: str = flag(
         "messages", "column that holds the conversation", in_study="same", differs="the same", on_resume="content"
     )
+    labels: Literal["answers", "last", "all"] = flag(
+        "answers",
+        "what is learned of a conversation, and measured by the held-out loss. answers: all of the assistant's turns; "
+        "last: the last one; all: every token but the first, which nothing predicts",
+        on_resume="same",
+    )
     bad_rows: Literal["error", "skip"] = flag("error", BAD_ROWS, in_study="same", on_resume="free")
     validation_file: str | None = flag(
         None,

@@ -7,9 +7,8 @@ There are three moments. `before_data` knows the flags, the adapter and the base
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from open_instruct.training.checkpoint import Checkpoint
 from open_instruct.training.doctor import RunInfo
 from open_instruct.training.engines import ProcessSettings, is_sharded
 from open_instruct.training.forward import ForwardSettings
-from open_instruct.training.load_data import Data, DataSettings, conversation_length
+from open_instruct.training.load_data import Data, DataSettings, conversation_length, mixture_members
 from open_instruct.training.loop import LoopSettings
 from open_instruct.training.optimizer import OptimizerSettings
 from open_instruct.training.output import OutputSettings
@@ -289,6 +288,7 @@ def before_data(
             num_workers=flags.preprocessing_num_workers,
             cache_dir=None if flags.dataset_skip_cache else Path(flags.dataset_local_cache_dir),
             overwrite_cache=flags.overwrite_cache,
+            labels=flags.labels,
             context=distilled,
         ),
         processes=ProcessSettings(
@@ -341,13 +341,6 @@ def before_data(
             run_name=flags.run_name or f"{flags.exp_name}__{method.name}__{flags.seed}__{int(time.time())}",
         ),
     )
-
-
-def mixture_members(mixer: str | None, words: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
-    """Return the (file or data set, amount) pairs of a mixture, from its JSON object or its list of words."""
-    if mixer:
-        return tuple((name, str(amount)) for name, amount in json.loads(mixer).items())
-    return tuple(zip((words or [])[::2], (words or [])[1::2], strict=True))
 
 
 def with_recipe(settings: Settings, facts: ModelFacts, sharded: bool) -> Resolved:
