@@ -18,14 +18,14 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.data import chat, token_cache
+from open_instruct.data import chat, duplicates, token_cache
 from open_instruct.data.bad_rows import BadRows
 from open_instruct.data.context import ContextTokens, split_context
 from open_instruct.data.token_cache import schema_of
 from open_instruct.errors import InputError
 from open_instruct.files import sha256
 
-TOKENISATION_VERSION = 2  # raise it whenever the same conversation gives other ids or spans
+TOKENISATION_VERSION = 3  # raise it whenever the same conversation gives another row
 TOKENISERS = ("tokenizers", "transformers", "jinja2")  # packages that decide them, too
 BATCH_ROWS = 1000
 NO_LIMIT = 2**31  # tokens of a row: what is too long is cut, and counted, after it is tokenised
@@ -71,9 +71,10 @@ class Examples:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one example as {"input_ids": [int], "spans": [start, end, …]}, with its further columns."""
+        """Return one example as {"input_ids": [int], "spans": [start, end, …]}, maybe with a context or answers."""
         row = int(self.rows[index])
-        return {name: self.table[name][row].as_py() for name in self.table.column_names}
+        names = (name for name in self.table.column_names if name not in (duplicates.EXACT, duplicates.NORMALISED))
+        return {name: self.table[name][row].as_py() for name in names}
 
     def subset(self, indices: np.ndarray) -> Examples:
         """Return the examples at `indices`, in that order."""
@@ -86,6 +87,14 @@ class Examples:
         position = self.table.column_names.index("spans")
         table = self.table.set_column(position, "spans", self.table["answers"]).drop_columns(["answers"])
         return replace(self, table=table, table_content="")
+
+    @property
+    def hashes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes [N] of the conversations, exact and normalised; see `duplicates`."""
+        exact, normalised = (
+            self.table[name].to_numpy()[self.rows] for name in (duplicates.EXACT, duplicates.NORMALISED)
+        )
+        return exact, normalised
 
     def labelled(self, name: str, max_length: int) -> Examples:
         """Return the rows of which something is learned; the others count as skipped.
@@ -240,10 +249,10 @@ def tokenize_all(
     """
     with tqdm(desc="tokenising", unit=" rows", disable=None, delay=2) as progress:
         for batch in batches(named_conversations, BATCH_ROWS):
-            ids, spans, texts = tokenize_batch(batch, tokenizer, bad)
+            ids, spans, texts, hashes = tokenize_batch(batch, tokenizer, bad)
             schema = schema_of(contexts is not None, labels != "answers")
-            rows: dict[str, list[list[int]]] = {name: [] for name in schema.names}
-            for row_ids, row_spans, text in zip(ids, spans, texts, strict=True):
+            rows: dict[str, list[Any]] = {name: [] for name in schema.names}
+            for row_ids, row_spans, text, row_hashes in zip(ids, spans, texts, hashes, strict=True):
                 counts["num_truncated"] += len(row_ids) > max_length
                 for start in [max(start, 1) for start, end in row_spans if end > max(start, 1)][:1]:
                     counts["first_label"] = min(counts["first_label"] or start, start)
@@ -259,6 +268,8 @@ def tokenize_all(
                     rows["answers"].append([bound for span in answers for bound in span])
                 if contexts:
                     rows["context"].append(contexts.of(text))
+                for name, value in zip((duplicates.EXACT, duplicates.NORMALISED), row_hashes, strict=True):
+                    rows[name].append(value)
             counts["num_read"] += len(ids)
             yield pa.table(rows, schema=schema)
             progress.update(len(batch))
@@ -269,18 +280,18 @@ def tokenize_all(
 
 def tokenize_batch(
     batch: list[tuple[str, list[dict[str, Any]]]], tokenizer: PreTrainedTokenizerBase, bad: BadRows | None
-) -> tuple[list[list[int]], list[chat.Spans], list[str]]:
-    """Return the token ids of (source, messages) pairs, uncut, the spans to be learned, and the texts of contexts.
+) -> tuple[list[list[int]], list[chat.Spans], list[str], list[tuple[int, int]]]:
+    """Return the token ids of (source, messages) pairs, uncut, their answers' spans, texts of contexts, and hashes.
 
     Rows that the chat template refuses are noted as bad, and left out.
     """
     split = [(source, *split_context(messages)) for source, messages in batch]
     try:
         ids, spans = chat.tokenize(tokenizer, [messages for _, _, messages in split], NO_LIMIT)
-        return ids, spans, [text for _, text, _ in split]
+        return ids, spans, [text for _, text, _ in split], [duplicates.hashes_of(row) for _, row in batch]
     except InputError:  # which rows they are is found out below
-        ids, spans, texts = [], [], []
-    for source, text, messages in split:
+        ids, spans, texts, hashes = [], [], [], []
+    for (source, text, messages), (_, whole) in zip(split, batch, strict=True):
         try:
             row_ids, row_spans = chat.tokenize(tokenizer, [messages], NO_LIMIT)
         except InputError as error:
@@ -292,7 +303,8 @@ def tokenize_batch(
         ids += row_ids
         spans += row_spans
         texts.append(text)
-    return ids, spans, texts
+        hashes.append(duplicates.hashes_of(whole))
+    return ids, spans, texts, hashes
 
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

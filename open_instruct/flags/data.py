@@ -96,6 +96,18 @@ class DataFlags:
         on_resume="content",
         at_most=MAX_ROWS,
     )
+    drop_held_out_duplicates: bool = flag(
+        False,
+        "leave rows that stand in the training data, too, out of the held-out rows, also those that are equal but for "
+        "case, white space and punctuation",
+        in_study="same",
+        check=lambda flags: (
+            None
+            if flags.validation_file or flags.validation_fraction
+            else "no rows are held out: remove it, or set --validation_fraction or --validation_file"
+        ),
+        on_resume="same",
+    )
     max_train_samples: int | None = flag(
         None,
         "largest number of training rows used, drawn by seed",

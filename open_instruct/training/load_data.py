@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.data import dataset, forms, reading
+from open_instruct.data import dataset, duplicates, forms, reading
 from open_instruct.data.bad_rows import BadRows
 from open_instruct.data.chat import Labels
 from open_instruct.data.context import ContextSource, ContextTokens
@@ -40,6 +40,7 @@ class DataSettings:
     validation_fraction: float
     max_eval_samples: int
     max_train_samples: int | None
+    drop_held_out_duplicates: bool  # leave rows of the training data out of the held-out ones
     seed: int
     max_length: int  # tokens kept of a conversation
     num_workers: int | None
@@ -57,6 +58,7 @@ class Data:
     held_out: Examples | None
     # The held-out rows with their answers labelled, whatever is learned: what is asked, and compared by a study.
     held_out_answers: Examples | None
+    overlap: duplicates.Overlap | None  # of the held-out rows with the training rows; None: none are held out
 
     def fingerprints(self) -> dict[str, Any]:
         """Return what identifies the data in run.json and in checkpoints."""
@@ -170,11 +172,17 @@ def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTr
                 train, settings.validation_fraction, settings.max_eval_samples, settings.seed
             )
     train = dataset.draw(train, settings.max_train_samples, settings.seed)
+    overlap = None
+    if held_out:
+        overlap = duplicates.overlap_of(train.hashes, held_out.hashes, settings.drop_held_out_duplicates)
+        accelerator.print(overlap.describe())
+        held_out = held_out.subset(overlap.kept)
     # What is learned decides neither the split nor the draw, so runs that differ in it share their rows.
     data = Data(
         train.labelled("training", settings.max_length),
         held_out and held_out.labelled("held-out", settings.max_length),
         held_out and held_out.by_answers(),
+        overlap,
     )
     accelerator.print(data.describe())
     return data
