@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Draw nested, seeded subsets from a file of conversations.
+"""Draw nested, seeded subsets from a file of conversations, or split it.
 
 python sample_subsets.py FILE --sizes 9000 90000 --seed 42 [--stratify source] [-o DIR]
+python sample_subsets.py FILE --splits train=0.8 validation=0.1 test=0.1 --seed 42 [-o DIR]
 
 Each smaller subset is part of each larger one. The same seed gives the same bytes on every machine and Python version.
-The file (JSON Lines, a JSON array, Arrow or Parquet) is read once and never held in memory. Beside the subsets stand a
-manifest and a picture of the sources, input against subsets.
+Splits are disjoint; a hash of the conversation decides, so a row stays on its side when rows are added, and equal
+conversations are on one side. The file (JSON Lines, a JSON array, Arrow or Parquet) is never held in memory. Beside the
+subsets stand a manifest and a picture of the sources, input against subsets.
 """
 
 from __future__ import annotations
@@ -22,17 +24,21 @@ from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from open_instruct.command_line import OneLineArgumentParser, at_least, seed
-from open_instruct.data import lines, reading, shards
+from open_instruct.data import lines, reading, shards, splits
 from open_instruct.data.kinds import COMPRESSION, file_kind, is_table
 from open_instruct.data.texts import plain
 from open_instruct.data.to_json import check_types, to_lines
 from open_instruct.errors import InputError, exit_code, input_faults
 from open_instruct.files import AtomicFile, check_output, followed_by, sha256, write_json
+
+DEFAULT_SIZES = (9000, 90000)
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,22 @@ def rows_of(table: Table, indices: np.ndarray) -> Iterator[tuple[int, bytes]]:
             first += batch.num_rows
 
 
+def parsed_rows(table: Table) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield all rows as (source, row), as they would be written."""
+    if table.kind == "json array":
+        for number, row in enumerate(lines.array_rows(table.path), start=1):
+            yield f"{table.path} row {number}", row
+        return
+    everything = np.arange(table.num_rows)
+    all_lines = rows_of(table, everything)
+    if table.kind == "json lines":
+        assert table.spans is not None
+        all_lines = enumerate(lines.lines_at(table.path, table.spans, everything))
+    for number, line in all_lines:
+        source = f"{table.path} row {number + 1}"
+        yield source, lines.parse_line(source, line)
+
+
 def checked_line(line: bytes, path: Path, number: int) -> bytes:
     """Return a line as it is, if it is a JSON object; so no subset holds a row that can't be read.
 
@@ -221,29 +243,39 @@ def run(a: argparse.Namespace) -> None:
     """Index the rows, draw, write the subsets, record them."""
     started = time.perf_counter()
     column = a.stratify or a.count or default_column(a.file)
-    outputs = {size: a.output_dir / f"{a.file.name.split('.')[0]}_{short(size)}.jsonl" for size in sorted(set(a.sizes))}
-    stem = a.output_dir / f"{a.file.name.split('.')[0]}_subsets"
+    shares = splits.parse_shares(a.splits) if a.splits else {}
+    sizes = [] if shares else sorted(set(a.sizes or DEFAULT_SIZES))
+    names, kind = [*shares, *map(short, sizes)], "splits" if shares else "subsets"
+    outputs = {name: a.output_dir / f"{a.file.name.split('.')[0]}_{name}.jsonl" for name in names}
+    stem = a.output_dir / f"{a.file.name.split('.')[0]}_{kind}"
     manifest_path, picture = stem.with_name(f"{stem.name}.manifest.json"), stem.with_name(f"{stem.name}.png")
     for path in (*outputs.values(), manifest_path, picture):  # the manifest of other sizes would lose their hashes
         check_output(path, [a.file], a.overwrite)
     table = open_table(a.file, column)
     if table.num_rows == 0:
         raise InputError(f"{a.file} holds no row: there is nothing to draw from")
-    subsets = nested_subsets(table.num_rows, sorted(outputs), a.seed, table.values if a.stratify else None)
+    if shares:
+        with tqdm(parsed_rows(table), "splitting", table.num_rows, unit=" rows", disable=None, delay=2) as rows:
+            drawn = splits.draw_splits(rows, shares, a.seed)
+    else:
+        subsets = nested_subsets(table.num_rows, sizes, a.seed, table.values if a.stratify else None)
+        drawn = {short(size): subsets[size] for size in sizes}
     records, counts = [], {}
     if table.values is not None:
         counts["input"] = Counter(table.values)
     with followed_by(manifest_path) as finished:
-        for size, path in reversed(outputs.items()):  # the largest first: a bad row is met before a file is complete
-            file = write_subset(table, subsets[size], path, a.order == "shuffled")
+        for name, path in reversed(outputs.items()):  # the largest first: a bad row is met before a file is complete
+            file = write_subset(table, drawn[name], path, a.order == "shuffled")
             finished.append(path)
-            kept = np.sort(subsets[size]).astype("<i8")
-            records.append({"path": str(path), "rows": size, "bytes": file.num_bytes, "sha256": file.sha256,
+            kept = np.sort(drawn[name]).astype("<i8")
+            records.append({"path": str(path), "rows": len(kept), "bytes": file.num_bytes, "sha256": file.sha256,
                             "indices_sha256": hashlib.sha256(kept.tobytes()).hexdigest()})  # fmt: skip
+            if shares:
+                records[-1] |= {"name": name, "share": float(shares[name])}
             if table.values is not None:
-                counts[short(size)] = Counter(table.values[index] for index in kept)
-                records[-1]["counts"] = dict(counts[short(size)].most_common())
-            print(f"{size:,} rows → {path}")
+                counts[name] = Counter(table.values[index] for index in kept)
+                records[-1]["counts"] = dict(counts[name].most_common())
+            print(f"{len(kept):,} rows → {path}")
         manifest = {
             "input": {
                 "path": str(a.file),
@@ -254,7 +286,7 @@ def run(a: argparse.Namespace) -> None:
             "seed": a.seed,
             "stratify": a.stratify,
             "order": a.order,
-            "subsets": records[::-1],
+            kind: records[::-1],
             "column": column,
             "counts": dict(counts["input"].most_common()) if counts else None,
         }
@@ -262,7 +294,7 @@ def run(a: argparse.Namespace) -> None:
     if counts:
         from open_instruct.report import pictures, plots  # matplotlib: not for --help, nor before the file is read
 
-        counts = {name: counts[name] for name in ["input", *map(short, outputs)]}
+        counts = {name: counts[name] for name in ["input", *outputs]}
         print(histogram(counts))
         with pictures.if_possible(picture):
             plots.plot_sources(counts, f"{column} of {a.file.name}", picture)
@@ -300,7 +332,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, metavar="FILE", help="JSON Lines, JSON array, Arrow or Parquet")
     parser.add_argument(
-        "--sizes", type=at_least(1), nargs="+", default=[9000, 90000], help="rows of each subset (default 9000 90000)"
+        "--sizes", type=at_least(1), nargs="+", metavar="N", help="rows of each subset (default 9000 90000)"
+    )
+    parser.add_argument(
+        "--splits",
+        nargs="+",
+        metavar="NAME=SHARE",
+        help="instead of subsets: disjoint splits whose shares sum to 1, by a hash of each conversation",
     )
     parser.add_argument("--seed", type=seed, default=42, help="seed of the draw (default 42)")
     parser.add_argument("--stratify", metavar="COLUMN", help="keep each value's share of this column")
@@ -311,6 +349,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-o", "--output_dir", type=Path, help="folder of the subsets (default: the file's)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing subsets")
     a = parser.parse_args(argv)
+    exact = {"--sizes": a.sizes, "--stratify": a.stratify, "--order shuffled": a.order == "shuffled"}
+    given = [name for name, value in exact.items() if value]
+    if a.splits and given:
+        parser.error(
+            f"{' and '.join(given)}: splits take all rows in their order, each on the side that its hash says: remove "
+            "it, or --splits (--count COLUMN counts a column's values in each split)"
+        )
     a.output_dir = a.output_dir or a.file.parent
     return a
 

@@ -1,6 +1,7 @@
 r"""Answers of a base model and of adapters on it: a chat, or a file of questions.
 
     python open_instruct/generate_peft.py --adapter output/run                                        # chat
+    python open_instruct/generate_peft.py --adapter output/run --prompt "Why is the sky blue?"        # one answer
     python open_instruct/generate_peft.py --adapter a=output/a --adapter b=output/b \
         --input_file questions.jsonl --output_file answers.jsonl --batch_size 64                      # file
 
@@ -35,7 +36,7 @@ from open_instruct.command_line import (
     seed,
 )
 from open_instruct.data import reading
-from open_instruct.errors import exit_code
+from open_instruct.errors import exit_code, visible
 from open_instruct.flags.data import BAD_ROWS
 from open_instruct.interrupts import ending_at_once
 
@@ -49,13 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = OneLineArgumentParser(
-        ("system",), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        ("system", "prompt"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_flags(parser, dtype="auto")
     add_engine_flag(parser)
     add = parser.add_argument
     add("--chat_template_name", help="as in finetune_peft.py; unset: the adapter's own")
-    add("--input_file", metavar="FILE", help="file of questions; unset: start a chat")
+    add("--input_file", metavar="FILE", help="file of questions; without it, --prompt and --self_study: a chat")
+    add("--prompt", metavar="TEXT", help="answer this one question; only the answer goes to the standard output")
     add("--bad_rows", choices=["error", "skip"], default="error", help=BAD_ROWS)
     add("--output_file", metavar="FILE", help="file for the answers, as JSON Lines")
     add("--resume", action="store_true", help="continue an unfinished output file")
@@ -108,6 +110,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="above 1: repetition is less likely (default: 1.0)",
     )
     add(
+        "--num_beams",
+        type=at_least(1, 1000),
+        default=1,
+        help="beam search: follow this many continuations, and take the likeliest (default: 1)",
+    )
+    add(
         "--num_return_sequences",
         type=at_least(1, 10_000),
         default=1,
@@ -116,19 +124,52 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=seed, default=42, help="seed of the draws (default: 42)")
     args = parser.parse_args(argv)
     drawing = args.temperature != 1.0 or args.top_p != 1.0 or args.top_k or args.num_return_sequences > 1
+    is_file = bool(args.input_file or args.self_study)
     checks = [
+        (
+            args.num_beams > 1 and args.do_sample,
+            f"--num_beams {args.num_beams} follows the likeliest tokens, and --do_sample draws them: drop one",
+        ),
+        (
+            args.num_beams > 1 and bool(args.self_study),
+            f"--num_beams {args.num_beams}: --self_study draws its questions at random: drop one",
+        ),
+        (
+            args.num_beams > 1 and not (is_file or args.prompt),
+            f"--num_beams {args.num_beams}: a chat prints an answer as it comes, and beams come all at once: give "
+            "--prompt or --input_file",
+        ),
+        (
+            args.num_beams > 1 and args.engine != "transformers",
+            f"--num_beams {args.num_beams}: vLLM has no such search here: use --engine transformers",
+        ),
+        (
+            bool(args.prompt) and (is_file or bool(args.output_file)),
+            "--prompt answers one question: remove it, or --input_file, --self_study and --output_file",
+        ),
+        (
+            bool(args.prompt)
+            and bool(len(args.adapter or []) > 1 or args.num_return_sequences > 1 or args.combine or args.resume),
+            "--prompt prints one answer of one model: give at most one --adapter, and neither --num_return_sequences, "
+            "--combine nor --resume",
+        ),
         (
             drawing and not args.do_sample,
             "--temperature, --top_p, --top_k and --num_return_sequences need --do_sample: greedy answers are all alike",
         ),
         (
-            bool(args.input_file or args.self_study) != bool(args.output_file),
+            is_file != bool(args.output_file),
             "--input_file (or --self_study) and --output_file go together: give both, or none for a chat",
         ),
         (
             not args.output_file
+            and not args.prompt
             and (args.combine or args.resume or args.context or args.conversations or args.engine != "transformers"),
             "--combine, --resume, --engine, --context and --conversations belong to --input_file: drop them for a chat",
+        ),
+        (
+            bool(args.prompt and args.conversations),
+            "--conversations has no effect with --prompt, which prints an answer alone: remove one",
         ),
         (
             bool(args.self_study) and (not args.context or bool(args.input_file)),
@@ -189,6 +230,7 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
             "kinds": [asdict(kind) for kind in kinds] or None,
             "piece_tokens": args.piece_tokens if kinds else None,
             **asdict(sampling),
+            "num_beams": sampling.num_beams if sampling.num_beams > 1 else None,  # as files made without it have it
         }
         held.enter_context(answering.locked_output(Path(args.output_file)))
         num_done = answering.prepare_output(Path(args.output_file), settings, args.resume)
@@ -202,6 +244,11 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
         args.allow_pickle,
         args.engine,
     )
+    before = context_of(text, served.tokenizer) if text else None
+    if args.prompt:
+        answer = answering.answer_one(served, args.prompt, sampling, args.system, before)
+        print(visible(answer) if sys.stdout.isatty() else answer)
+        return
     if not args.output_file:
         interactive.chat(served, sampling, args.system)
         return
@@ -215,7 +262,6 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
             notes.append(f"{made.behind_piece} answered behind their piece: the whole text is too long for the model")
         print("; ".join([f"{made.written} conversations written: {output}", *notes]))
         return
-    before = context_of(text, served.tokenizer) if text else None
     num_unanswered = answering.answer_file(
         served,
         rows,

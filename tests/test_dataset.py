@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from open_instruct.data import dataset
-from open_instruct.data.dataset import SCHEMA, Examples
+from open_instruct.data.dataset import Examples
+from open_instruct.data.token_cache import SCHEMA
 from open_instruct.errors import InputError
 
 

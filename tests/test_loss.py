@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 
 from open_instruct.data import packing
-from open_instruct.data.dataset import SCHEMA, Examples
+from open_instruct.data.dataset import Examples
 from open_instruct.data.packing import Packing, Padding
+from open_instruct.data.token_cache import SCHEMA
 from open_instruct.flags import default_values
 from open_instruct.methods import METHODS
 from open_instruct.model.backends import blocked

@@ -150,6 +150,27 @@ def answer_file(
     return num_unanswered
 
 
+def answer_one(
+    served: Served, question: str, sampling: Sampling, system: str | None, context: Context | None = None
+) -> str:
+    """Return the answer of the adapter, or of the base where there is none, to one question.
+
+    Raises:
+        InputError: the question fills the model's context, or the chat template refuses it.
+    """
+    name = (served.names or [BASE])[0]
+    prompt = prompt_ids(served.tokenizer, with_system([{"role": "user", "content": question}], system))
+    if context:
+        prompt = context.before(prompt)[0]
+    max_length = served.max_length(name)
+    if max_length and len(prompt) >= max_length:
+        raise InputError(
+            f"the question has {len(prompt):,} tokens, and the model takes at most {max_length:,}: shorten it"
+        )
+    ((_, (answer,)),) = served.stream([prompt], name, sampling)
+    return answer
+
+
 def combined(how: str, answers: dict[str, list[str]]) -> str:
     """Return one answer made of all adapters' answers.
 

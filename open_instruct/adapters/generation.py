@@ -46,6 +46,18 @@ class Sampling:
     repetition_penalty: float = 1.0
     num_return_sequences: int = 1
     seed: int = 42
+    num_beams: int = 1  # continuations that are followed at once; the likeliest is the answer. 1: greedy
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself.
+
+        Raises:
+            InputError: beams follow the likeliest tokens, and tokens are to be drawn.
+        """
+        if self.num_beams > 1 and self.do_sample:
+            raise InputError(
+                f"num_beams {self.num_beams} follows the likeliest tokens, and do_sample draws them: drop one"
+            )
 
     def warpers(self) -> LogitsProcessorList:
         """Return what transformers' `generate` applies to the scores before it draws, in its order."""
@@ -97,10 +109,10 @@ def generate(
         model: a causal language model or a PeftModel.
         tokenizer: decodes the answers.
         prompts: token ids of each prompt.
-        sampling: how answers are drawn.
+        sampling: how answers are drawn. Beams are followed without a streamer or a cache.
         max_length: most tokens of prompt and answer together, virtual tokens not counted; None: unlimited. A prompt
             that fills it gets empty answers.
-        batch_size: most rows in a batch.
+        batch_size: most rows in a batch; each beam is a row.
         streamer: one of transformers' streamers, for one prompt and one answer.
         cache: makes, for a number of rows, the keys and values of the prompts' first tokens, which are not computed.
         seeds: a seed for each prompt, instead of `sampling.seed` for all.
@@ -109,7 +121,8 @@ def generate(
         The index of a prompt, and its `num_return_sequences` answers, without special tokens and surrounding white
         space.
     """
-    copies = sampling.num_return_sequences
+    assert sampling.num_beams == 1 or not (streamer or cache)
+    copies, num_at_once = sampling.num_return_sequences, max(1, batch_size // sampling.num_beams)
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         by_length[len(prompt)].append(index)
@@ -123,7 +136,7 @@ def generate(
             if max_length is not None:
                 max_new_tokens = min(max_new_tokens, max_length - length)
             rows = itertools.product(indices, range(copies))
-            while batch := list(itertools.islice(rows, batch_size)):
+            while batch := list(itertools.islice(rows, num_at_once)):
                 if max_new_tokens > 0:
                     ids = torch.tensor([list(prompts[index]) for index, _ in batch], device=device)
                     processors = LogitsProcessorList()
@@ -137,7 +150,7 @@ def generate(
                         input_ids=ids,
                         attention_mask=torch.ones_like(ids),
                         max_new_tokens=max_new_tokens,
-                        **PLAIN,
+                        **{**PLAIN, "num_beams": sampling.num_beams},
                         repetition_penalty=sampling.repetition_penalty,
                         eos_token_id=end_ids,
                         pad_token_id=tokenizer.pad_token_id,

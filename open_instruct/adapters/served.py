@@ -55,7 +55,13 @@ class Served:
         streamer: Any = None,
         seeds: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, list[str]]]:
-        """Yield the answers of one adapter to token ids as they come; see `generation.generate`."""
+        """Yield the answers of one adapter to token ids as they come; see `generation.generate`.
+
+        Raises:
+            InputError: vLLM is to search with beams.
+        """
+        if self.engine is not None and sampling.num_beams > 1:
+            raise InputError(f"num_beams {sampling.num_beams}: vLLM has no such search here: use transformers")
         model, max_length = self.adapters.use(name), self.max_length(name)
         if self.engine is not None:
             return self.engine.stream(prompts, name, sampling, max_length, seeds)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,7 @@ from open_instruct.small_files import read_text
 
 Messages = Sequence[dict[str, Any]]
 Spans = list[tuple[int, int]]
+Labels = Literal["answers", "last", "all"]  # what is learned of a conversation
 PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 # Characters that a template may write: a long system message of its own, and its marks around each turn and word.
 MOST_OWN_TEXT = 1_000_000
@@ -242,6 +243,23 @@ def tokenize(
         for offsets, spans_of_text in zip(encoded["offset_mapping"], character_spans, strict=True)
     ]
     return ids, spans
+
+
+def learned_spans(labels: Labels, answers: Spans, num_tokens: int) -> Spans:
+    """Return the token spans [start, end) that are learned of a conversation cut at `num_tokens`.
+
+    Args:
+        labels: "answers": all of the assistant's turns; "last": the last one, an empty span where it is cut away;
+            "all": every token but the first, which nothing predicts.
+        answers: spans of the assistant's turns in the whole conversation, at least one.
+        num_tokens: tokens that are kept.
+    """
+    if labels == "all":
+        return [(1, num_tokens)]
+    if labels == "last":
+        start, end = answers[-1]
+        return [(min(start, num_tokens), min(end, num_tokens))]
+    return [(start, min(end, num_tokens)) for start, end in answers if start < num_tokens]
 
 
 def token_spans(offsets: Sequence[tuple[int, int]], character_spans: Spans) -> Spans:

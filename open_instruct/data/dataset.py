@@ -18,15 +18,15 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.data import chat, token_cache
+from open_instruct.data import chat, duplicates, token_cache
 from open_instruct.data.bad_rows import BadRows
 from open_instruct.data.context import ContextTokens, split_context
 from open_instruct.data.pairs import fit_pair
-from open_instruct.data.token_cache import SCHEMA, SCHEMA_WITH_CONTEXT
+from open_instruct.data.token_cache import schema_of
 from open_instruct.errors import InputError
 from open_instruct.files import sha256
 
-TOKENISATION_VERSION = 2  # raise it whenever the same conversation gives other ids or spans
+TOKENISATION_VERSION = 3  # raise it whenever the same conversation gives another row
 TOKENISERS = ("tokenizers", "transformers", "jinja2")  # packages that decide them, too
 BATCH_ROWS = 1000
 NO_LIMIT = 2**31  # tokens of a row: what is too long is cut, and counted, after it is tokenised
@@ -36,9 +36,11 @@ NO_LIMIT = 2**31  # tokens of a row: what is too long is cut, and counted, after
 class Examples:
     """Tokenised conversations, as rows of a table that may hold others too."""
 
-    table: pa.Table  # input_ids; spans: the bounds [start, end, start, end, …] of what is labelled; maybe context
+    # input_ids; spans: the bounds [start, end, start, end, …] of what is labelled; maybe context, and answers: the
+    # bounds of the assistant's turns, where something else is labelled
+    table: pa.Table
     rows: np.ndarray  # [N]: the rows of the table that belong here
-    fingerprint: str  # of the source's content, the tokenizer and the length
+    fingerprint: str  # of the source's content, the tokenizer and the length, whatever is labelled
     num_read: int = 0  # conversations
     num_truncated: int = 0  # conversations
     num_skipped: int = 0  # conversations without a label left
@@ -70,13 +72,50 @@ class Examples:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one example as {"input_ids": [int], "spans": [start, end, …]}, with its "context" if it has one."""
+        """Return one example as {"input_ids": [int], "spans": [start, end, …]}, maybe with a context or answers."""
         row = int(self.rows[index])
-        return {name: self.table[name][row].as_py() for name in self.table.column_names}
+        names = (name for name in self.table.column_names if name not in (duplicates.EXACT, duplicates.NORMALISED))
+        return {name: self.table[name][row].as_py() for name in names}
 
     def subset(self, indices: np.ndarray) -> Examples:
         """Return the examples at `indices`, in that order."""
         return replace(self, rows=self.rows[indices])
+
+    def by_answers(self) -> Examples:
+        """Return the same rows with the assistant's turns labelled, whatever is learned of them."""
+        if "answers" not in self.table.column_names:
+            return self
+        position = self.table.column_names.index("spans")
+        table = self.table.set_column(position, "spans", self.table["answers"]).drop_columns(["answers"])
+        return replace(self, table=table, table_content="")
+
+    @property
+    def hashes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Hashes [N] of the conversations, exact and normalised; see `duplicates`."""
+        exact, normalised = (
+            self.table[name].to_numpy()[self.rows] for name in (duplicates.EXACT, duplicates.NORMALISED)
+        )
+        return exact, normalised
+
+    def labelled(self, name: str, max_length: int) -> Examples:
+        """Return the rows of which something is learned; the others count as skipped.
+
+        Args:
+            name: what the rows are, for the error.
+            max_length: tokens kept of a conversation.
+
+        Raises:
+            InputError: there are none.
+        """
+        kept = np.flatnonzero(self.label_counts)
+        if len(kept) == len(self):
+            return self
+        if len(kept) == 0:
+            raise InputError(
+                f"--labels last: the last answer of none of the {len(self)} {name} conversations lies within "
+                f"--max_seq_length {max_length}: raise it, or learn from all answers with --labels answers"
+            )
+        return replace(self, rows=self.rows[kept], num_skipped=self.num_skipped + len(self) - len(kept))
 
     @property
     def context_lengths(self) -> np.ndarray:
@@ -122,6 +161,7 @@ def build(
     overwrite_cache: bool = False,
     bad: BadRows | None = None,
     contexts: ContextTokens | None = None,
+    labels: chat.Labels = "answers",
 ) -> Examples:
     """Tokenise conversations, or memory-map the result of an earlier run with the same source, tokenizer and length.
 
@@ -135,18 +175,21 @@ def build(
         bad: takes the errors of single rows, those of `named_conversations` included; None: the first one is raised.
         contexts: tokenises the rows' own contexts, which begin their messages (see `ContextSource`); None: they have
             none.
+        labels: what is learned. It decides no rows: those without an answer left are skipped by each rule, and of
+            those kept, some may have no label (see `Examples.labelled`).
 
     Raises:
-        InputError: no conversation has a labelled token left, or there were bad rows and `bad` does not skip them.
+        InputError: no conversation has an answer left, or there were bad rows and `bad` does not skip them.
     """
     parts = [TOKENISATION_VERSION, source_key, tokenizer_key(tokenizer), str(tokenizer.chat_template), max_length]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    counts, schema = new_counts(), SCHEMA_WITH_CONTEXT if contexts else SCHEMA
-    tables = tokenize_all(named_conversations, tokenizer, max_length, counts, bad, contexts)
+    counts, schema = new_counts(), schema_of(contexts is not None, labels != "answers")
+    tables = tokenize_all(named_conversations, tokenizer, max_length, counts, bad, contexts, labels)
     if cache_dir is None:
         tokenised = token_cache.in_memory(tables, counts, schema)
     else:
-        tokenised = token_cache.load_or_fill(cache_dir / fingerprint, tables, counts, overwrite_cache, schema)
+        entry = cache_dir / (fingerprint if labels == "answers" else f"{fingerprint}-{labels}")
+        tokenised = token_cache.load_or_fill(entry, tables, counts, overwrite_cache, schema)
     table, counts = tokenised.table, tokenised.counts
     if table.num_rows == 0:
         if counts["num_read"] == 0:
@@ -187,10 +230,11 @@ def tokenize_all(
     counts: dict[str, Any],
     bad: BadRows | None = None,
     contexts: ContextTokens | None = None,
+    labels: chat.Labels = "answers",
 ) -> Iterator[pa.Table]:
     """Yield tables of tokenised rows, batch by batch, and update `counts`.
 
-    Rows without a label that can be predicted are left out.
+    Rows without an answer that can be predicted are left out.
 
     Args:
         named_conversations: (source, messages) pairs.
@@ -199,6 +243,7 @@ def tokenize_all(
         counts: result of `new_counts`.
         bad: takes the errors of single rows; None: the first one is raised.
         contexts: see `build`.
+        labels: see `build`.
 
     Raises:
         InputError: there were bad rows, and `bad` does not skip them.
@@ -206,26 +251,31 @@ def tokenize_all(
     makes_pairs = chat.makes_pairs(tokenizer)
     with tqdm(desc="tokenising", unit=" rows", disable=None, delay=2) as progress:
         for batch in batches(named_conversations, BATCH_ROWS):
-            ids, spans, texts = tokenize_batch(batch, tokenizer, bad)
-            rows: dict[str, list[list[int]]] = {"input_ids": [], "spans": []}
-            if contexts:
-                rows["context"] = []
-            for row_ids, row_spans, text in zip(ids, spans, texts, strict=True):
+            ids, spans, texts, hashes = tokenize_batch(batch, tokenizer, bad)
+            schema = schema_of(contexts is not None, labels != "answers")
+            rows: dict[str, list[Any]] = {name: [] for name in schema.names}
+            for row_ids, row_spans, text, row_hashes in zip(ids, spans, texts, hashes, strict=True):
                 counts["num_truncated"] += len(row_ids) > max_length
                 if makes_pairs:
                     row_ids, row_spans = fit_pair(row_ids, row_spans, max_length)
                 for start in [max(start, 1) for start, end in row_spans if end > max(start, 1)][:1]:
                     counts["first_label"] = min(counts["first_label"] or start, start)
-                kept = [(start, min(end, max_length)) for start, end in row_spans if start < max_length]
-                if not any(end > max(start, 1) for start, end in kept):
+                num_tokens = min(len(row_ids), max_length)
+                answers = chat.learned_spans("answers", row_spans, num_tokens)
+                if not any(end > max(start, 1) for start, end in answers):
                     counts["num_skipped"] += 1
                     continue
                 rows["input_ids"].append(row_ids[:max_length])
-                rows["spans"].append([bound for span in kept for bound in span])
+                learned = answers if labels == "answers" else chat.learned_spans(labels, row_spans, num_tokens)
+                rows["spans"].append([bound for span in learned for bound in span])
+                if labels != "answers":
+                    rows["answers"].append([bound for span in answers for bound in span])
                 if contexts:
                     rows["context"].append(contexts.of(text))
+                for name, value in zip((duplicates.EXACT, duplicates.NORMALISED), row_hashes, strict=True):
+                    rows[name].append(value)
             counts["num_read"] += len(ids)
-            yield pa.table(rows, schema=SCHEMA_WITH_CONTEXT if contexts else SCHEMA)
+            yield pa.table(rows, schema=schema)
             progress.update(len(batch))
     if bad is not None:
         bad.check()
@@ -234,18 +284,18 @@ def tokenize_all(
 
 def tokenize_batch(
     batch: list[tuple[str, list[dict[str, Any]]]], tokenizer: PreTrainedTokenizerBase, bad: BadRows | None
-) -> tuple[list[list[int]], list[chat.Spans], list[str]]:
-    """Return the token ids of (source, messages) pairs, uncut, the spans to be learned, and the texts of contexts.
+) -> tuple[list[list[int]], list[chat.Spans], list[str], list[tuple[int, int]]]:
+    """Return the token ids of (source, messages) pairs, uncut, their answers' spans, texts of contexts, and hashes.
 
     Rows that the chat template refuses are noted as bad, and left out.
     """
     split = [(source, *split_context(messages)) for source, messages in batch]
     try:
         ids, spans = chat.tokenize(tokenizer, [messages for _, _, messages in split], NO_LIMIT)
-        return ids, spans, [text for _, text, _ in split]
+        return ids, spans, [text for _, text, _ in split], [duplicates.hashes_of(row) for _, row in batch]
     except InputError:  # which rows they are is found out below
-        ids, spans, texts = [], [], []
-    for source, text, messages in split:
+        ids, spans, texts, hashes = [], [], [], []
+    for (source, text, messages), (_, whole) in zip(split, batch, strict=True):
         try:
             row_ids, row_spans = chat.tokenize(tokenizer, [messages], NO_LIMIT)
         except InputError as error:
@@ -257,7 +307,8 @@ def tokenize_batch(
         ids += row_ids
         spans += row_spans
         texts.append(text)
-    return ids, spans, texts
+        hashes.append(duplicates.hashes_of(whole))
+    return ids, spans, texts, hashes
 
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

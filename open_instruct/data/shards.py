@@ -271,6 +271,11 @@ def is_record(path: Path) -> bool:
     return path.name.startswith(".") or path.name.endswith(RECORDS)
 
 
+def manifests(path: Path, kind: str) -> Iterator[Path]:
+    """Yield the manifests of `sample_subsets.py` beside a file; `kind` is "subsets" or "splits"."""
+    yield from path.parent.glob(f"*_{kind}*.manifest.json")
+
+
 def check_own(files: Sequence[Path]) -> None:
     """Refuse files of which one is, as a manifest of `sample_subsets.py` says, a part of another.
 
@@ -278,12 +283,13 @@ def check_own(files: Sequence[Path]) -> None:
         InputError: rows would be read twice; or a manifest beside the files is damaged.
     """
     present = {path.resolve() for path in files}
-    for manifest in sorted({found for path in files for found in path.parent.glob("*_subsets*.manifest.json")}):
+    kinds = {found: kind for path in files for kind in ("subsets", "splits") for found in manifests(path, kind)}
+    for manifest, kind in sorted(kinds.items()):
         with metadata(manifest) as value:
-            records = [value["input"], *list_of(value, "subsets")]
+            records = [value["input"], *list_of(value, kind)]
             named = [(manifest.parent / Path(record["path"]).name).resolve() for record in records]
         both = [path for path in dict.fromkeys(named) if path in present]
-        if len(both) > 1:
+        if len(both) > 1 and (kind == "subsets" or named[0] in both):  # splits have no row in common
             raise InputError(
                 f"{both[0].parent} holds {both[0].name} and {both[1].name}, of which one is a part of the other "
                 f"({manifest.name} says so): name the files to read"

@@ -25,15 +25,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
+from open_instruct.data.duplicates import HASH_FIELDS
 from open_instruct.errors import InputError, input_faults, system_fault, warn
 from open_instruct.files import flush
 from open_instruct.temporary import temporary_folder, temporary_name
 
 TOKENS, COUNTS = "tokens.arrow", "counts.json"
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32()))])
-SCHEMA_WITH_CONTEXT = SCHEMA.append(pa.field("context", pa.list_(pa.int32())))  # tokens that stand before the row
+CONTEXT_FIELD = pa.field("context", pa.list_(pa.int32()))  # tokens that stand before the row
+ANSWERS_FIELD = pa.field("answers", pa.list_(pa.int32()))  # spans of the assistant's turns, where others are learned
+
 COUNTED = ("num_read", "num_truncated", "num_skipped", "first_label")
 REMEDY = "free some space, name another folder with --dataset_local_cache_dir, or pass --dataset_skip_cache"
+
+
+def schema_of(with_context: bool = False, with_answers: bool = False) -> pa.Schema:
+    """Return the columns of an entry."""
+    fields = [*SCHEMA, *([CONTEXT_FIELD] if with_context else []), *([ANSWERS_FIELD] if with_answers else [])]
+    return pa.schema([*fields, *HASH_FIELDS])
 
 
 @dataclass(frozen=True)
@@ -42,20 +51,25 @@ class Tokenised:
 
     table: pa.Table
     counts: dict[str, Any]
-    content: str  # hash of all ids and spans, whatever file or memory holds them
+    content: str  # of ids and spans, whatever file or memory holds them
     entry: Path | None = None  # folder of the cache; None: in memory
 
 
 class ContentHash:
-    """Hash of a table's values, however its rows are cut into batches."""
+    """Hash of the token ids and spans of a table, however its rows are cut into batches.
+
+    Hashes of texts are no part of it: rows that are cut to the same tokens train alike.
+    """
 
     def __init__(self, schema: pa.Schema) -> None:
         """Start without a row."""
-        self.parts = [hashlib.sha256() for _ in range(2 * len(schema))]  # of each column: lengths, values
+        self.names = [field.name for field in schema if field not in HASH_FIELDS]
+        self.parts = [hashlib.sha256() for _ in range(2 * len(self.names))]  # of each column: lengths, values
 
     def update(self, table: pa.Table) -> None:
         """Add rows."""
-        for number, column in enumerate(table.columns):
+        for number, name in enumerate(self.names):
+            column = table[name]
             lengths = pc.list_value_length(column).to_numpy().astype(np.int32)
             self.parts[2 * number].update(np.ascontiguousarray(lengths).data)
             for chunk in column.chunks:

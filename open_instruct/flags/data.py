@@ -62,6 +62,13 @@ class DataFlags:
     sft_messages_key: str = flag(
         "messages", "column that holds the conversation", in_study="same", differs="the same", on_resume="content"
     )
+    labels: Literal["answers", "last", "all"] = flag(
+        "answers",
+        "what is learned of a conversation, and measured by the held-out loss. answers: all of the assistant's turns; "
+        "last: the last one; all: every token but the first, which nothing predicts",
+        on_resume="same",
+        causal_only=True,
+    )
     bad_rows: Literal["error", "skip"] = flag("error", BAD_ROWS, in_study="same", on_resume="free")
     validation_file: str | None = flag(
         None,
@@ -89,6 +96,18 @@ class DataFlags:
         in_study="same",
         on_resume="content",
         at_most=MAX_ROWS,
+    )
+    drop_held_out_duplicates: bool = flag(
+        False,
+        "leave rows that stand in the training data, too, out of the held-out rows, also those that are equal but for "
+        "case, white space and punctuation",
+        in_study="same",
+        check=lambda flags: (
+            None
+            if flags.validation_file or flags.validation_fraction
+            else "no rows are held out: remove it, or set --validation_fraction or --validation_file"
+        ),
+        on_resume="same",
     )
     max_train_samples: int | None = flag(
         None,

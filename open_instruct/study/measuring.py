@@ -27,7 +27,7 @@ def measure_trial(study: Study, model: Any, tokenizer: Any, data: Data) -> dict[
         {"study": {device, rows: [[summed loss, labelled tokens], …] of every held-out row, choosing: indices of rows,
         test: indices, exact: [0 or 1, …] of the questions, other: [[summed loss, tokens], …]}, "data": fingerprints}.
     """
-    held_out = data.held_out
+    held_out = data.held_out_answers  # by one rule, whatever a trial learns from
     assert held_out is not None
     examples = [held_out[i] for i in range(len(held_out))]
     choosing, test = split_rows(len(examples))

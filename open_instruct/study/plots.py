@@ -40,7 +40,7 @@ def draw_all(figures: StudyFigures, folder: Path) -> dict[str, str]:
             draw_pareto_exact,
         )
     kinds["curves.png"] = (
-        "Held-out loss during training, all held-out rows, each seed of the chosen point",
+        "Held-out loss during training, by what each trial learns (--labels), all rows, each seed of the chosen point",
         draw_curves,
     )
     if any(len(method.rates) > 1 for method in figures.methods):

@@ -219,7 +219,7 @@ def base_figures(task: Task, flags: Flags, bases: Bases) -> dict[str, Any]:
         accelerator = engines.make_accelerator(settings.processes)
         tokenizer = base_model.load_base_tokenizer(settings.tokenizer)
         data = load_data(settings.data, accelerator, tokenizer)
-        if data.held_out is None or len(data.held_out) < MIN_HELD_OUT_ROWS:
+        if data.held_out_answers is None or len(data.held_out_answers) < MIN_HELD_OUT_ROWS:
             raise InputError(
                 f"a study needs {MIN_HELD_OUT_ROWS} held-out rows at least, half of them for choosing: "
                 "give a longer validation_file"

@@ -53,7 +53,7 @@ def context_of_run(
         )
     num_shared = context_of(PROBE[0]["content"], tokenizer).num_shared
     sample = tuple(data.train[int(lengths.argmax())]["context"])
-    if all(examples.has_one_context(sample) for examples in (data.train, data.held_out) if examples):
+    if all(examples.has_one_context(sample) for examples in (data.train, data.held_out_answers) if examples):
         return Context(sample, num_shared, source.column is None)
     return RowContexts(num_shared, sample, len(lengths), int((lengths > 0).sum()), float(lengths[lengths > 0].mean()))
 
@@ -72,7 +72,7 @@ def check_room(context: Context | RowContexts | None, data: Data, config: Pretra
     positions = loading.context_length(config)
     if context is None or not positions:
         return
-    for examples in (data.train, data.held_out):
+    for examples in (data.train, data.held_out_answers):
         if examples is None:
             continue
         before = examples.context_lengths if isinstance(context, RowContexts) else len(context.ids)
@@ -137,7 +137,7 @@ def worth_of_context(
         accelerator: joins the run's processes, which all call this.
         prepared: the run's module, as the engine prepared it.
         chosen: the run's forward pass.
-        examples: held-out examples, or None.
+        examples: held-out examples with their answers labelled, or None.
 
     Returns:
         Entries of summary.json; losses in nats per labelled token. Empty where nothing is distilled or held out.

@@ -13,8 +13,9 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.data import dataset, forms, reading
+from open_instruct.data import dataset, duplicates, forms, reading
 from open_instruct.data.bad_rows import BadRows
+from open_instruct.data.chat import Labels
 from open_instruct.data.context import ContextSource, ContextTokens
 from open_instruct.data.dataset import Examples
 from open_instruct.data.reading import Row
@@ -39,11 +40,13 @@ class DataSettings:
     validation_fraction: float
     max_eval_samples: int
     max_train_samples: int | None
+    drop_held_out_duplicates: bool  # leave rows of the training data out of the held-out ones
     seed: int
     max_length: int  # tokens kept of a conversation
     num_workers: int | None
     cache_dir: Path | None
     overwrite_cache: bool
+    labels: Labels = "answers"  # what is learned, and measured on held-out rows
     context: ContextSource | None = None  # of the rows' own contexts, which are distilled
 
 
@@ -53,6 +56,9 @@ class Data:
 
     train: Examples
     held_out: Examples | None
+    # The held-out rows with their answers labelled, whatever is learned: what is asked, and compared by a study.
+    held_out_answers: Examples | None
+    overlap: duplicates.Overlap | None  # of the held-out rows with the training rows; None: none are held out
 
     def fingerprints(self) -> dict[str, Any]:
         """Return what identifies the data in run.json and in checkpoints."""
@@ -85,7 +91,7 @@ class Data:
     @property
     def longest(self) -> int:
         """Tokens of the longest example."""
-        return max(int(examples.lengths.max()) for examples in (self.train, self.held_out) if examples)
+        return max(int(examples.lengths.max()) for examples in (self.train, self.held_out_answers) if examples)
 
     def too_few(self) -> str | None:
         """Return a line where the held-out rows are too few to choose parameters by, or None."""
@@ -136,6 +142,13 @@ def conversation_length(context: int | None, num_virtual_tokens: int, max_seq_le
     return max_seq_length or min(DEFAULT_MAX_SEQ_LENGTH, context - num_virtual_tokens)
 
 
+def mixture_members(mixer: str | None, words: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
+    """Return the (file or data set, amount) pairs of a mixture, from its JSON object or its list of words."""
+    if mixer:
+        return tuple((name, str(amount)) for name, amount in json.loads(mixer).items())
+    return tuple(zip((words or [])[::2], (words or [])[1::2], strict=True))
+
+
 def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Read, check, tokenise, split and describe the data. The main process goes first; the others use its cache.
 
@@ -165,7 +178,19 @@ def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTr
             train, held_out = dataset.hold_out(
                 train, settings.validation_fraction, settings.max_eval_samples, settings.seed
             )
-    data = Data(dataset.draw(train, settings.max_train_samples, settings.seed), held_out)
+    train = dataset.draw(train, settings.max_train_samples, settings.seed)
+    overlap = None
+    if held_out:
+        overlap = duplicates.overlap_of(train.hashes, held_out.hashes, settings.drop_held_out_duplicates)
+        accelerator.print(overlap.describe())
+        held_out = held_out.subset(overlap.kept)
+    # What is learned decides neither the split nor the draw, so runs that differ in it share their rows.
+    data = Data(
+        train.labelled("training", settings.max_length),
+        held_out and held_out.labelled("held-out", settings.max_length),
+        held_out and held_out.by_answers(),
+        overlap,
+    )
     accelerator.print(data.describe())
     return data
 
@@ -204,5 +229,13 @@ def build_examples(
     cache = settings.cache_dir if key else None
     contexts = ContextTokens(tokenizer) if context and context.is_by_row else None
     return dataset.build(
-        named, tokenizer, settings.max_length, source_key, cache, settings.overwrite_cache, bad, contexts
+        named,
+        tokenizer,
+        settings.max_length,
+        source_key,
+        cache,
+        settings.overwrite_cache,
+        bad,
+        contexts,
+        settings.labels,
     )

@@ -96,7 +96,7 @@ def run(
     # Model
     base = (bases.take if bases else base_model.load_base)(before.model, config, tokenizer, accelerator)
     num_questions = 0 if is_sharded or flags.dry_run else flags.num_sample_answers
-    questions = sample_answers.draw_questions(data.held_out, tokenizer, num_questions, before.data.seed)
+    questions = sample_answers.draw_questions(data.held_out_answers, tokenizer, num_questions, before.data.seed)
     with autocast(accelerator.device.type, before.compute_dtype):
         samples = sample_answers.ask_base(base, tokenizer, questions, before.answer_length)
 
@@ -154,7 +154,7 @@ def run(
             accelerator, prepared, optimizer, schedule, method, chosen, data, plan, loop, metrics, doctor, folder, guard
         )
         with metrics, explained_faults(accelerator, state, before.output.checkpoints):
-            worth = distilling.worth_of_context(accelerator, prepared, chosen, data.held_out)
+            worth = distilling.worth_of_context(accelerator, prepared, chosen, data.held_out_answers)
             fit(job, state)
 
     # Save

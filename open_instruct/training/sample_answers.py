@@ -36,7 +36,7 @@ def draw_questions(
 
 
 def question_of(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> SampleQuestion:
-    """Cut an example {"input_ids", "spans"} before its last answer."""
+    """Cut an example {"input_ids", "spans"} before its last answer. Its labels are those of `Examples.by_answers`."""
     start, end = example["spans"][-2:]
     ids = example["input_ids"]
     reference = tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()

@@ -164,6 +164,7 @@ class Resolved(Settings):
             "seed": self.flags.seed,
             "data": data.fingerprints(),
             "bad_rows": data.bad_rows(),
+            "held_out_duplicates": data.overlap and data.overlap.counts(),
             "resumed_from": saved and str(saved.path),
         }
 
@@ -297,11 +298,13 @@ def before_data(
             validation_fraction=flags.validation_fraction,
             max_eval_samples=flags.max_eval_samples,
             max_train_samples=flags.max_train_samples,
+            drop_held_out_duplicates=flags.drop_held_out_duplicates,
             seed=seed,
             max_length=length,
             num_workers=flags.preprocessing_num_workers,
             cache_dir=None if flags.dataset_skip_cache else Path(flags.dataset_local_cache_dir),
             overwrite_cache=flags.overwrite_cache,
+            labels=flags.labels,
             context=distilled,
         ),
         processes=ProcessSettings(
