@@ -98,7 +98,7 @@ class Pieces:
         return self.text[start:end].strip() or self.text.strip()
 
 
-def draw(number: int, pieces: Pieces, kinds: Sequence[Kind], seed: int) -> Draw:
+def draw_subject(number: int, pieces: Pieces, kinds: Sequence[Kind], seed: int) -> Draw:
     """Return what conversation `number` is about: it follows from number and seed alone."""
     rng = random.Random(f"{seed} {number}")
     kind, piece = rng.choice(kinds), pieces.draw(rng)
@@ -152,7 +152,9 @@ def write_conversations(
         tqdm(total=count, initial=start, unit="conversation", disable=None) as bar,
     ):
         for first in range(start, count, size):
-            draws = [draw(number, pieces, kinds, sampling.seed) for number in range(first, min(first + size, count))]
+            draws = [
+                draw_subject(number, pieces, kinds, sampling.seed) for number in range(first, min(first + size, count))
+            ]
             seeds = [one.seed for one in draws]
             questions = [one.text for one in draws]
             asked = [i for i, one in enumerate(draws) if one.kind.is_asked]

@@ -141,3 +141,18 @@ def problems_of(flags: Any, fields: Iterable[Field[Any]], given: Mapping[str, st
             shown = "" if isinstance(value, bool) else f" {str(value)[:200]}"
             problems.append(f"--{name}{shown}: {reason}")
     return problems
+
+
+def causal_only_problems(flags: Any, fields: Iterable[Field[Any]], given: Mapping[str, str]) -> list[str]:
+    """Return the given flags that an encoder–decoder has no use for.
+
+    Args:
+        flags: the values.
+        fields: declarations of the flags.
+        given: the given flags, with their origin.
+    """
+    return [
+        f"--{item.name} is for causal language models, and this is an encoder–decoder: remove it"
+        for item in fields
+        if item.metadata["causal_only"] and item.name in given and getattr(flags, item.name)
+    ]

@@ -50,7 +50,7 @@ class PackedPairs:
 
 
 @torch.compiler.disable
-def attention(
+def pair_attention(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -132,7 +132,7 @@ def prefix_bias(table: Any, length: int, num_queries: int, like: torch.Tensor) -
     return before
 
 
-AttentionInterface.register(NAME, attention)
+AttentionInterface.register(NAME, pair_attention)
 AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 

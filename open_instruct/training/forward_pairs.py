@@ -66,7 +66,7 @@ def choose_pair_forward(
             raise InputError(f"--packing is not possible ({reason}): use --packing False")
     elif base.device.type != "meta":
         with evaluating(model), autocast(base.device.type, dtype):
-            own_loss(model, probe_pairs(base), decoder_start)
+            own_pair_loss(model, probe_pairs(base), decoder_start)
     if settings.gradient_checkpointing and method.obstacles.get(Feature.PADDED_CHECKPOINTING):
         raise InputError(
             f"--gradient_checkpointing with {method.title} needs the packed forward pass, which is not possible "
@@ -96,17 +96,17 @@ def try_packed(
     base = causal_of(model)
     pairs = probe_pairs(base)
     with evaluating(model):
-        own = own_loss(model, pairs, decoder_start)
+        own = own_pair_loss(model, pairs, decoder_start)
         try:
             packed = PackedPairModel(model, partial(method.soft_prompt, model), None)
             with packed, torch.no_grad():
-                together = loss_of(packed, pairs, decoder_start)
+                together = row_loss(packed, pairs, decoder_start)
                 rest = [{**pairs[0], "spans": []}, *pairs[1:]]
                 others = [{"input_ids": pairs[0]["input_ids"][::-1], "spans": []}, *pairs[1:]]
-                alone, leaked = (loss_of(packed, rows, decoder_start) for rows in (rest, others))
+                alone, leaked = (row_loss(packed, rows, decoder_start) for rows in (rest, others))
                 ids = pairs[1]["input_ids"]
                 turned = [rest[0], {**pairs[1], "input_ids": [*ids[6::-1], *ids[7:]]}, pairs[2]]
-                within = loss_of(packed, turned, decoder_start)
+                within = row_loss(packed, turned, decoder_start)
         except CannotPack as obstacle:
             return None, str(obstacle)
         except (InputError, *BUGS):
@@ -133,14 +133,14 @@ def probe_pairs(base: Any) -> list[dict[str, Any]]:
     return pairs
 
 
-def loss_of(packed: PackedPairModel, pairs: list[dict[str, Any]], decoder_start: int) -> float:
+def row_loss(packed: PackedPairModel, pairs: list[dict[str, Any]], decoder_start: int) -> float:
     """Return the summed loss in nats of pairs in one row."""
     batch = packing.to_device(pack_pairs(pairs, decoder_start), packed.causal.device)
     return float(packed(**batch)[0])
 
 
 @torch.no_grad()
-def own_loss(model: Any, pairs: list[dict[str, Any]], decoder_start: int) -> float:
+def own_pair_loss(model: Any, pairs: list[dict[str, Any]], decoder_start: int) -> float:
     """Return the summed loss in nats of pairs, each computed alone by PEFT's forward pass.
 
     Raises:

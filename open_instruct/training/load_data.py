@@ -142,13 +142,6 @@ def conversation_length(context: int | None, num_virtual_tokens: int, max_seq_le
     return max_seq_length or min(DEFAULT_MAX_SEQ_LENGTH, context - num_virtual_tokens)
 
 
-def mixture_members(mixer: str | None, words: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
-    """Return the (file or data set, amount) pairs of a mixture, from its JSON object or its list of words."""
-    if mixer:
-        return tuple((name, str(amount)) for name, amount in json.loads(mixer).items())
-    return tuple(zip((words or [])[::2], (words or [])[1::2], strict=True))
-
-
 def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Read, check, tokenise, split and describe the data. The main process goes first; the others use its cache.
 

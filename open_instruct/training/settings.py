@@ -23,6 +23,7 @@ from open_instruct.data.context import source_of
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
 from open_instruct.flags import FIELDS, Flags, names_with
+from open_instruct.flags.declare import causal_only_problems
 from open_instruct.methods import METHODS, Feature, Method, ModelFacts, Recipe
 from open_instruct.model import loading
 from open_instruct.model.distillation import DistillationSettings
@@ -90,11 +91,7 @@ class Settings:
             if feature and is_wanted and feature in obstacles
         ]
         if self.tokenizer.makes_pairs:
-            problems += [
-                f"--{name} is for causal language models, and this is an encoder–decoder: remove it"
-                for name in names_with("causal_only", True)
-                if name in self.origins and getattr(flags, name)
-            ]
+            problems += causal_only_problems(flags, FIELDS.values(), self.origins)
         if is_sharded(engine):
             if flags.load_in_4bit or flags.load_in_8bit:
                 flag = "--load_in_4bit" if flags.load_in_4bit else "--load_in_8bit"
@@ -258,6 +255,7 @@ def before_data(
     members = mixture_members(flags.dataset_mixer, flags.dataset_mixer_list)
     sources = (*(flags.train_file or ()), *(name for name, _ in members), flags.validation_file, flags.dataset_name)
     distilled = source_of(flags.distill_context, flags.distill_column, flags.distill_system)
+    how = flags.distill_context, flags.distill_column, flags.distill_loss, flags.distill_weight, flags.distill_offload
     trackers = tuple(flags.report_to) if flags.with_tracking and flags.report_to != ["none"] else ()
     inputs = {
         "the base model": flags.model_name_or_path,
@@ -328,17 +326,7 @@ def before_data(
             gradient_checkpointing=flags.gradient_checkpointing,
             compile_layers=flags.compile,
         ),
-        distillation=(
-            DistillationSettings(
-                flags.distill_context,
-                flags.distill_column,
-                flags.distill_loss,
-                flags.distill_weight,
-                flags.distill_offload,
-            )
-            if distilled
-            else None
-        ),
+        distillation=DistillationSettings(*how) if distilled else None,
         output=OutputSettings(
             folder=Path(flags.output_dir),
             writes=not (flags.dry_run or flags.cache_dataset_only),
