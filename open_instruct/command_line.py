@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from open_instruct.errors import InputError, one_line, warn
-from open_instruct.flags import FIELDS, GROUPS, AcceptedFlags, Flags
+from open_instruct.flags import ALIASES, FIELDS, GROUPS, AcceptedFlags, Flags
 from open_instruct.flags.declare import MAX_INT, unusable_text
 from open_instruct.flags.optimization import MAX_SEED
 from open_instruct.small_files import read_yaml
@@ -141,7 +141,8 @@ def add_flag(section: Any, item: Field[Any], kind: Any) -> None:
     if NoneType in get_args(kind):  # X | None
         kind = next(member for member in get_args(kind) if member is not NoneType)
     default: Any = item.default if item.default_factory is MISSING else item.default_factory()
-    options: dict[str, Any] = {"help": item.metadata["description"].replace("%", "%%"), "default": default}
+    also = "".join(f"; also --{alias}" for alias in item.metadata["aliases"])
+    options: dict[str, Any] = {"help": item.metadata["description"].replace("%", "%%") + also, "default": default}
     if get_origin(kind) is Literal:
         options |= {"choices": get_args(kind), "type": str.lower}  # PEFT writes TEXT where this project writes text
     elif get_origin(kind) is list:
@@ -169,7 +170,7 @@ def parse(argv: Sequence[str]) -> tuple[Flags, dict[str, str]]:
         The flags, and for each given flag its origin: `flag` or `config`.
 
     Raises:
-        InputError: the configuration file can't be read, or is no mapping.
+        InputError: the configuration file can't be read, or is no mapping; or a flag has two values under two names.
         SystemExit: with code 2 on a wrong flag or configuration key, 0 after `--help`.
     """
     argv = list(argv)
@@ -178,6 +179,7 @@ def parse(argv: Sequence[str]) -> tuple[Flags, dict[str, str]]:
         from_config = read_config(Path(argv.pop(0)))
     elif argv and argv[0] == "--config" and len(argv) > 1:
         from_config, argv = read_config(Path(argv[1])), argv[2:]
+    from_config, argv = without_alias_names(from_config), without_alias_names(argv)
     parser = build_parser()
     namespace, unknown = parser.parse_known_args([*from_config, *argv])
     if unknown:
@@ -187,6 +189,33 @@ def parse(argv: Sequence[str]) -> tuple[Flags, dict[str, str]]:
     if values["save_to_hub"] and "push_to_hub" in origins and not values["push_to_hub"]:
         parser.error("--save_to_hub asks for an upload, and --push_to_hub False forbids it: drop one")
     return Flags(**without_aliases(values)), origins
+
+
+def without_alias_names(words: Sequence[str]) -> list[str]:
+    """Return command-line words with each flag under its own name.
+
+    Raises:
+        InputError: a flag has one value under its name and another one under an alias.
+    """
+    renamed: list[str] = []
+    values: dict[str, dict[str, list[str]]] = {}  # of each flag, by the name that was given
+    current: list[str] = []
+    for word in words:
+        if not word.startswith("--"):
+            renamed.append(word)
+            current.append(word)
+            continue
+        given, equals, value = word[2:].partition("=")
+        given = given.replace("-", "_")
+        name = ALIASES.get(given, given)
+        renamed.append(f"--{name}{equals}{value}" if name != given else word)
+        current = [value] if equals else []
+        values.setdefault(name, {})[given] = current
+    for name, by_name in values.items():
+        if len(by_name) > 1 and len({" ".join(given_words) for given_words in by_name.values()}) > 1:
+            both = " and ".join(f"--{given} {' '.join(given_words)}"[:100] for given, given_words in by_name.items())
+            raise InputError(f"{both} are two names of one flag, with different values: give --{name} alone")
+    return renamed
 
 
 def without_aliases(values: dict[str, Any]) -> dict[str, Any]:
@@ -246,6 +275,7 @@ def config_words(value: Any) -> list[str]:
 def flags_in(words: Sequence[str]) -> list[str]:
     """Return the names of the flags that a list of command-line words sets."""
     names = [word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+    names = [ALIASES.get(name, name) for name in names]
     return [name if name in FIELDS else name.removeprefix("no_") for name in names]
 
 

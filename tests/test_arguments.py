@@ -5,11 +5,12 @@ import json
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
+from transformers import TrainingArguments
 
 from docs.make_flags import render
 from open_instruct.command_line import parse, warn_without_effect
 from open_instruct.errors import InputError
-from open_instruct.flags import FIELDS, AcceptedFlags, Flags, check_flags
+from open_instruct.flags import ALIASES, FIELDS, AcceptedFlags, Flags, check_flags
 from open_instruct.flags.declare import out_of_bounds
 from tests.conftest import ROOT
 
@@ -185,6 +186,44 @@ def test_contradictions_are_found_before_anything_is_read(words, says):
 )
 def test_combinations_that_mean_something_are_accepted(words):
     check_flags(*parse([*GOOD, *words]))
+
+
+TRAINER_NAMES = {
+    "max_steps": ("max_train_steps", "7"),
+    "max_grad_norm": ("clip_grad_norm", "0.5"),
+    "save_steps": ("checkpointing_steps", "7"),
+    "save_total_limit": ("keep_last_n_checkpoints", "2"),
+    "ddp_timeout": ("timeout", "60"),
+    "torch_compile": ("compile", "True"),
+    "hub_model_id": ("hf_repo_id", "me/run"),
+    "hub_revision": ("hf_repo_revision", "b"),
+}
+
+
+def test_names_of_the_trainer_mean_the_same(tmp_path):
+    """All of them, on the command line, with dashes, with an equals sign and in a YAML file; they are the Trainer's."""
+    assert set(ALIASES) == set(TRAINER_NAMES)
+    of_trainer = {item.name for item in fields(TrainingArguments)}
+    for alias, (name, value) in TRAINER_NAMES.items():
+        assert alias in of_trainer and name not in of_trainer
+        (tmp_path / "c.yaml").write_text(f"{alias}: {value}\n")
+        expected, origins = parse([*GOOD, f"--{name}", value])
+        assert origins[name] == "flag" and getattr(expected, name) != getattr(Flags(), name)
+        for words in ([f"--{alias}", value], [f"--{alias.replace('_', '-')}", value], [f"--{alias}={value}"]):
+            assert parse([*GOOD, *words]) == (expected, origins)
+        assert parse([str(tmp_path / "c.yaml"), *GOOD]) == (expected, origins | {name: "config"})
+
+
+def test_two_names_of_one_flag_must_agree(tmp_path):
+    assert parse([*GOOD, "--max_steps", "7", "--max_train_steps=7"])[0].max_train_steps == 7
+    says = "--max_steps 7 and --max_train_steps 8 are two names of one flag, with different values"
+    with pytest.raises(InputError, match=says):
+        parse([*GOOD, "--max-steps", "7", "--max_train_steps=8"])
+    (tmp_path / "c.yaml").write_text("max_steps: 7\nmax_train_steps: 8\n")
+    with pytest.raises(InputError, match=says):
+        parse([str(tmp_path / "c.yaml"), *GOOD])
+    (tmp_path / "c.yaml").write_text("max_steps: 7\n")  # a flag overrides the file, whatever it is called there
+    assert parse([str(tmp_path / "c.yaml"), *GOOD, "--max_train_steps", "8"])[0].max_train_steps == 8
 
 
 def test_trackers_without_tracking_are_named(capsys):

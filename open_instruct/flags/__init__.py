@@ -45,6 +45,7 @@ class Flags(ModelFlags, DataFlags, MethodFlags, DistillationFlags, OptimizationF
 
 
 FIELDS: dict[str, Field[Any]] = {item.name: item for item in fields(Flags)}
+ALIASES = {alias: name for name, item in FIELDS.items() for alias in item.metadata["aliases"]}
 METHOD_FLAGS = tuple(name for name, item in FIELDS.items() if item.metadata["chooses"])
 METHOD_NAMES = ("full", *(FIELDS[name].metadata["chooses"] for name in METHOD_FLAGS))
 DATA_SOURCES = ("train_file", "dataset_name", "dataset_mixer", "dataset_mixer_list")

@@ -34,6 +34,7 @@ def flag(
     causal_only: bool = False,
     optional_value: Any = None,
     form: Literal["name", "text", "json"] = "name",
+    aliases: tuple[str, ...] = (),
 ) -> Any:
     """Declare a flag.
 
@@ -59,6 +60,7 @@ def flag(
         differs: why the default is not open-instruct's.
         optional_value: value if the flag is given without one.
         form: of a text. "name": one line; "text": any; "json": a JSON object, which a YAML file may give as a mapping.
+        aliases: other names of the same flag, as those of Hugging Face's Trainer.
     """
     facts = dict(locals())
     default = facts.pop("default")

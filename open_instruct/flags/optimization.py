@@ -53,6 +53,7 @@ class OptimizationFlags:
         in_study="same",
         on_resume="content",
         at_most=10**9,
+        aliases=("max_steps",),
     )
     learning_rate: float | None = flag(
         None,
@@ -131,6 +132,7 @@ class OptimizationFlags:
         shown=True,
         differs="the method's recipe (1.0)",
         on_resume="same",
+        aliases=("max_grad_norm",),
     )
     fused_optimizer: bool = flag(True, "compute AdamW in one fused kernel", on_resume="free")
     use_8bit_optimizer: bool = flag(False, "AdamW with 8-bit state (needs the quant extra)", on_resume="same")
@@ -168,6 +170,7 @@ class OptimizationFlags:
         "compile the decoder layers (packed forward pass only; the first steps take minutes)",
         check=checks.needs_packing,
         on_resume="free",
+        aliases=("torch_compile",),
         causal_only=True,
     )
     reduce_loss: Literal["mean", "sum"] = flag(
@@ -185,6 +188,7 @@ class OptimizationFlags:
         at_least=1,
         at_most=10**8,
         on_resume="free",
+        aliases=("ddp_timeout",),
     )
     seed: int = flag(
         42,

@@ -67,6 +67,7 @@ class RunFlags:
         "steps between checkpoints, or `epoch`; unset: none",
         check=lambda flags: checks.bad_checkpointing_steps(flags.checkpointing_steps),
         on_resume="free",
+        aliases=("save_steps",),
     )
     keep_last_n_checkpoints: int = flag(
         3,
@@ -74,6 +75,7 @@ class RunFlags:
         at_least=-1,
         on_resume="free",
         at_most=10**9,
+        aliases=("save_total_limit",),
     )
     clean_checkpoints_at_end: bool = flag(
         False,
@@ -126,7 +128,12 @@ class RunFlags:
         "repository of the upload; unset: the run's name",
         check=lambda flags: checks.without_upload(flags),
         on_resume="free",
+        aliases=("hub_model_id",),
     )
     hf_repo_revision: str | None = flag(
-        None, "branch of the upload; unset: main", check=lambda flags: checks.without_upload(flags), on_resume="free"
+        None,
+        "branch of the upload; unset: main",
+        check=lambda flags: checks.without_upload(flags),
+        on_resume="free",
+        aliases=("hub_revision",),
     )
