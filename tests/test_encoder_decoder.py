@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -282,6 +283,16 @@ def test_what_is_too_long_keeps_its_ends():
     assert fit_pair(ids, spans, 12) == ([10, 11, 12, 21, *range(22, 30)], [(4, 12)])
     assert fit_pair(ids, spans, 5) == ([21, 22, 23, 24, 29], [(1, 5)])
     assert fit_pair(ids, spans, 2) == ([21, 29], [(1, 2)])
+
+
+def test_rows_count_the_virtual_tokens_before_each_source():
+    """Else a row of many short pairs would be as long as its virtual tokens make it; a longer pair stands alone."""
+    lengths = np.array([10] * 20 + [70])
+    rows = PairPacking(60, 0, num_virtual_tokens=20).micro_batches(range(21), lengths, 0, 1)
+    assert sorted(index for row in rows for index in row) == list(range(21))
+    assert max(sum(lengths[row] + 20) for row in rows) <= 90  # the longest pair's own
+    assert len(PairPacking(60, 0).micro_batches(range(20), lengths, 0, 1)) == 4
+    assert len(PairPacking(60, 0, num_virtual_tokens=20).micro_batches(range(20), lengths, 0, 1)) == 10
 
 
 def test_batches_of_nothing():

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.data import chat
+from open_instruct.data import chat, plan
 from open_instruct.data.chat import Messages, Spans
 from open_instruct.data.packing import IGNORE, NO_LABELS, Packing, Padding
 from open_instruct.errors import InputError
@@ -145,9 +145,20 @@ def bounds_of(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class PairPacking(Packing):
-    """An encoder's row and a decoder's row, of up to `max_tokens` tokens together."""
+    """An encoder's row and a decoder's row, of up to `max_tokens` tokens together; a longer pair stands alone."""
 
     decoder_start: int = 0
+    num_virtual_tokens: int = 0  # before each source
+
+    def micro_batches(self, indices: Sequence[int], lengths: np.ndarray, rank: int, num_ranks: int) -> list[list[int]]:
+        """See `Batching`."""
+        whole = np.asarray(lengths) + self.num_virtual_tokens
+        bound = max(self.max_tokens, max(int(whole[i]) for i in indices)) if len(indices) else self.max_tokens
+        return plan.balanced_rows(indices, whole, bound, rank, num_ranks)
+
+    def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_virtual_tokens: int) -> int:
+        """See `Batching`; a prefix of keys and values takes no position of the rows."""
+        return sum(int(lengths[i]) + self.num_virtual_tokens for i in chosen)
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """See `pack_pairs`."""

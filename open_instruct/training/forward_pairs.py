@@ -57,8 +57,9 @@ def choose_pair_forward(
             with autocast(base.device.type, dtype):
                 packed, reason = try_packed(model, method, decoder_start, dtype)
         if packed is not None:
-            bound = settings.max_tokens_per_microbatch or max(ROW_TOKENS, settings.max_length)
-            rows = PairPacking(bound, decoder_start)
+            bound = settings.max_tokens_per_microbatch or ROW_TOKENS
+            before_each = settings.num_virtual_tokens if method.prompt_kind == "embeddings" else 0
+            rows = PairPacking(bound, decoder_start, before_each)
             ready = forward.in_precision(packed, accelerator, dtype)
             description = f"packed pairs of source and target, rows of at most {bound:,} tokens"
             return Forward(ready, rows, rows, "packed pairs", description)
