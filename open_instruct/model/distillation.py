@@ -146,7 +146,7 @@ class DistilledModel(PackedModel):
                 total = total + (1 - weight) * F.cross_entropy(logits, targets[at], reduction="sum")
             return total
 
-        num_rows = 2 * self.causal.get_output_embeddings().weight.shape[0]  # the teacher's logits are there, too
+        num_rows = 4 * self.causal.get_output_embeddings().weight.shape[0]  # both models' logits, and their logarithms
         result: torch.Tensor = chunked_loss(outputs, head, loss, num_rows, [])
         return result
 
