@@ -66,7 +66,7 @@ def check_causal(config: PretrainedConfig, name: str) -> None:
     Raises:
         InputError: an encoder–decoder, an encoder, another kind of model, or one under another family's name.
     """
-    remedy = "name a causal language model, such as Llama, Qwen, Gemma or GPT-2"
+    remedy = "name a causal language model, such as Llama, Qwen, Gemma or GPT-2, or a T5 or BART"
     with input_faults(f"the configuration of model {name}", remedy):
         reason = not_causal(config)
     if reason:
