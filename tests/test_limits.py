@@ -21,7 +21,7 @@ from open_instruct.adapters.interactive import chat as talk
 from open_instruct.command_line import parse, warn_of_lost_lists
 from open_instruct.data import chat
 from open_instruct.errors import InputError, for_terminal, visible
-from open_instruct.flags import FIELDS, check_flags
+from open_instruct.flags import FIELDS, check_flags, default_values
 from open_instruct.flags.declare import out_of_bounds
 from open_instruct.limits import limited_memory
 from open_instruct.methods import METHODS
@@ -296,7 +296,7 @@ SETTINGS = {
 def test_an_adapter_is_estimated_before_it_is_made(name, tokenizer):
     """Never above what it takes, so that nothing is refused that fits; and not far below."""
     model, method = tiny_llama(vocab_size=len(tokenizer)), METHODS[name.partition(",")[0]]
-    settings = method.settings_class(**SETTINGS[name])
+    settings = method.settings(default_values(**SETTINGS[name]))
     estimate = method.num_numbers(model, settings) * BYTES_TRAINED
     wrapped = method.wrap(model, tokenizer, settings)
     trained = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)

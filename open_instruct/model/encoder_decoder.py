@@ -213,8 +213,6 @@ class PackedPairModel(PackedModel):
     """An encoder–decoder on packed pairs; see `PackedModel`."""
 
     attention_name = NAME
-    find_head = staticmethod(find_pair_head)
-    head_forms = staticmethod(pair_head_forms)
 
     def __init__(self, model: Any, soft_prompt: Any, backend: Any, head: str | None = "find") -> None:
         """Wrap a model; see `PackedModel`.
@@ -225,6 +223,14 @@ class PackedPairModel(PackedModel):
         super().__init__(model, soft_prompt, backend, head)
         self.kinds = kinds_of(self.causal)
         self.tables = tables_of(self.kinds)
+
+    def find_head(self) -> str | None:
+        """See `PackedModel`."""
+        return find_pair_head(self.causal)
+
+    def head_forms(self) -> dict[str, Head]:
+        """See `PackedModel`."""
+        return pair_head_forms(self.causal)
 
     def forward(  # type: ignore[override]
         self,

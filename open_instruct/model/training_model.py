@@ -14,7 +14,7 @@ from torch import nn
 from open_instruct.data.packing import IGNORE
 from open_instruct.errors import InputError
 from open_instruct.model import shared_prefix
-from open_instruct.model.chunked_loss import chunked_cross_entropy, find_head, head_forms
+from open_instruct.model.chunked_loss import Head, chunked_cross_entropy, find_head, head_forms
 from open_instruct.model.shared_prefix import Backend, CannotPack, PackedContext, SoftPrompt
 
 
@@ -67,8 +67,6 @@ class PackedModel(TrainingModel):
     """
 
     attention_name = shared_prefix.NAME  # under which transformers knows the packed attention
-    find_head = staticmethod(find_head)
-    head_forms = staticmethod(head_forms)
 
     def __init__(
         self, model: Any, soft_prompt: Callable[[], SoftPrompt | None], backend: Backend, head: str | None = "find"
@@ -86,10 +84,18 @@ class PackedModel(TrainingModel):
         super().__init__(model)
         self.soft_prompt = soft_prompt
         self.backend = backend
-        self.head_name = self.find_head(self.causal) if head == "find" else head
-        self.head = self.head_forms(self.causal)[self.head_name] if self.head_name else None
+        self.head_name = self.find_head() if head == "find" else head
+        self.head = self.head_forms()[self.head_name] if self.head_name else None
         self.windows: set[int] = set()  # that layers have called their attention with
         self._own_attention: str | None = None  # the model's, while it is replaced
+
+    def find_head(self) -> str | None:
+        """Return the name of the form that gives the model's own logits, or None if none does."""
+        return find_head(self.causal)
+
+    def head_forms(self) -> dict[str, Head]:
+        """Return the known functions from the decoder's last hidden state to the logits, by name."""
+        return head_forms(self.causal)
 
     @property
     def causal(self) -> Any:
