@@ -72,7 +72,13 @@ def read_context(path: str, flag: str) -> str:
 
 
 def context_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Context:
-    """Return a text as a context."""
+    """Return a text as a context.
+
+    Raises:
+        InputError: the tokenizer is an encoder–decoder's, whose sources end with a token of their own.
+    """
+    if chat.makes_pairs(tokenizer):
+        raise InputError("a context stands before conversations of causal language models alone: drop --context here")
     (alone,), _ = chat.render_texts(tokenizer, [chat.PROBE])
     bos = tokenizer.bos_token
     begins = bos if bos and alone.startswith(bos) else ""

@@ -37,8 +37,8 @@ class PackedPairs:
     Args:
         sources: tokens of each segment of the encoder's row, virtual ones included.
         targets: tokens of each segment of the decoder's row.
-        kinds: "encoder", "decoder" or "cross" of each attention; empty: they are found out, and nothing is computed.
-        biases: the table of each stack's distances, by attention; see `tables_of`.
+        kinds: "encoder", "decoder" or "cross" of each attention; see `kinds_of`.
+        biases: the attention that holds the table of distances, for each of the decoder's own; see `tables_of`.
         keys_values: a prefix [1, H, P, E] for the decoder's self-attention in each layer, or None.
     """
 
@@ -270,7 +270,7 @@ class PackedPairModel(PackedModel):
         encoder, decoder = self.causal.get_encoder(), self.causal.get_decoder()
         embedded = encoder_inputs(encoder, input_ids, sources, prompt.embeddings)
         states = encoder(**embedded, packed_pairs=row).last_hidden_state
-        in_decoder = prompt.length - in_encoder if prompt.keys_values is not None else 0
+        in_decoder = prompt.length if prompt.keys_values is not None else 0
         hidden = decoder(
             **decoder_inputs(decoder, decoder_input_ids, read, in_decoder),
             encoder_hidden_states=states,
