@@ -33,6 +33,8 @@ from open_instruct.data.pairs import (
 )
 from open_instruct.flags import default_values
 from open_instruct.generate_peft import main as generate_main
+from open_instruct.inspect_peft import main as inspect_main
+from open_instruct.merge_peft import main as merge_main
 from open_instruct.methods import METHODS
 from open_instruct.model.encoder_decoder import PackedPairModel, PaddedPairModel
 from open_instruct.model.shared_prefix import CannotPack
@@ -391,6 +393,24 @@ def test_a_run_resumes_bit_for_bit_and_answers(train, tmp_path, folder):
 def test_flags_of_causal_models_are_refused(flags, expected, train, tmp_path, folder):
     run = train("run", *flags, model=folder)
     assert run.code == 2 and expected in run.err and not (tmp_path / "run").exists()
+
+
+def test_tools_that_can_not_use_them_say_so(train, tmp_path, capsys, folder):
+    """In one line, and nothing is written."""
+    run = train("run", "--use_prompt_tuning", "--max_train_steps", "1", model=folder)
+    text = tmp_path / "text.txt"
+    text.write_text("lion cat")
+    adapter, out = ["--adapter", str(run.folder)], str(tmp_path / "out")
+    for command, words in (
+        (merge_main, ["--output", out]),
+        (inspect_main, []),
+        (generate_main, ["--context", str(text), "--self_study", "2", "--output_file", f"{out}.jsonl"]),
+    ):
+        capsys.readouterr()
+        assert command([*adapter, *words]) == 2
+        error = capsys.readouterr().err
+        assert "causal language models" in error and "Traceback" not in error
+    assert not Path(out).exists()
 
 
 def test_adapters_of_the_other_kind_are_refused(train, tmp_path, capsys, folder):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from open_instruct.adapters import loaded
 from open_instruct.adapters.folders import BASE
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.scoring import token_scores
@@ -78,6 +79,7 @@ def run_tasks(
         `model`, `adapters`, `tasks`, and `figures`: for base and each adapter, "task metric" → value and interval
         (1.96 standard errors to both sides). There are no paired differences.
     """
+    loaded.refuse_encoder_decoder(served.adapters.base, "--lm_eval_tasks")
     import lm_eval
     from lm_eval import evaluator
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
+from open_instruct.adapters import loaded
 from open_instruct.adapters.folders import AdapterFolder, check_prompt
 from open_instruct.adapters.served import Served, load
 from open_instruct.data import questions, reading
@@ -51,6 +52,7 @@ def inspect(
         every = questions.questions(reading.read_files(reading.files_of(file)))
         conversations = [question.messages for question in itertools.islice(every, rows)]
     served = load(adapter, model_name_or_path, **options)
+    loaded.refuse_encoder_decoder(served.adapters.base, "inspect_peft.py")
     (folder,) = served.adapters.folders.values()
     check_prompt(folder)
     result: dict[str, Any] = {

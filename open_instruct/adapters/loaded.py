@@ -250,6 +250,23 @@ def is_encoder_decoder(name: str, folders: Sequence[AdapterFolder], trust_remote
     return bool(config.is_encoder_decoder)
 
 
+def refuse_encoder_decoder(base: Any, what: str) -> None:
+    """Refuse a base that a tool can't use.
+
+    Args:
+        base: the model.
+        what: the tool, as the user knows it.
+
+    Raises:
+        InputError: it is an encoder–decoder.
+    """
+    if base.config.is_encoder_decoder:
+        raise InputError(
+            f"{what} is for causal language models, and {name_of(base)} is an encoder–decoder: use generate_peft.py or "
+            "evaluate_peft.py --file"
+        )
+
+
 def shared_changes(folders: Sequence[AdapterFolder]) -> BaseChanges:
     """Return the flags with which all adapters' base was loaded in training.
 

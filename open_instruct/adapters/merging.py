@@ -74,6 +74,7 @@ def merge(
     check_mergeable(folders, output)
     name = base_name(model_name_or_path, folders, any_base)
     base = loaded.load_adapted_base(name, dtype, folders, trust_remote_code, allow_pickle, quantised_in_training)
+    loaded.refuse_encoder_decoder(base, "merge_peft.py")
     if getattr(base, "is_quantized", False):
         base = base.dequantize()  # an adapter corrects the base that it was trained on, rounding included
     check_length(base, folders)
