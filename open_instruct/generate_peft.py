@@ -89,7 +89,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--piece_tokens",
         type=at_least(8),
-        default=512,
         help="tokens of the piece of the text that a question is about (default: 512)",
     )
     add = parser.add_argument_group("sampling, as in transformers").add_argument
@@ -176,8 +175,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "--self_study writes questions about the text of --context FILE: give that, and no --input_file",
         ),
         (
-            bool(args.self_study_prompts) and not args.self_study,
-            "--self_study_prompts has no effect without --self_study: remove it, or set that flag",
+            bool(args.self_study_prompts or args.piece_tokens) and not args.self_study,
+            "--self_study_prompts and --piece_tokens have no effect without --self_study: remove them, or add it",
         ),
         (
             bool(args.conversations or args.self_study)
@@ -193,6 +192,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     problems = [text for wrong, text in checks if wrong]
     if problems:
         parser.error("; ".join(problems))
+    args.piece_tokens = args.piece_tokens or 512
     return args
 
 

@@ -140,6 +140,7 @@ def test_wrong_kinds(content, expected, tmp_path):
         (["--self_study", "3", "--context", "x", "--adapter", "a=b", "--adapter", "c=d"], "at most one --adapter"),
         (["--self_study", "3", "--context", "x", "--system", "x"], "remove --system"),
         (["--self_study_prompts", "x", "--input_file", "y"], "no effect without --self_study"),
+        (["--piece_tokens", "64", "--input_file", "y"], "no effect without --self_study"),
         (["--self_study", "3", "--context", "missing.txt"], "missing.txt"),
         (["--input_file", "x", "--conversations", "--do_sample", "--num_return_sequences", "2"], "one answer"),
     ],
