@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from functools import partial
@@ -36,7 +37,7 @@ from open_instruct.generate_peft import main as generate_main
 from open_instruct.inspect_peft import main as inspect_main
 from open_instruct.merge_peft import main as merge_main
 from open_instruct.methods import METHODS
-from open_instruct.model.encoder_decoder import PackedPairModel, PaddedPairModel
+from open_instruct.model.encoder_decoder import PackedPairModel, PaddedPairModel, decoder_start_of
 from open_instruct.model.shared_prefix import CannotPack
 from open_instruct.training.forward_pairs import try_packed
 from tests.conftest import ROOT, TINY_MODEL
@@ -49,6 +50,13 @@ BART = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_start_token_id": 2,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 256,
 }  # fmt: skip
+GEMMA = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+SOFTCAPPED = {**GEMMA, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0}
+PICTURES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gated t5": (
         "t5", {**T5, "d_kv": 8, "num_layers": 2, "num_decoder_layers": 3, "feed_forward_proj": "gated-gelu",
@@ -58,20 +66,27 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "umt5": ("umt5", {**T5, "d_kv": 8, "num_layers": 3}),
     "bart": ("bart", {**BART, "scale_embedding": True}),
     "mbart": ("mbart", BART),
+    "t5gemma": ("t5gemma", {"encoder": SOFTCAPPED, "decoder": SOFTCAPPED}),
+}  # fmt: skip
+PADDED_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5gemma2": (
+        "t5gemma2", {"encoder": {"text_config": GEMMA, "vision_config": {**PICTURES, "image_size": 28}},
+                     "decoder": GEMMA},
+    ),
 }  # fmt: skip
 METHOD_NAMES = ("full", "lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning")
 CASES = [
     (architecture, method)
     for architecture in ARCHITECTURES
     for method in METHOD_NAMES
-    if not (method == "ia3" and architecture in ("umt5", "mbart"))  # PEFT does not know their layers
+    if not (method == "ia3" and architecture in ("umt5", "mbart", "t5gemma"))  # PEFT does not know their layers
 ]
 
 
 def random_model(name: str) -> Any:
     """Return a tiny model of a real architecture, far from its small initial weights."""
     torch.manual_seed(0)
-    kind, values = ARCHITECTURES[name]
+    kind, values = copy.deepcopy({**ARCHITECTURES, **PADDED_ONLY}[name])
     config = AutoConfig.for_model(kind, vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2, **values)
     model = AutoModelForSeq2SeqLM.from_config(config)
     with torch.no_grad():
@@ -114,7 +129,7 @@ def pairs() -> list[dict[str, Any]]:
 def token_losses(model: Any, one: dict[str, Any]) -> torch.Tensor:
     """Return the losses of a pair's target, from transformers' and PEFT's own forward on this pair alone."""
     source, target, _ = split(one)
-    start = model.config.decoder_start_token_id
+    start = decoder_start_of(model.config)
     logits = model(
         input_ids=torch.tensor([source]),
         attention_mask=torch.ones(1, len(source)),
@@ -140,7 +155,7 @@ def test_packed_pairs_equal_each_pair_alone(architecture, method_name):
     expected.sum().backward()
     gradient = gradient_of(model)
     model.zero_grad()
-    start = model.config.decoder_start_token_id
+    start = decoder_start_of(model.config)
     with packed_of(model, method) as packed:
         found = []
         for index in range(len(pairs())):  # the losses of one pair at a time, in the row of all
@@ -172,7 +187,7 @@ def test_a_wrong_row_is_found(mistake, monkeypatch):
     if mistake == "distances":
         monkeypatch.setattr(encoder_decoder, "prefix_bias", lambda table, p, t, like: like.new_zeros(1, 1, t, p))
     if mistake == "order":
-        monkeypatch.setattr(torch.Tensor, "triu", lambda self, diagonal=0: torch.zeros_like(self))
+        monkeypatch.setattr(encoder_decoder, "hidden_keys", lambda *sizes: None)
     expected = sum(token_losses(model, one).sum().item() for one in pairs())
     batch = pack_pairs(pairs(), 0)
     if mistake == "source":  # each target beside another pair's source
@@ -184,10 +199,10 @@ def test_a_wrong_row_is_found(mistake, monkeypatch):
     assert abs(found / expected - 1) > 1e-3
 
 
-@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, *PADDED_ONLY])
 def test_padded_pairs_equal_each_pair_alone(architecture):
     model, _ = wrap("lora", random_model(architecture))
-    start = model.config.decoder_start_token_id
+    start = decoder_start_of(model.config)
     expected = [token_losses(model, one).sum().item() for one in pairs()]
     with torch.no_grad():
         loss, count = PaddedPairModel(model)(**pad_pairs(pairs(), 0, start))

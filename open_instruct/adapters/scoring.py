@@ -15,6 +15,7 @@ from open_instruct.adapters.folders import BASE
 from open_instruct.data.chat import Spans
 from open_instruct.data.packing import IGNORE, to_device
 from open_instruct.data.pairs import pad_pairs
+from open_instruct.model.encoder_decoder import decoder_start_of
 
 LOGITS_AT_ONCE = 1 << 28  # elements: half a gigabyte in bfloat16
 
@@ -65,7 +66,7 @@ def pair_losses(
         spans: the target's.
         batch_size: most pairs computed at once.
     """
-    device, start = next(model.parameters()).device, model.config.decoder_start_token_id
+    device, start = next(model.parameters()).device, decoder_start_of(model.config)
     sums: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for first in range(0, len(order), batch_size):

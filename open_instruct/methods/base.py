@@ -259,6 +259,17 @@ def task_type(model: Any) -> Any:
     return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
 
 
+def embedding_sizes(model: Any) -> dict[str, int]:
+    """Return the sizes that PEFT's prompts of embeddings need where each stack has a configuration of its own.
+
+    PEFT finds none there. Only the first is used.
+    """
+    if getattr(model.config, "decoder", None) is None:
+        return {}
+    size = int(model.config.get_text_config().hidden_size)
+    return {"token_dim": size, "num_layers": 1, "num_attention_heads": 1}
+
+
 def unusual_linears(model: Any) -> list[str]:
     """Return the names of a model's own kinds of linear layers, such as the routers of Llama 4 and PhiMoE.
 

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from open_instruct.methods.base import EmbeddingPrompt, Recipe, TrainedAdapter, load_network, task_type
+from open_instruct.methods.base import (
+    EmbeddingPrompt,
+    Recipe,
+    TrainedAdapter,
+    embedding_sizes,
+    load_network,
+    task_type,
+)
 from open_instruct.methods.facts import ModelFacts, between, model_facts
 
 if TYPE_CHECKING:
@@ -54,6 +61,7 @@ class PTuning(EmbeddingPrompt):
             task_type=task_type(model),
             num_virtual_tokens=settings.num_virtual_tokens,
             num_transformer_submodules=1,  # see prompt tuning
+            **embedding_sizes(model),
             encoder_reparameterization_type="MLP",
             encoder_hidden_size=settings.encoder_hidden_size or model.config.get_text_config().hidden_size,
         )

@@ -159,11 +159,16 @@ def decoder_sizes(model: Any) -> dict[str, int]:
     """Return an encoder–decoder's sizes for PEFT, which would take the encoder's, and heads as wide as D / H."""
     if not model.config.is_encoder_decoder:
         return {}
-    config = model.config
-    num_layers = getattr(config, "num_decoder_layers", None) or config.decoder_layers
+    config = getattr(model.config, "decoder", None) or model.config
+    num_layers = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None)
     num_heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
-    size = getattr(config, "d_kv", None) or config.hidden_size // num_heads
-    return {"num_layers": num_layers, "num_attention_heads": num_heads, "token_dim": num_heads * size}
+    size = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    num_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    return {
+        "num_layers": num_layers or config.num_hidden_layers,
+        "num_attention_heads": num_heads,
+        "token_dim": num_heads * size,
+    }
 
 
 def as_peft_reads(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from open_instruct.methods.base import EmbeddingPrompt, Recipe, TrainedAdapter, task_type
+from open_instruct.methods.base import EmbeddingPrompt, Recipe, TrainedAdapter, embedding_sizes, task_type
 from open_instruct.methods.facts import DEFAULT_TEXT, ModelFacts
 
 if TYPE_CHECKING:
@@ -64,7 +64,10 @@ class PromptTuning(EmbeddingPrompt):
         num_tokens = settings.num_virtual_tokens
         # Before an encoder's input alone: for encoder–decoders PEFT would make as many again, and not use them.
         config = PromptTuningConfig(
-            task_type=task_type(model), num_virtual_tokens=num_tokens, num_transformer_submodules=1
+            task_type=task_type(model),
+            num_virtual_tokens=num_tokens,
+            num_transformer_submodules=1,
+            **embedding_sizes(model),
         )
         wrapped = get_peft_model(model, config)
         config = wrapped.peft_config["default"]

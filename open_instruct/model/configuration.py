@@ -56,7 +56,7 @@ FIXED = (  # attributes that say what the weights are, or that the trainer sets
     "output_hidden_states",
 )
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters")  # transformers 5 keeps the first two in the third
-PAIR_MODELS = ("t5", "mt5", "umt5", "bart", "mbart")  # encoder–decoders of text
+PAIR_MODELS = ("t5", "mt5", "umt5", "bart", "mbart", "t5gemma", "t5gemma2")  # encoder–decoders of text
 ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}  # unless their configuration says otherwise
 
 

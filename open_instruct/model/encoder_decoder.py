@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from open_instruct.data.packing import IGNORE
 from open_instruct.data.pairs import bounds_of
 from open_instruct.errors import InputError
+from open_instruct.model.attention_masks import visible_keys
 from open_instruct.model.chunked_loss import Head
 from open_instruct.model.evaluation_mode import evaluating
 from open_instruct.model.shared_prefix import HARMLESS, CannotPack, SoftPrompt
@@ -59,6 +61,8 @@ def pair_attention(
     packed_pairs: PackedPairs | None = None,
     scaling: float | None = None,
     position_bias: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -67,12 +71,14 @@ def pair_attention(
     Args:
         module: the layer's attention.
         query: [1, H, T, E], or S in place of T in the encoder.
-        key: [1, H, T, E], or S in place of T in the encoder and across.
+        key: [1, K, T, E], or S in place of T in the encoder and across; H is a multiple of K.
         value: as `key`.
         attention_mask: None, because the boundaries are in `packed_pairs`.
         packed_pairs: boundaries and prefix of the rows.
         scaling: factor of the scores; None: 1/√E.
         position_bias: what is added to the scores, [1, H, T, T] for the whole row.
+        sliding_window: how far a query sees (T5Gemma); see `hidden_keys`.
+        softcap: scores s become c·tanh(s/c) before the bias is added (T5Gemma).
         dropout: of the attention's weights.
         others: further arguments of the model; those that are not known to be harmless are refused.
 
@@ -99,21 +105,65 @@ def pair_attention(
         own_key, own_value, bias = key[:, :, first:last], value[:, :, first:last], None
         if position_bias is not None and kind != "cross":  # across, it is zero
             bias = position_bias[:, :, start:end, first:last].to(value)
-        if kind == "decoder":
-            ahead = torch.ones(end - start, end - start, dtype=torch.bool, device=value.device).triu(1)
-            bias = value.new_zeros(1, 1, *ahead.shape) if bias is None else bias
-            bias = bias.masked_fill(ahead, -torch.inf)
-        if prefix is not None and bias is not None:
+        if prefix is not None:
             own_key = torch.cat([prefix[0].to(key), own_key], 2)
             own_value = torch.cat([prefix[1].to(value), own_value], 2)
             before = prefix_bias(packed_pairs.biases.get(module), prefix[0].shape[2], end - start, value)
+            bias = value.new_zeros(1, 1, end - start, last - first) if bias is None else bias
             bias = torch.cat([before.expand(1, bias.shape[1], -1, -1), bias], 3)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:end], own_key, own_value, attn_mask=bias, dropout_p=dropout, scale=scaling
-            )
-        )
+        hidden = hidden_keys(kind, end - start, own_key.shape[2], sliding_window, value.device)
+        if hidden is not None:
+            bias = value.new_zeros(1, 1, *hidden.shape) if bias is None else bias
+            bias = bias.masked_fill(hidden, -torch.inf)
+        outputs.append(attend(query[:, :, start:end], own_key, own_value, bias, dropout, scaling, softcap))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def hidden_keys(
+    kind: str, num_queries: int, num_keys: int, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """Return which keys [num_queries, num_keys] a query does not see, or None if it sees all; queries are the last.
+
+    In the decoder a query sees itself and what precedes it, `window` keys in all. In the encoder it sees what is at
+    most `window` away on either side (`transformers.masking_utils.sliding_window_bidirectional_overlay`).
+    """
+    if kind == "decoder":
+        return ~visible_keys(num_queries, num_keys, window, device)
+    if kind == "cross" or not window or num_keys <= window + 1:
+        return None
+    places = torch.arange(num_keys, device=device)
+    return (places[num_keys - num_queries :, None] - places[None]).abs() > window
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    dropout: float,
+    scale: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Return the attention [1, H, T, E] of one segment.
+
+    Args:
+        query: [1, H, T, E]
+        key: [1, K, S, E]; H is a multiple of K.
+        value: [1, K, S, E]
+        bias: what is added to the scores, or None.
+        dropout: of the weights.
+        scale: factor of the scores; None: 1/√E.
+        softcap: c; scores s become c·tanh(s/c) before the bias is added; None: they stay as they are.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    weights = (scores if bias is None else scores + bias).float().softmax(-1).to(value)
+    return F.dropout(weights, dropout) @ value
 
 
 def prefix_bias(table: Any, length: int, num_queries: int, like: torch.Tensor) -> torch.Tensor:
@@ -187,6 +237,20 @@ def tables_of(kinds: dict[nn.Module, str]) -> dict[nn.Module, nn.Module]:
     return tables
 
 
+def decoder_start_of(config: Any) -> int:
+    """Return the token from which a decoder predicts a target's first: T5Gemma takes its decoder's first token.
+
+    Raises:
+        InputError: the configuration names none.
+    """
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        start = getattr(getattr(config, "decoder", None), "bos_token_id", None)
+    if start is None:
+        raise InputError("the model's config.json names no decoder_start_token_id: add it")
+    return int(start)
+
+
 def pair_head_forms(causal: Any) -> dict[str, Head]:
     """Return the known functions from the decoder's last hidden state [n, D] to the logits [n, V], by name."""
     linear, bias = causal.get_output_embeddings(), getattr(causal, "final_logits_bias", None)
@@ -194,6 +258,9 @@ def pair_head_forms(causal: Any) -> dict[str, Head]:
     forms: dict[str, Head] = {"linear": lambda x: linear(x), "scaled": lambda x: linear(x * scale)}
     if bias is not None:
         forms["biased"] = lambda x: linear(x) + bias[0]
+    softcap = getattr(causal.get_decoder().config, "final_logit_softcapping", None)
+    if softcap:
+        forms["softcapped"] = lambda x: softcap * torch.tanh(linear(x) / softcap)
     return forms
 
 
@@ -304,19 +371,30 @@ def moved(stack: Any, embedded: torch.Tensor, positions: torch.Tensor) -> torch.
     return embedded + (weight[positions + offset] - weight[index + offset])[None].to(embedded.dtype)
 
 
+def positions_of(lengths: Sequence[int], first: int, device: torch.device) -> torch.Tensor:
+    """Return positions [T] that count from `first` in each segment."""
+    return torch.cat([torch.arange(first, first + length, device=device) for length in lengths])
+
+
+def told_positions(stack: Any, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the argument by which a stack is told its rows' positions [T]; empty where it has none."""
+    return {"position_ids": positions[None]} if "position_ids" in signature(stack.forward).parameters else {}
+
+
 def encoder_inputs(
     encoder: Any, ids: torch.Tensor, lengths: Sequence[int], prompt: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """Return the encoder's input: ids as they are, or embeddings with a soft prompt [P, D] before each source."""
+    num_virtual = 0 if prompt is None else len(prompt)
+    positions = positions_of([num_virtual + length for length in lengths], 0, ids.device)
+    told = told_positions(encoder, positions)
     if prompt is None and position_table(encoder) is None:
-        return {"input_ids": ids}
-    embedded, num_virtual = encoder.get_input_embeddings()(ids)[0], 0
+        return {"input_ids": ids, **told}
+    embedded = encoder.get_input_embeddings()(ids)[0]
     pieces = list(embedded.split(list(lengths)))
     if prompt is not None:
-        num_virtual = len(prompt)
         pieces = [torch.cat([prompt.to(embedded.dtype), piece]) for piece in pieces]
-    positions = torch.cat([torch.arange(num_virtual + length, device=ids.device) for length in lengths])
-    return {"inputs_embeds": moved(encoder, torch.cat(pieces)[None], positions)}
+    return {"inputs_embeds": moved(encoder, torch.cat(pieces)[None], positions), **told}
 
 
 def decoder_inputs(decoder: Any, ids: torch.Tensor, lengths: Sequence[int], first: int) -> dict[str, torch.Tensor]:
@@ -328,10 +406,11 @@ def decoder_inputs(decoder: Any, ids: torch.Tensor, lengths: Sequence[int], firs
         lengths: of the segments.
         first: position of each segment's first token: that after the prefix.
     """
+    positions = positions_of(lengths, first, ids.device)
+    told = told_positions(decoder, positions)
     if position_table(decoder) is None:
-        return {"input_ids": ids}
-    positions = torch.cat([torch.arange(first, first + length, device=ids.device) for length in lengths])
-    return {"inputs_embeds": moved(decoder, decoder.get_input_embeddings()(ids), positions)}
+        return {"input_ids": ids, **told}
+    return {"inputs_embeds": moved(decoder, decoder.get_input_embeddings()(ids), positions), **told}
 
 
 class PaddedPairModel(TrainingModel):

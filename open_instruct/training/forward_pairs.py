@@ -12,7 +12,7 @@ from open_instruct.data import packing
 from open_instruct.data.pairs import PairPacking, PairPadding, pack_pairs, pad_pairs
 from open_instruct.errors import BUGS, InputError, one_line
 from open_instruct.methods import Feature, Method
-from open_instruct.model.encoder_decoder import PackedPairModel, PaddedPairModel
+from open_instruct.model.encoder_decoder import PackedPairModel, PaddedPairModel, decoder_start_of
 from open_instruct.model.evaluation_mode import evaluating
 from open_instruct.model.precision import autocast
 from open_instruct.model.shared_prefix import CannotPack
@@ -47,9 +47,7 @@ def choose_pair_forward(
         InputError: packing, or a feature that needs it, was requested and is not possible; or nothing runs.
     """
     base = causal_of(model)
-    decoder_start = base.config.decoder_start_token_id
-    if decoder_start is None:
-        raise InputError("the model's config.json names no decoder_start_token_id: add it")
+    decoder_start = decoder_start_of(base.config)
     reason = "--packing False"
     if settings.packing:
         packed, reason = None, "weights are sharded"
