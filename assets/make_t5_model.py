@@ -33,13 +33,16 @@ BATCHES_BY_LENGTH = 16  # pairs of a batch are of nearly one length: padding wou
 
 
 def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Return the causal model's tokenizer with the end of a text after each."""
+    """Return the causal model's tokenizer with the end of a text after each.
+
+    Bytes leave no token unknown, but engines (CTranslate2) want one to be named.
+    """
     tokenizer = train_tokenizer(seed)
     end = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
     )
-    tokenizer.chat_template = None
+    tokenizer.unk_token, tokenizer.chat_template = tokenizer.pad_token, None
     return tokenizer
 
 

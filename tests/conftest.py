@@ -22,6 +22,7 @@ from open_instruct.methods import METHODS as REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = ROOT / "assets" / "tiny-model"
+TINY_T5 = ROOT / "assets" / "tiny-t5"
 METHODS = [method.name for method in REGISTRY.values() if not method.quantises_base]
 ADAPTERS = [name for name in METHODS if not REGISTRY[name].trains_base]
 

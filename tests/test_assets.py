@@ -8,7 +8,7 @@ from assets import make_book
 from assets.book import ONE, TWO, conversation, draw_book, text_of
 from assets.make_data import rows
 from assets.word_skills import SKILLS
-from tests.conftest import ROOT, TINY_MODEL
+from tests.conftest import ROOT, TINY_MODEL, TINY_T5
 
 
 def test_the_sample_is_what_its_program_writes():
@@ -50,6 +50,13 @@ def test_the_skills_do_what_they_are_called():
 def test_the_bundled_model_is_small_and_has_the_skills_only_when_they_are_named():
     assert sum(path.stat().st_size for path in TINY_MODEL.iterdir()) < 8e6
     skills = json.loads((TINY_MODEL / "pretraining.json").read_text())["exact_match"]
+    assert skills["reverse"]["named"] > 0.9
+    assert skills["reverse"]["unnamed"] < 0.3
+
+
+def test_the_bundled_t5_is_small_and_has_the_skills_only_when_they_are_named():
+    assert sum(path.stat().st_size for path in TINY_T5.iterdir()) < 8e6
+    skills = json.loads((TINY_T5 / "pretraining.json").read_text())["exact_match"]
     assert skills["reverse"]["named"] > 0.9
     assert skills["reverse"]["unnamed"] < 0.3
 

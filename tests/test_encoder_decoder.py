@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
-from safetensors.torch import load_file
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from open_instruct.adapters.generation import Sampling, generate
 from open_instruct.adapters.scoring import answer_losses
@@ -33,14 +27,11 @@ from open_instruct.data.pairs import (
     tokenize_pairs,
 )
 from open_instruct.flags import default_values
-from open_instruct.generate_peft import main as generate_main
-from open_instruct.inspect_peft import main as inspect_main
-from open_instruct.merge_peft import main as merge_main
 from open_instruct.methods import METHODS
 from open_instruct.model.encoder_decoder import PackedPairModel, PaddedPairModel, decoder_start_of
 from open_instruct.model.shared_prefix import CannotPack
 from open_instruct.training.forward_pairs import try_packed
-from tests.conftest import ROOT, TINY_MODEL
+from tests.conftest import TINY_T5
 from tests.tiny_models import gradient_error
 
 VOCAB = 120
@@ -249,25 +240,9 @@ def test_checkpointing_changes_nothing():
     torch.testing.assert_close(*gradients)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A T5 without knowledge, whose tokenizer is the bundled model's and ends each text with </s>."""
-    path = tmp_path_factory.mktemp("t5")
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    end = (tokenizer.eos_token, tokenizer.eos_token_id)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    values = {**T5, "d_model": 64, "d_kv": 16, "num_layers": 2, "dropout_rate": 0.0, "tie_word_embeddings": False}
-    config = T5Config(vocab_size=len(tokenizer), eos_token_id=end[1], pad_token_id=tokenizer.pad_token_id, **values)
-    T5ForConditionalGeneration(config).save_pretrained(path)
-    return path
-
-
 @pytest.fixture
-def tokenizer(folder) -> Any:
-    words = AutoTokenizer.from_pretrained(folder)
+def tokenizer() -> Any:
+    words = AutoTokenizer.from_pretrained(TINY_T5)
     chat.mark_pairs(words)
     chat.set_chat_template(words, chat.PLAIN)
     return words
@@ -344,99 +319,3 @@ def test_greedy_answers_are_the_forward_passs(method_name, tokenizer):
             if read[-1] == 2:
                 break
         assert found[index] == [tokenizer.decode(read[1:], skip_special_tokens=True).strip()]
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--use_lora",),
-        ("--use_ia3",),
-        ("--use_prompt_tuning",),
-        ("--use_p_tuning",),
-        ("--use_prefix_tuning",),
-        (),
-    ],
-)
-def test_every_method_learns_with_nothing_set(flags, train, folder, tokenizer):
-    """The held-out loss falls below the base's; the saved adapter gives the same loss in plain PEFT."""
-    run = train("run", *flags, "--max_train_steps", "80", model=folder, data=ROOT / "data" / "sample" / "train.jsonl")
-    assert run.code == 0, run.err
-    assert "packed pairs" in run.out
-    assert run.summary["final_eval_loss"] < 0.9 * run.summary["base_eval_loss"]
-    rows = [json.loads(line) for line in (ROOT / "data" / "sample" / "heldout.jsonl").read_text().splitlines()[:8]]
-    ids, spans = tokenize_pairs(tokenizer, [row["messages"] for row in rows], 999)
-    if flags:
-        plain = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(folder), run.folder).eval()
-    else:
-        plain = AutoModelForSeq2SeqLM.from_pretrained(run.folder).eval()
-    found = answer_losses(plain, ids, spans, 4)
-    alone = [
-        token_losses(plain, {"input_ids": row, "spans": list(span[-1])}).sum().item()
-        for row, span in zip(ids, spans, strict=True)
-    ]
-    assert [loss for loss, _ in found] == pytest.approx(alone, rel=1e-4)
-    assert sum(alone) / sum(number for _, number in found) < run.summary["base_eval_loss"]
-
-
-def test_a_run_resumes_bit_for_bit_and_answers(train, tmp_path, folder):
-    flags = ("--use_prefix_tuning", "--max_train_steps", "8", "--checkpointing_steps", "4", "--gradient_checkpointing")
-    whole = train("whole", *flags, model=folder)
-    assert whole.code == 0, whole.err
-    shutil.copytree(whole.folder, tmp_path / "half")
-    shutil.rmtree(tmp_path / "half" / "checkpoints" / "step_8")
-    (tmp_path / "half" / "summary.json").unlink()
-    resumed = train("half", *flags, "--resume_from_checkpoint", model=folder)
-    assert resumed.code == 0, resumed.err
-    first, second = (load_file(run.folder / "adapter_model.safetensors") for run in (whole, resumed))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
-    questions.write_text(json.dumps({"prompt": "reverse the words: lion cat"}) + "\n")
-    words = ["--adapter", str(whole.folder), "--input_file", str(questions), "--output_file", str(out)]
-    assert generate_main([*words, "--max_new_tokens", "8"]) == 0
-    assert json.loads(out.read_text())["answers"]
-
-
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        (("--add_bos",), "--add_bos is for causal language models"),
-        (("--use_lora", "--distill_system"), "--distill_system is for causal language models"),
-        (("--attn_backend", "sdpa"), "--attn_backend is for causal language models"),
-        (("--use_prefix_tuning", "--prefix_projection"), "--prefix_projection is for causal language models"),
-    ],
-)
-def test_flags_of_causal_models_are_refused(flags, expected, train, tmp_path, folder):
-    run = train("run", *flags, model=folder)
-    assert run.code == 2 and expected in run.err and not (tmp_path / "run").exists()
-
-
-def test_tools_that_can_not_use_them_say_so(train, tmp_path, capsys, folder):
-    """In one line, and nothing is written."""
-    run = train("run", "--use_prompt_tuning", "--max_train_steps", "1", model=folder)
-    text = tmp_path / "text.txt"
-    text.write_text("lion cat")
-    adapter, out = ["--adapter", str(run.folder)], str(tmp_path / "out")
-    for command, words in (
-        (merge_main, ["--output", out]),
-        (inspect_main, []),
-        (generate_main, ["--context", str(text), "--self_study", "2", "--output_file", f"{out}.jsonl"]),
-    ):
-        capsys.readouterr()
-        assert command([*adapter, *words]) == 2
-        error = capsys.readouterr().err
-        assert "causal language models" in error and "Traceback" not in error
-    assert not Path(out).exists()
-
-
-def test_adapters_of_the_other_kind_are_refused(train, tmp_path, capsys, folder):
-    """Both ways, and before anything is answered."""
-    causal = train("causal", "--use_lora", "--max_train_steps", "1")
-    pair = train("pair", "--use_lora", "--max_train_steps", "1", model=folder)
-    assert (causal.code, pair.code) == (0, 0)
-    questions = tmp_path / "q.jsonl"
-    questions.write_text(json.dumps({"prompt": "lion cat"}) + "\n")
-    for adapter, base in ((causal.folder, folder), (pair.folder, TINY_MODEL)):
-        words = ["--adapter", str(adapter), "--model_name_or_path", str(base), "--any_base"]
-        words += ["--input_file", str(questions), "--output_file", str(tmp_path / f"{Path(base).name}.jsonl")]
-        assert generate_main(words) == 2
-        assert "give the base that it was trained on" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from open_instruct.data.chat import render_texts
 from open_instruct.errors import InputError, warn
 from open_instruct.files import flush, write_json
 from open_instruct.model import loading
+from open_instruct.model.encoder_decoder import decoder_start_of
 from open_instruct.quiet import silence_transformers
 from open_instruct.serving.checkpoint import MERGED, Prefix, read_prefixes, write_prefix
 from open_instruct.temporary import share, temporary_folder
@@ -74,7 +75,7 @@ def merge(
     check_mergeable(folders, output)
     name = base_name(model_name_or_path, folders, any_base)
     base = loaded.load_adapted_base(name, dtype, folders, trust_remote_code, allow_pickle, quantised_in_training)
-    loaded.refuse_encoder_decoder(base, "merge_peft.py")
+    check_pairs(base, folders)
     if getattr(base, "is_quantized", False):
         base = base.dequantize()  # an adapter corrects the base that it was trained on, rounding included
     check_length(base, folders)
@@ -187,10 +188,7 @@ def expected(adapters: Adapters, tokenizer: PreTrainedTokenizerBase) -> Expected
     for name in adapters.folders:
         model = adapters.use(name)
         probes = [tokenizer(text)["input_ids"] for text in PROBES]
-        logits[name] = [
-            model(input_ids=torch.tensor([ids], device=adapters.base.device)).logits[0, -len(ids) :].float()
-            for ids in probes
-        ]
+        logits[name] = [probe_logits(model, ids) for ids in probes]
         if not all(torch.isfinite(values).all() for values in logits[name]):
             raise InputError(
                 f"base + {name} computes logits that are not finite, so nothing can be merged: use another --dtype, or "
@@ -198,6 +196,45 @@ def expected(adapters: Adapters, tokenizer: PreTrainedTokenizerBase) -> Expected
             )
         texts[name] = greedy_answers(model, tokenizer, probes, NEW_TOKENS)
     return Expected(logits, texts)
+
+
+def probe_logits(model: Any, ids: list[int], prompt: Sequence[int] = (), cache: Any = None) -> torch.Tensor:
+    """Return the logits [T, V] of a probe's T tokens, in float32; an encoder–decoder repeats its source.
+
+    Args:
+        model: base with or without adapter.
+        ids: the probe.
+        prompt: tokens before it, whose logits are left out.
+        cache: keys and values in the place of `prompt`, or None.
+    """
+    inputs = torch.tensor([ids if cache else [*prompt, *ids]], device=model.device)
+    if not model.config.is_encoder_decoder:
+        logits: torch.Tensor = model(input_ids=inputs, past_key_values=cache).logits[0, -len(ids) :]
+        return logits.float()
+    read = torch.tensor([[decoder_start_of(model.config), *ids[:-1]]], device=model.device)
+    answers: torch.Tensor = model(input_ids=inputs, decoder_input_ids=read, use_cache=False).logits[0]
+    return answers.float()
+
+
+def check_pairs(base: Any, folders: Sequence[AdapterFolder]) -> None:
+    """Refuse what a plain encoder–decoder can't hold.
+
+    Raises:
+        InputError: a prefix, or several soft prompts.
+    """
+    if not base.config.is_encoder_decoder:
+        return
+    for folder in folders:
+        if folder.prompt_kind == "keys_values":
+            raise InputError(
+                f"adapter {folder.name} is {folder.title}: keys and values of an encoder–decoder can't be merged, as "
+                "no engine serves them: serve it with PEFT, or train prompt tuning or LoRA"
+            )
+    if len(folders) > 1:
+        raise InputError(
+            f"{len(folders)} adapters can't be merged into one encoder–decoder, whose tokenizer writes one soft prompt "
+            "before each text: merge each into a checkpoint of its own"
+        )
 
 
 def merged_model(
@@ -223,6 +260,12 @@ def merged_model(
         assert isinstance(model, PeftModel)
         untie(adapters.base)
         return model.merge_and_unload(safe_merge=True), []
+    if adapters.base.config.is_encoder_decoder:
+        folder = folders[0]
+        new = prompt_tokens.add_tokens(tokenizer, folder.name, folder.num_virtual_tokens)
+        prompt_tokens.grow_encoder(adapters.base, (new, adapters.models[folder.name].get_prompt(1)[0]))
+        prompt_tokens.put_before_sources(tokenizer, new)
+        return adapters.base, [new]
     prompts = []
     width = adapters.base.get_input_embeddings().weight.shape[1]
     for folder in folders:
@@ -314,8 +357,7 @@ def verify(
     for name, wanted_logits in wanted.logits.items():
         prompt, cache = ids_of.get(name, []), caches.get(name)
         for ids, wanted_TV in zip(probes, wanted_logits, strict=True):
-            inputs = torch.tensor([ids if cache else prompt + ids], device=model.device)
-            logits_TV = model(input_ids=inputs, past_key_values=cache and cache(1)).logits[0, -len(ids) :].float()
+            logits_TV = probe_logits(model, ids, prompt, cache and cache(1))
             difference = (logits_TV[:, : wanted_TV.shape[-1]] - wanted_TV).abs().max() / wanted_TV.abs().max()
             # Other than `max`, this keeps a NaN, which no tolerance allows.
             worst = difference.item() if not difference.item() <= worst else worst

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.adapters.folders import BASE
+from open_instruct.data.pairs import BEFORE_SOURCES
 from open_instruct.errors import InputError
 
 A, B = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
@@ -60,6 +61,13 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, adapter: str, num_tokens: int
     return NewTokens(adapter, tokens, tuple(tokenizer.convert_tokens_to_ids(list(tokens))), is_prefix)
 
 
+def rows_with(old_rows: int, prompts: Sequence[tuple[NewTokens, torch.Tensor]]) -> int:
+    """Return how many rows an embedding matrix gets, which stay a multiple of what they were one of."""
+    highest = max(max(new.ids) for new, _ in prompts)
+    multiple = math.gcd(old_rows, 128)
+    return max(old_rows, math.ceil((highest + 1) / multiple) * multiple)
+
+
 @torch.no_grad()
 def grow(model: Any, prompts: Sequence[tuple[NewTokens, torch.Tensor]]) -> None:
     """Write soft prompts into the embedding matrix, untie the head, and keep both at the multiple that they had.
@@ -70,9 +78,7 @@ def grow(model: Any, prompts: Sequence[tuple[NewTokens, torch.Tensor]]) -> None:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     old_rows = embedding.weight.shape[0]
-    highest = max(max(new.ids) for new, _ in prompts)
-    multiple = math.gcd(old_rows, 128)
-    num_rows = max(old_rows, math.ceil((highest + 1) / multiple) * multiple)
+    num_rows = rows_with(old_rows, prompts)
     scale = embedding_scale(embedding)
     weight = torch.cat([embedding.weight, embedding.weight.new_zeros(num_rows - old_rows, embedding.weight.shape[1])])
     for new, vectors in prompts:
@@ -89,9 +95,53 @@ def grow(model: Any, prompts: Sequence[tuple[NewTokens, torch.Tensor]]) -> None:
     text = model.config.get_text_config()
     text.tie_word_embeddings, text.vocab_size = False, num_rows
     model.vocab_size = num_rows
-    # The rows that only fill up the multiple have logits, too, and stand for nothing.
+    suppress(model, prompts, old_rows)
+
+
+def suppress(model: Any, prompts: Sequence[tuple[NewTokens, torch.Tensor]], old_rows: int) -> None:
+    """Let generation never choose a new token, or a row that only fills up the multiple and stands for nothing."""
+    num_rows = model.get_input_embeddings().weight.shape[0]
     ids = [*(token for new, _ in prompts for token in new.ids), *range(old_rows, num_rows)]
     model.generation_config.suppress_tokens = sorted({*(model.generation_config.suppress_tokens or []), *ids})
+
+
+@torch.no_grad()
+def grow_encoder(model: Any, prompt: tuple[NewTokens, torch.Tensor]) -> None:
+    """Write a soft prompt into the encoder's embedding matrix; the head gets rows that are hardly ever predicted.
+
+    Where the head is the embedding matrix (T5), it becomes a matrix of its own, T5's factor included. Where its logits
+    get a bias (BART), that excludes the new tokens.
+
+    Args:
+        model: an encoder–decoder; changed in place.
+        prompt: new tokens with their vectors [P, D], in the scale that the encoder receives.
+    """
+    new, vectors = prompt
+    old_rows = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows_with(old_rows, [prompt]), mean_resizing=False)
+    for config in (model.config, model.get_encoder().config, model.get_decoder().config):  # T5Gemma has three
+        config.vocab_size = model.get_input_embeddings().weight.shape[0]
+    embedding, head = model.get_encoder().get_input_embeddings(), model.get_output_embeddings()
+    own_head = head.weight.clone()
+    embedding.weight[list(new.ids)] = (vectors.float().to(embedding.weight.device) / embedding_scale(embedding)).to(
+        embedding.weight.dtype
+    )
+    if getattr(model, "final_logits_bias", None) is not None:
+        model.final_logits_bias[:, old_rows:] = BIAS_OF_NEW_TOKENS
+    else:
+        own_head[old_rows:] = 0
+        if getattr(model.config, "scale_decoder_outputs", False):
+            own_head *= model.config.d_model**-0.5
+            model.config.scale_decoder_outputs = False
+        head.weight = nn.Parameter(own_head, requires_grad=False)
+        model.config.tie_word_embeddings = False
+    suppress(model, [prompt], old_rows)
+
+
+def put_before_sources(tokenizer: PreTrainedTokenizerBase, new: NewTokens) -> None:
+    """Make an encoder–decoder's tokenizer write new tokens before each text, and remember it: targets go without."""
+    put_first(tokenizer, [new], {new.adapter: None})
+    tokenizer.init_kwargs[BEFORE_SOURCES] = len(new.ids)
 
 
 def embedding_scale(embedding: nn.Module) -> float:

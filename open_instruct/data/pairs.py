@@ -22,6 +22,9 @@ from open_instruct.data.chat import Messages, Spans
 from open_instruct.data.packing import IGNORE, NO_LABELS, Packing, Padding
 from open_instruct.errors import InputError
 
+# Entry of tokenizer_config.json: how many tokens of a merged soft prompt the tokenizer writes before each text.
+BEFORE_SOURCES = "merged_soft_prompt_tokens"
+
 
 def source_ids(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages]) -> list[list[int]]:
     """Return the source of each conversation that is to be answered.
@@ -55,8 +58,10 @@ def tokenize_pairs(
     sources = source_ids(tokenizer, [one[:last] for one, last in zip(batch, lasts, strict=True)])
     answers = [str(one[last]["content"]) for one, last in zip(batch, lasts, strict=True)]
     targets = tokenizer(text_target=answers, verbose=False)["input_ids"]
+    merged = tokenizer.init_kwargs.get(BEFORE_SOURCES, 0)
     ids, spans = [], []
-    for source, target in zip(sources, targets, strict=True):
+    for source, whole in zip(sources, targets, strict=True):
+        target = whole[merged:]
         row, span = fit_pair([*source, *target], [(len(source), len(source) + len(target))], max_length)
         ids.append(row)
         spans.append(span)

@@ -68,6 +68,7 @@ class Method(ABC):
     prompt_kind: str | None = None  # a soft prompt consists of "embeddings" or "keys_values"; None: no soft prompt
     trains_prompt_directly = False  # the soft prompt's own numbers are the trained parameters
     max_virtual_tokens = 0  # upper bound of the recipe's prompt length
+    max_virtual_tokens_of_pairs = 0  # the same for encoder–decoders; 0: as for others
     init_flag: str | None = None  # flag that chooses how the soft prompt starts
     network_remedy = ""  # flags to use instead if the file that `keeps_network` requires is missing
     wants_keys = False  # its recipe needs the spread of the base's keys
@@ -86,17 +87,21 @@ class Method(ABC):
         """Return an instance of `settings_class` from the values of flags."""
         return self.settings_class(**{item.name: values[item.name] for item in fields(self.settings_class)})
 
-    def recommended_virtual_tokens(self, context: int | None, max_seq_length: int | None) -> int:
+    def recommended_virtual_tokens(
+        self, context: int | None, max_seq_length: int | None, makes_pairs: bool = False
+    ) -> int:
         """Return the length of a soft prompt in tokens: longer ones learn faster, so as long as is useful and fits.
 
         Args:
             context: positions of the model; None: unlimited.
             max_seq_length: tokens that the user wants for a conversation; None: at most an eighth of the context goes
                 to the prompt.
+            makes_pairs: the model is an encoder–decoder.
         """
+        bound = (makes_pairs and self.max_virtual_tokens_of_pairs) or self.max_virtual_tokens
         if context is None:
-            return self.max_virtual_tokens
-        return max(1, min(self.max_virtual_tokens, context - max_seq_length if max_seq_length else context // 8))
+            return bound
+        return max(1, min(bound, context - max_seq_length if max_seq_length else context // 8))
 
     @abstractmethod
     def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:

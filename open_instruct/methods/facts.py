@@ -22,6 +22,7 @@ class ModelFacts:
     embedding_std: float  # of all entries of the token embeddings of ordinary tokens
     embedding_norm: float  # median length of a token's embedding
     key_std: float = math.nan  # of the entries of a text's keys, median over layers; for methods with `wants_keys`
+    makes_pairs: bool = False  # it is an encoder–decoder, whose keys are its decoder's
 
 
 def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keys: bool = False) -> ModelFacts:
@@ -39,13 +40,15 @@ def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keys
     embedding = model.get_input_embeddings()
     hidden_size = model.config.get_text_config().hidden_size
     if embedding.weight.device.type == "meta":
-        return ModelFacts(hidden_size, math.nan, math.nan)
+        return ModelFacts(hidden_size, math.nan, math.nan, makes_pairs=model.config.is_encoder_decoder)
     ids = torch.tensor(ordinary_tokens(tokenizer), device=embedding.weight.device)
     chosen = ids[torch.linspace(0, len(ids) - 1, min(len(ids), 10_000)).long()]
     with torch.no_grad():
         vectors = embedding(chosen).float()
     spread = key_std(model, tokenizer) if keys else math.nan
-    return ModelFacts(hidden_size, vectors.std().item(), vectors.norm(dim=1).median().item(), spread)
+    return ModelFacts(
+        hidden_size, vectors.std().item(), vectors.norm(dim=1).median().item(), spread, model.config.is_encoder_decoder
+    )
 
 
 def key_std(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:

@@ -248,7 +248,7 @@ def before_data(
     makes_pairs, is_chosen = bool(config.is_encoder_decoder), "chat_template_name" in origins
     num_virtual_tokens = flags.num_virtual_tokens or 0
     if method.is_soft_prompt and not num_virtual_tokens:
-        num_virtual_tokens = method.recommended_virtual_tokens(context, flags.max_seq_length)
+        num_virtual_tokens = method.recommended_virtual_tokens(context, flags.max_seq_length, makes_pairs)
         origins = {**origins, "num_virtual_tokens": "recipe"}
     length = conversation_length(context, num_virtual_tokens, flags.max_seq_length)
     seed = flags.seed if flags.split_seed is None else flags.split_seed
