@@ -38,6 +38,7 @@ EXTRAS = {
         "sacrebleu>=2.4",
         "lm-eval>=0.4.9",
         "ray>=2.40",
+        "ctranslate2>=4.6",
     ],
 }
 

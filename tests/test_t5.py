@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import ctranslate2
 import pytest
 import torch
 from peft import PeftModel
@@ -103,13 +104,10 @@ def test_every_mergeable_adapter_answers_alike_in_plain_transformers(trained_pai
 
 
 def test_a_merged_prompt_answers_alike_in_ctranslate2(trained_pairs, tmp_path):
-    engine = pytest.importorskip("ctranslate2")
-    from ctranslate2.converters import TransformersConverter
-
     merged = tmp_path / "merged"
     assert merge(["--adapter", str(trained_pairs["prompt_tuning"]), "--output", str(merged)]) == 0
-    TransformersConverter(str(merged)).convert(str(tmp_path / "engine"))
-    translator = engine.Translator(str(tmp_path / "engine"), device="cpu", compute_type="float32")
+    ctranslate2.converters.TransformersConverter(str(merged)).convert(str(tmp_path / "engine"))
+    translator = ctranslate2.Translator(str(tmp_path / "engine"), device="cpu", compute_type="float32")
     tokenizer, plain = AutoTokenizer.from_pretrained(merged), AutoModelForSeq2SeqLM.from_pretrained(merged).eval()
     for question in QUESTIONS:
         ids = tokenizer(question)["input_ids"]
@@ -189,6 +187,20 @@ def test_flags_of_causal_models_are_refused(flags, expected, train, tmp_path):
     assert run.code == 2 and expected in run.err and not (tmp_path / "run").exists()
 
 
+def test_a_soft_prompt_is_inspected(trained_pairs, tmp_path, capsys):
+    """Neighbours and the encoder's attention of embeddings; norms of a prefix, whose attention is refused."""
+    prompt, prefix = trained_pairs["prompt_tuning"], trained_pairs["prefix_tuning"]
+    words = ["--file", str(SAMPLE / "heldout.jsonl"), "--rows", "3"]
+    assert inspect_main(["--adapter", str(prompt), *words, "--output_dir", str(tmp_path / "a")]) == 0
+    result = json.loads((tmp_path / "a" / "inspection.json").read_text())
+    assert len(result["attention"]["mass"]) == 3 and all(0 < mass < 1 for mass in result["attention"]["mass"])
+    assert inspect_main(["--adapter", str(prefix), "--output_dir", str(tmp_path / "b")]) == 0
+    assert len(json.loads((tmp_path / "b" / "inspection.json").read_text())["prefix_norms"]["keys"]) == 3
+    capsys.readouterr()
+    assert inspect_main(["--adapter", str(prefix), *words, "--output_dir", str(tmp_path / "c")]) == 2
+    assert "remove --file" in capsys.readouterr().err
+
+
 def test_tools_that_can_not_use_them_say_so(train, tmp_path, capsys):
     """In one line, and nothing is written."""
     run = train("run", "--use_prompt_tuning", "--max_train_steps", "1", model=TINY_T5)
@@ -196,7 +208,6 @@ def test_tools_that_can_not_use_them_say_so(train, tmp_path, capsys):
     text.write_text("lion cat")
     adapter, out = ["--adapter", str(run.folder)], str(tmp_path / "out")
     for command, words in (
-        (inspect_main, []),
         (generate_main, ["--context", str(text), "--self_study", "2", "--output_file", f"{out}.jsonl"]),
     ):
         capsys.readouterr()

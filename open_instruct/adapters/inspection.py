@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
-from open_instruct.adapters import loaded
 from open_instruct.adapters.folders import AdapterFolder, check_prompt
 from open_instruct.adapters.served import Served, load
 from open_instruct.data import questions, reading
 from open_instruct.errors import InputError, warn
+from open_instruct.model.encoder_decoder import decoder_start_of
 from open_instruct.model.tokens import ordinary_tokens
 from open_instruct.model.weights import check_tensor_names, read_tensors
 
@@ -52,9 +52,13 @@ def inspect(
         every = questions.questions(reading.read_files(reading.files_of(file)))
         conversations = [question.messages for question in itertools.islice(every, rows)]
     served = load(adapter, model_name_or_path, **options)
-    loaded.refuse_encoder_decoder(served.adapters.base, "inspect_peft.py")
     (folder,) = served.adapters.folders.values()
     check_prompt(folder)
+    if file and folder.prompt_kind == "keys_values" and served.adapters.base.config.is_encoder_decoder:
+        raise InputError(
+            f"--file {file}: questions have no answers for a decoder's prefix to be attended from, so its attention "
+            "is not measured: remove --file"
+        )
     result: dict[str, Any] = {
         "adapter": str(folder.path),
         "method": folder.title,
@@ -205,7 +209,8 @@ def attention_mass(
 ) -> dict[str, list[float]]:
     """Return the share of its attention that each layer gives to the virtual tokens.
 
-    It is a mean over heads, rows and the rows' positions; the virtual tokens' own positions don't count.
+    It is a mean over heads, rows and the rows' positions; the virtual tokens' own positions don't count. Of an
+    encoder–decoder it is the encoder's, which attends both ways.
 
     Args:
         model: PeftModel with the soft prompt.
@@ -218,19 +223,25 @@ def attention_mass(
         mass: the share in each layer, from 0 to 1; uniform: the share if all visible positions got the same, one
         number.
     """
-    implementation = base.config._attn_implementation
+    implementation, both_ways = base.config._attn_implementation, base.config.is_encoder_decoder
     base.set_attn_implementation("eager")
     total, uniform, num_positions = None, 0.0, 0
     try:
         for ids in prompts:
             rows = torch.tensor([list(ids)], device=base.device)
+            inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "output_attentions": True}
             # [1, H, queries, P + T] of each layer; soft prompts of embeddings are queries, too
-            layers = model(input_ids=rows, attention_mask=torch.ones_like(rows), output_attentions=True).attentions
+            if both_ways:
+                read = torch.tensor([[decoder_start_of(base.config)]], device=base.device)
+                layers = model(**inputs, decoder_input_ids=read).encoder_attentions
+            else:
+                layers = model(**inputs).attentions
             mass = torch.stack(
                 [layer[0, :, -len(ids) :, :num_virtual_tokens].float().sum(-1).mean(0).sum() for layer in layers]
             )
             total = mass if total is None else total + mass
-            uniform += sum(num_virtual_tokens / (num_virtual_tokens + position) for position in range(1, len(ids) + 1))
+            seen = [len(ids) if both_ways else position for position in range(1, len(ids) + 1)]
+            uniform += sum(num_virtual_tokens / (num_virtual_tokens + number) for number in seen)
             num_positions += len(ids)
     finally:
         base.set_attn_implementation(implementation)
@@ -240,7 +251,8 @@ def attention_mass(
 
 def prefix_norms(model: Any) -> dict[str, list[float]]:
     """Return the mean length of a prefix's keys and values in each layer, over heads and virtual tokens."""
-    layers = model.get_prompt(batch_size=1).layers
+    cache = model.get_prompt(batch_size=1)
+    layers = (cache.self_attention_cache if model.config.is_encoder_decoder else cache).layers
     return {
         "keys": [layer.keys.float().norm(dim=-1).mean().item() for layer in layers],
         "values": [layer.values.float().norm(dim=-1).mean().item() for layer in layers],

@@ -36,6 +36,7 @@ class PTuning(EmbeddingPrompt):
     settings_class = PTuningSettings
     peft_types = continues_from = ("P_TUNING",)
     max_virtual_tokens = 50
+    max_virtual_tokens_of_pairs = 20
     network_remedy = "--use_prompt_tuning"
 
     def num_numbers(self, model: Any, settings: PTuningSettings) -> int:

@@ -33,6 +33,7 @@ class PromptTuning(EmbeddingPrompt):
     continues_from = ("PROMPT_TUNING", "P_TUNING")  # P-tuning's vectors, without its network
     trains_prompt_directly = True
     max_virtual_tokens = 100
+    max_virtual_tokens_of_pairs = 20  # before an encoder longer ones learn later: measured here on a T5
     init_flag = "prompt_tuning_init"
 
     def num_numbers(self, model: Any, settings: PromptTuningSettings) -> int:
