@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from open_instruct.adapters.generation import Sampling, generate
 from open_instruct.adapters.scoring import answer_losses
@@ -40,7 +39,7 @@ from open_instruct.model.encoder_decoder import PackedPairModel, PaddedPairModel
 from open_instruct.model.shared_prefix import CannotPack
 from open_instruct.training.forward_pairs import try_packed
 from tests.conftest import ROOT, TINY_MODEL
-from tests.tiny_models import gradient_error
+from tests.tiny_models import gradient_error, save_t5
 
 VOCAB = 120
 T5 = {"d_model": 32, "d_ff": 64, "num_heads": 4, "decoder_start_token_id": 0, "dropout_rate": 0.1}
@@ -236,18 +235,8 @@ def test_checkpointing_changes_nothing():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A T5 without knowledge, whose tokenizer is the bundled model's and ends each text with </s>."""
-    path = tmp_path_factory.mktemp("t5")
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    end = (tokenizer.eos_token, tokenizer.eos_token_id)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    values = {**T5, "d_model": 64, "d_kv": 16, "num_layers": 2, "dropout_rate": 0.0, "tie_word_embeddings": False}
-    config = T5Config(vocab_size=len(tokenizer), eos_token_id=end[1], pad_token_id=tokenizer.pad_token_id, **values)
-    T5ForConditionalGeneration(config).save_pretrained(path)
-    return path
+    """A T5 without knowledge; see `save_t5`."""
+    return save_t5(tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture

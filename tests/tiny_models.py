@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from open_instruct.data import packing
 from open_instruct.flags import default_values
 from open_instruct.methods import METHODS
 from open_instruct.model.backends import BACKENDS
 from open_instruct.model.training_model import PackedModel, PaddedModel, TrainingModel
+from tests.conftest import TINY_MODEL
 
 P, VOCAB = 5, 120
 COMMON = {
@@ -144,3 +147,20 @@ def differences(
         abs(loss - expected_loss) / expected_loss,
         gradient_error(gradient, expected),
     )
+
+
+def save_t5(folder: Path) -> Path:
+    """Save a T5 without knowledge, whose tokenizer is the bundled model's and ends each text with </s>."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer), eos_token_id=end[1], pad_token_id=tokenizer.pad_token_id, d_model=64, d_kv=16,
+        d_ff=64, num_heads=4, num_layers=2, decoder_start_token_id=0, dropout_rate=0.0, tie_word_embeddings=False,
+        relative_attention_num_buckets=8, relative_attention_max_distance=16,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
