@@ -474,6 +474,21 @@ def test_wrong_forms_of_the_tools_are_one_line(names, words, says, adapters, cap
     assert code == 2 and says in error and "Traceback" not in error, error
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"shots": -1}, {"seed": -1}, {"columns": ["x"]}, {"templates": [{}]}, {"exemplars": [{"values": {}}] * 9}, 5],
+)
+def test_a_damaged_record_is_one_line(change, adapters, tmp_path, capsys):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(adapters["shots"], damaged)
+    record = json.loads((damaged / "run.json").read_text())
+    record["rendering"] = {**record["rendering"], **change} if isinstance(change, dict) else change
+    (damaged / "run.json").write_text(json.dumps(record))
+    assert evaluate_main(["--adapter", str(damaged), "--file", str(adapters["data"])]) == 2
+    error = capsys.readouterr().err
+    assert "can't be used" in error and error.count("error:") == 1 and "Traceback" not in error, error
+
+
 def test_flags_of_a_tool_replace_those_of_the_training(adapters, tmp_path, capsys):
     def asked(name: str, *words: str) -> list[dict]:
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"

@@ -142,9 +142,12 @@ def with_exemplars(form: Rendering, file: str | None, seed: int) -> Rendering:
             f"--shots {form.num_shots}: the adapter's training kept {len(form.exemplars)} exemplars, and one may be "
             f"the question itself: give fewer, or {remedy}"
         )
+    what = "an exemplar of the adapter's training"
     try:
-        for template in form.templates or [None]:
-            form.question("an exemplar of the adapter's training", form.exemplars[0].values, template)
-    except (MissingField, KeyError) as error:
+        with input_faults(what, remedy):
+            for exemplar in form.exemplars:
+                for template in form.templates or [None]:
+                    form.question(what, exemplar.values, template)
+    except MissingField as error:
         raise InputError(f"{error}; or {remedy}") from None
     return form

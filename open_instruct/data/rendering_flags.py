@@ -8,6 +8,8 @@ from typing import Any
 from open_instruct.data.rendering import ANSWER, OF_ANSWERS, PROMPT, SYSTEM, Exemplar, Rendering
 from open_instruct.data.templates import Template, read_templates
 from open_instruct.errors import InputError
+from open_instruct.flags.data import MAX_SHOTS
+from open_instruct.flags.optimization import MAX_SEED
 
 # The flags of training, in the order of `rendering_of`'s arguments.
 OF_RENDERING = ("columns", "template", "all_templates", "shots", "sft_messages_key")
@@ -92,4 +94,6 @@ def from_record(record: Mapping[str, Any]) -> Rendering:
     exemplars = tuple(Exemplar(dict(item["values"]), str(item["answer"])) for item in record["exemplars"])
     columns = tuple((str(name), str(column)) for name, column in record["columns"].items())
     shots, seed = int(record["shots"]), int(record["seed"])
+    if not 0 <= shots <= MAX_SHOTS or not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"its shots are {shots}, and its seed {seed}")
     return Rendering(columns, templates, bool(record["all_templates"]), shots, seed, exemplars)
