@@ -26,6 +26,7 @@ from open_instruct.data.templates import Rendered, Template, read_templates
 from open_instruct.errors import InputError
 from open_instruct.evaluate_peft import main as evaluate_main
 from open_instruct.generate_peft import main as generate_main
+from open_instruct.inspect_peft import main as inspect_main
 from tests.conftest import TINY_MODEL
 from tests.test_labels import TOKENIZERS, mask_of, plain_mask
 from tests.tiny_models import save_t5
@@ -520,6 +521,16 @@ def test_flags_of_a_tool_replace_those_of_the_training(adapters, tmp_path, capsy
     capsys.readouterr()
     assert generate_main(["--adapter", str(adapters["shots"]), "--prompt", "horse", "--max_new_tokens", "1"]) == 0
     assert "asked as it is; the adapter was trained with columns prompt=dialogue" in capsys.readouterr().err
+
+
+def test_a_prompt_is_inspected_on_questions_of_its_training(adapters, capsys):
+    words = ["--adapter", str(adapters["shots"]), "--rows", "2", "--top", "1"]
+    assert inspect_main([*words, "--file", str(adapters["data"])]) == 0
+    output = capsys.readouterr()
+    assert "questions as in the adapter's training" in output.err and "Attention to the virtual tokens" in output.out
+    with pytest.raises(SystemExit):
+        inspect_main([*words, "--shots", "0"])
+    assert "are for rows of --file" in capsys.readouterr().err
 
 
 def test_training_goes_on_with_a_warning_about_the_form(adapters, train):
