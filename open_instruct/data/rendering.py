@@ -33,7 +33,7 @@ OF_ANSWERS = (ANSWER, "completion", "output", "messages", "conversations")  # wh
 Messages = list[dict[str, Any]]
 
 
-def text_of(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Return a value as a text, which is the same before and after it has been written as JSON."""
     if isinstance(value, str):
         return value
@@ -250,7 +250,7 @@ class Rendering:
     def own_text(self, values: Mapping[str, Any]) -> str:
         """Return what tells a row from others: the values of its fields."""
         own = [values[name] for name in self.fields if name in values]
-        return duplicates.BETWEEN.join(text_of(value) for value in own)
+        return duplicates.BETWEEN.join(value_text(value) for value in own)
 
     def drawn(self, own: str, generator: random.Random) -> list[Exemplar]:
         """Return the exemplars of a row: never one whose values are the row's, but for case and punctuation."""

@@ -165,7 +165,7 @@ def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTr
         os.environ["RAYON_NUM_THREADS"] = str(settings.num_workers)  # the Rust tokenizer reads it
     settings = replace(settings, overwrite_cache=settings.overwrite_cache and accelerator.is_main_process)
     with accelerator.main_process_first():
-        settings = replace(settings, rendering=with_exemplars(settings))
+        settings = replace(settings, rendering=drawn_rendering(settings))
         bad = BadRows(settings.skip_bad_rows)
         rows, key = training_rows(settings, bad)
         train = build_examples(settings, log_form(rows, accelerator, settings), key, tokenizer, bad)
@@ -218,7 +218,7 @@ def log_form(rows: Iterator[Row], accelerator: Accelerator, settings: DataSettin
         yield source, row
 
 
-def with_exemplars(settings: DataSettings) -> Rendering | None:
+def drawn_rendering(settings: DataSettings) -> Rendering | None:
     """Return how rows become conversations, with exemplars from the training rows if there are to be some."""
     rendering = settings.rendering
     if rendering is None or not rendering.num_shots:
