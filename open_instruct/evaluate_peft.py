@@ -28,6 +28,7 @@ import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
 from open_instruct.adapters.answer_flags import add_answer_flags, wrong_mode
 from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS, check_regex, chosen_rows
+from open_instruct.adapters.question_forms import FORM_FLAGS, add_form_flags
 from open_instruct.command_line import OneLineArgumentParser, add_engine_flag, add_model_flags, at_least, seed
 from open_instruct.data import reading
 from open_instruct.errors import InputError, exit_code, visible
@@ -92,6 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--limit", type=at_least(1), help="number of documents of each harness task; unset: all")
     add("--apply_chat_template", action="store_true", help="put harness questions into the chat template")
+    add_form_flags(parser)
     add_answer_flags(parser)
     args = parser.parse_args(argv)
     if problem := wrong_mode(parser, args):
@@ -100,6 +102,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give one of --file, --lm_eval_tasks and --answers")
     if args.lm_eval_tasks and args.engine != "transformers":
         parser.error("--engine belongs to --file: drop it for --lm_eval_tasks")
+    if args.lm_eval_tasks and any(getattr(args, name) is not None for name in FORM_FLAGS):
+        parser.error("--columns, --template, --shots and --shots_file belong to --file: drop them for --lm_eval_tasks")
     if args.context and args.lm_eval_tasks:
         parser.error("--context belongs to --file: drop it for --lm_eval_tasks")
     if args.answer_regex:
@@ -156,6 +160,10 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
             args.seed,
             args.bad_rows,
             args.context,
+            args.columns,
+            args.template,
+            args.shots,
+            args.shots_file,
             **options,
         )
     text = report.markdown(result)

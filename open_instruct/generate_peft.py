@@ -27,6 +27,7 @@ if not __package__:  # started as a file, from a clone that need not be installe
 import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
+from open_instruct.adapters.question_forms import FORM_FLAGS, add_form_flags, form_of_questions, say_as_it_is
 from open_instruct.command_line import (
     OneLineArgumentParser,
     add_engine_flag,
@@ -59,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--input_file", metavar="FILE", help="file of questions; without it, --prompt and --self_study: a chat")
     add("--prompt", metavar="TEXT", help="answer this one question; only the answer goes to the standard output")
     add("--bad_rows", choices=["error", "skip"], default="error", help=BAD_ROWS)
+    add_form_flags(parser)
     add("--output_file", metavar="FILE", help="file for the answers, as JSON Lines")
     add("--resume", action="store_true", help="continue an unfinished output file")
     add("--batch_size", type=at_least(1, 10**6), default=32, help="largest number of answers at once (default: 32)")
@@ -167,6 +169,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "--combine, --resume, --engine, --context and --conversations belong to --input_file: drop them for a chat",
         ),
         (
+            any(getattr(args, name) is not None for name in FORM_FLAGS) and not args.input_file,
+            "--columns, --template, --shots and --shots_file are for rows of --input_file: give that, or drop them",
+        ),
+        (
             bool(args.prompt and args.conversations),
             "--conversations has no effect with --prompt, which prints an answer alone: remove one",
         ),
@@ -198,7 +204,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, held: ExitStack) -> None:
     """Check, then chat or answer a file."""
-    folders.base_name(args.model_name_or_path, folders.parse_adapters(args.adapter), args.any_base)
+    adapters = folders.parse_adapters(args.adapter)
+    folders.base_name(args.model_name_or_path, adapters, args.any_base)
     if args.input_file:
         reading.files_of(args.input_file)
 
@@ -214,7 +221,10 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
     text = read_context(args.context, "--context") if args.context else None
     kinds = self_study.read_kinds(args.self_study_prompts) if args.self_study else []
     if args.output_file:
-        rows = read_questions(args.input_file, args.bad_rows) if args.input_file else []
+        form = None
+        if args.input_file:
+            form = form_of_questions(adapters, args.columns, args.template, args.shots, args.shots_file, args.seed)
+            rows = read_questions(args.input_file, args.bad_rows, rendering=form)
         settings = {
             "adapter": args.adapter or [],
             "model_name_or_path": args.model_name_or_path,
@@ -227,6 +237,7 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
             "engine": args.engine,
             "context": text and hashlib.sha256(text.encode()).hexdigest(),
             "conversations": args.conversations or None,
+            "questions_form": form and form.key,
             "kinds": [asdict(kind) for kind in kinds] or None,
             "piece_tokens": args.piece_tokens if kinds else None,
             **asdict(sampling),
@@ -245,6 +256,8 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
         args.engine,
     )
     before = context_of(text, served.tokenizer) if text else None
+    if not args.output_file:
+        say_as_it_is(adapters)
     if args.prompt:
         answer = answering.answer_one(served, args.prompt, sampling, args.system, before)
         print(visible(answer) if sys.stdout.isatty() else answer)

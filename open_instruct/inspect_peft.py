@@ -19,6 +19,7 @@ if not __package__:  # started as a file, from a clone that need not be installe
 import open_instruct.interrupts
 import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
+from open_instruct.adapters.question_forms import FORM_FLAGS, add_form_flags
 from open_instruct.command_line import OneLineArgumentParser, add_model_flags, at_least
 from open_instruct.data import reading
 from open_instruct.errors import InputError, exit_code, visible
@@ -44,11 +45,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--neighbours", type=at_least(1), default=3, help="number of nearest tokens of each virtual token (default: 3)"
     )
     parser.add_argument(
+        "--top",
+        type=at_least(1),
+        metavar="N",
+        help="print only the N virtual tokens that moved furthest, or are longest where no start is kept; unset: all",
+    )
+    add_form_flags(parser)
+    parser.add_argument(
         "--output_dir",
         metavar="DIR",
         help="folder for inspection.json, inspection.md and inspection.png; unset: the text is only printed",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.file and any(getattr(args, name) is not None for name in FORM_FLAGS):
+        parser.error("--columns, --template, --shots and --shots_file are for rows of --file: give that, or drop them")
+    return args
 
 
 def run(args: argparse.Namespace, held: ExitStack) -> None:
@@ -57,6 +68,8 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
         raise InputError("give the adapter to inspect with --adapter DIR")
     adapters = folders.parse_adapters(args.adapter)
     folders.check_prompt(adapters[0])
+    if args.top and adapters[0].prompt_kind != "embeddings":
+        raise InputError(f"--top {args.top} has no effect: {adapters[0].title} has no tokens of its own; drop it")
     folders.base_name(args.model_name_or_path, adapters, args.any_base)
     if args.file:
         reading.files_of(args.file)
@@ -73,12 +86,16 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
         args.file,
         args.rows,
         args.neighbours,
+        args.columns,
+        args.template,
+        args.shots,
+        args.shots_file,
         dtype=args.dtype,
         any_base=args.any_base,
         trust_remote_code=args.trust_remote_code,
         allow_pickle=args.allow_pickle,
     )
-    text = report.markdown(result)
+    text = report.markdown(result, args.top)
     try:  # first the files: what was computed is not lost where nobody reads the output
         write_result(args.output_dir, "inspection", text, report.plot, result)
     finally:

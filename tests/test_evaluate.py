@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import open_instruct
 from open_instruct import Sampling
+from open_instruct.adapters.inspection import token_name
 from open_instruct.adapters.scoring import answer_losses, token_scores
 from open_instruct.evaluate_peft import main as evaluate_main
 from open_instruct.finetune_peft import main as finetune
@@ -225,6 +227,35 @@ def test_inspection_finds_what_was_put_there(trained, questions_file, tmp_path, 
     assert "Attention to the virtual tokens" in out and "apple" in out
     assert inspect_main(["--adapter", str(trained / "lora")]) == 2
     assert "no virtual tokens to inspect" in capsys.readouterr().err
+
+
+def test_inspection_prints_the_tokens_that_moved_furthest(trained, tmp_path, capsys):
+    def rows_of(*words: str) -> list[str]:
+        assert inspect_main(["--adapter", str(trained / "prompt_tuning"), *words]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [line for line in lines if re.match(r"\| \d+ \| .*`", line)]
+
+    every = rows_of("--output_dir", str(tmp_path / "out"))
+    moved = json.loads((tmp_path / "out" / "inspection.json").read_text())["moved"]
+    furthest = sorted(range(20), key=lambda i: -moved[i])[:3]
+    assert rows_of("--top", "3") == [every[i] for i in furthest] and rows_of("--top", "99") == every
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(trained / "prompt_tuning" / name, tmp_path / "adapter")
+    assert inspect_main(["--adapter", str(tmp_path / "adapter"), "--top", "2"]) == 0
+    assert "of the 2 virtual tokens that are longest, of 20" in capsys.readouterr().out
+    assert inspect_main(["--adapter", str(trained / "prefix_tuning"), "--top", "2"]) == 2
+    assert "--top 2 has no effect" in capsys.readouterr().err
+
+
+def test_tokens_without_a_glyph_have_their_bytes_as_names():
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+
+    def name_of(text: str) -> list[str]:
+        return [token_name(tokenizer, token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    assert name_of(" apple") == [" apple"] and name_of("\n") == ["<0x0A>"] and name_of("\x06") == ["<0x06>"]
+    assert "".join(name_of("漢")) == "".join(f"<0x{byte:02X}>" for byte in "漢".encode())
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])

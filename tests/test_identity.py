@@ -41,6 +41,8 @@ OTHER = {
     "dataset_mixer": ['{{"{other}": 1.0}}'],
     "dataset_mixer_list": ["{other}", "1.0"],
     "sft_messages_key": ["talk"],
+    "columns": ["prompt=id", "answer=note"],
+    "template": ["{folder}/template.txt"],
     "validation_file": ["{other}"],
     "validation_fraction": ["0.3"],
     "max_eval_samples": ["5"],
@@ -109,6 +111,7 @@ def given(tmp_path_factory) -> SimpleNamespace:
     change_json(folder / "config" / "config.json", rms_norm_eps=0.5)
     change_json(folder / "model" / "config.json", rms_norm_eps=0.25)
     change_json(folder / "tokenizer" / "tokenizer_config.json", eos_token="<pad>")
+    (folder / "template.txt").write_text("Say {prompt}\n---\nSing {prompt}\n")
     context = folder / "context.txt"
     context.write_text("narrow dry old open")
     spoken = folder / "spoken.jsonl"
@@ -160,6 +163,10 @@ def beside(name: str, flags: dict[str, list[str]]) -> dict[str, list[str]]:
     chosen = {} if name in METHOD_FLAGS or name == "adapter_name_or_path" else {f"use_{[*methods, 'lora'][0]}": []}
     if name in ("distill_loss", "distill_weight"):
         chosen["distill_context"] = ["{context}"]
+    if name in ("template", "all_templates", "shots"):
+        chosen["columns"] = ["prompt=id", "answer=note"]
+    if name == "all_templates":
+        chosen["template"] = ["{folder}/template.txt"]
     if name == "distill_system":
         chosen["train_file"] = ["{spoken}"]
     return {key: value for key, value in flags.items() if key not in REPLACES.get(name, ())} | chosen

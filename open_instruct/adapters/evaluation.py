@@ -12,13 +12,15 @@ import numpy as np
 
 from open_instruct.adapters import answer_metrics, writing
 from open_instruct.adapters.answer_metrics import METRICS, Statistic, mean_of
-from open_instruct.adapters.folders import BASE
+from open_instruct.adapters.folders import BASE, parse_adapters
 from open_instruct.adapters.generation import Sampling
+from open_instruct.adapters.question_forms import form_of_questions
 from open_instruct.adapters.scoring import answer_losses, divergences
 from open_instruct.adapters.served import Served, load
 from open_instruct.data import chat, questions
 from open_instruct.data.context import Context, context_of, read_context
 from open_instruct.data.questions import Question
+from open_instruct.data.rendering import Rendering
 from open_instruct.errors import InputError
 from open_instruct.model.backends import head_shape
 
@@ -39,6 +41,10 @@ def evaluate(
     seed: int = 42,
     bad_rows: str = "error",
     context: str | None = None,
+    columns: Sequence[str] | None = None,
+    template: str | None = None,
+    shots: int | None = None,
+    shots_file: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Measure base and adapters on a file; the flags of `evaluate_peft.py --help` say more of the arguments.
@@ -56,6 +62,10 @@ def evaluate(
         seed: seed of the choice of rows and of the bootstrap.
         bad_rows: "error", or "skip": leave out rows that can't be used.
         context: text file that the base is measured behind as well; None: it is not.
+        columns: columns of the questions; this and the next three: see `question_forms.form_of_questions`.
+        template: file of the questions' templates.
+        shots: exemplars before each question.
+        shots_file: rows from which they are drawn.
         options: further arguments of `load`.
 
     Returns:
@@ -64,23 +74,28 @@ def evaluate(
     Raises:
         InputError: wrong input.
     """
-    rows = chosen_questions(file, max_samples, seed, bad_rows)
+    folders = parse_adapters([adapter] if isinstance(adapter, str) else adapter)
+    form = form_of_questions(folders, columns, template, shots, shots_file, seed, answered=True)
+    rows = chosen_questions(file, max_samples, seed, bad_rows, form)
     if answer_regex and "exact_match" in names:  # checked before the model is loaded
         references = [str(question.reference) for question in rows]
         answer_metrics.exact_matches(references, references, answer_regex, normaliser)
     text = read_context(context, "--context") if context else None
     served = load(adapter, model_name_or_path, **options)
     before = context_of(text, served.tokenizer) if text else None
-    return measure(served, rows, names, answer_regex, normaliser, max_new_tokens, batch_size, seed, before)
+    result = measure(served, rows, names, answer_regex, normaliser, max_new_tokens, batch_size, seed, before)
+    return result | {"questions": form and form.describe()}
 
 
-def chosen_questions(file: str, max_samples: int | None, seed: int, bad_rows: str = "error") -> list[Question]:
+def chosen_questions(
+    file: str, max_samples: int | None, seed: int, bad_rows: str = "error", form: Rendering | None = None
+) -> list[Question]:
     """Return the questions of a file with their answers, in the file's order.
 
     Raises:
         InputError: there is none, or one can't be used or has no answer, and `bad_rows` is not "skip".
     """
-    rows = questions.read_questions(file, bad_rows, answered=True)
+    rows = questions.read_questions(file, bad_rows, answered=True, rendering=form)
     return [rows[i] for i in answer_metrics.chosen_rows(len(rows), max_samples, seed)]
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from open_instruct.adapters.folders import AdapterFolder, check_prompt
+from open_instruct.adapters.folders import AdapterFolder, check_prompt, parse_adapters
+from open_instruct.adapters.question_forms import form_of_questions
 from open_instruct.adapters.served import Served, load
 from open_instruct.data import questions, reading
 from open_instruct.errors import InputError, warn
@@ -29,6 +31,10 @@ def inspect(
     file: str | None = None,
     rows: int = 16,
     neighbours: int = 3,
+    columns: Sequence[str] | None = None,
+    template: str | None = None,
+    shots: int | None = None,
+    shots_file: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Look inside a soft prompt.
@@ -39,6 +45,10 @@ def inspect(
         file: questions on which attention is measured; None: it is not measured.
         rows: number of questions that are taken from the file.
         neighbours: number of nearest tokens of each virtual token.
+        columns: columns of the questions; this and the next three: see `question_forms.form_of_questions`.
+        template: file of the questions' templates.
+        shots: exemplars before each question.
+        shots_file: rows from which they are drawn.
         options: further arguments of `load`.
 
     Returns:
@@ -49,7 +59,8 @@ def inspect(
     """
     conversations = []
     if file:
-        every = questions.questions(reading.read_files(reading.files_of(file)))
+        form = form_of_questions(parse_adapters([adapter]), columns, template, shots, shots_file)
+        every = questions.questions(reading.read_files(reading.files_of(file)), rendering=form)
         conversations = [question.messages for question in itertools.islice(every, rows)]
     served = load(adapter, model_name_or_path, **options)
     (folder,) = served.adapters.folders.values()
@@ -179,7 +190,7 @@ def nearest_tokens(
 
     def named(top: Any) -> list[list[Any]]:
         pairs = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        return [[tokenizer.decode([ids[i]]), round(value, 4)] for value, i in pairs]
+        return [[token_name(tokenizer, ids[i]), round(value, 4)] for value, i in pairs]
 
     return [
         {
@@ -189,6 +200,24 @@ def nearest_tokens(
         }
         for vector, cosines, distances in zip(prompt, cosine_PV, distance_PV, strict=True)
     ]
+
+
+def token_name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Return a token's text; of white space, control characters and parts of characters, the bytes: `<0x0A>`.
+
+    One blank before a word stays. A token of another kind of tokenizer, without such bytes, has its name in the
+    vocabulary.
+    """
+    text: str = tokenizer.decode([token])
+    if text.strip() and text.isprintable() and "\ufffd" not in text:
+        return text
+    if "\ufffd" not in text and text:
+        return "".join(f"<0x{byte:02X}>" for byte in text.encode())
+    name = str(tokenizer.convert_ids_to_tokens(token))
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}  # GPT-2's, of byte-level vocabularies
+    if name and all(character in byte_of for character in name):
+        return "".join(f"<0x{byte_of[character]:02X}>" for character in name)
+    return name
 
 
 def norms(vectors: torch.Tensor) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from open_instruct.errors import InputError, one_line
 
 NAMED = 3  # rows that a message names
+OR_COLUMNS = "or (in training, generation, evaluation) name them with --columns prompt=COLUMN answer=COLUMN"
 ENOUGH = 1000  # bad rows after which no further ones are looked for: something is wrong with the file, not with rows
 
 
@@ -71,7 +72,7 @@ class BadRows:
     def remedy(self) -> str:
         """Return what the user can do."""
         if not self.num_good:
-            return "give rows of a known form"
+            return f"give rows of a known form, {OR_COLUMNS}"
         return "repair or remove them, or pass --bad_rows skip to leave them out"
 
     def summary(self) -> str:

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from open_instruct.data.templates import is_before
 from open_instruct.errors import InputError
 from open_instruct.limits import SECONDS, evaluating_input
 from open_instruct.small_files import read_text
@@ -239,10 +240,15 @@ def tokenize(
     )
     ids = [row[:max_length] for row in encoded["input_ids"]]
     spans = [
-        token_spans(offsets[:max_length], spans_of_text)
-        for offsets, spans_of_text in zip(encoded["offset_mapping"], character_spans, strict=True)
+        token_spans(offsets[:max_length], own_spans(messages, spans_of_text))
+        for messages, offsets, spans_of_text in zip(batch, encoded["offset_mapping"], character_spans, strict=True)
     ]
     return ids, spans
+
+
+def own_spans(messages: Messages, answers: Spans) -> Spans:
+    """Return the spans of a conversation's own answers: exemplars before it are not learned."""
+    return answers[-1:] if any(is_before(message) for message in messages) else answers
 
 
 def learned_spans(labels: Labels, answers: Spans, num_tokens: int) -> Spans:

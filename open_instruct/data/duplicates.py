@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from open_instruct.data.templates import Rendered
 from open_instruct.errors import InputError
 
 EXACT, NORMALISED = "exact_hash", "normalised_hash"  # columns of tokenised data
@@ -49,10 +50,19 @@ def normalised(text: str) -> bytes:
 
 
 def conversation_text(messages: Sequence[dict[str, Any]]) -> str:
-    """Return a conversation as one text: roles, contents, and whatever else its messages hold."""
+    """Return a conversation as one text: roles, contents, and whatever else its messages hold.
+
+    Of a question that a template made, it is the row's own values: the same row is equal under every template, and
+    behind every exemplar.
+    """
     parts = []
     for message in messages:
-        parts += [message["role"], message["content"]]
+        content = message["content"]
+        if isinstance(content, Rendered):
+            if content.own is None:
+                continue
+            content = content.own
+        parts += [message["role"], content]
         if len(message) > 2:
             others = {key: value for key, value in message.items() if key not in ("role", "content")}
             others = {key: value for key, value in others.items() if value is not None}  # Arrow fills what is missing

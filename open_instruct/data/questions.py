@@ -12,6 +12,7 @@ from open_instruct.data import chat, forms, reading
 from open_instruct.data.bad_rows import BadRows, note
 from open_instruct.data.pairs import source_ids
 from open_instruct.data.reading import Row
+from open_instruct.data.rendering import Rendering
 from open_instruct.errors import InputError, warn
 
 
@@ -29,23 +30,36 @@ class Question:
         return str(self.messages[-1]["content"])
 
 
-def questions(rows: Iterable[Row], key: str = "messages", bad: BadRows | None = None) -> Iterator[Question]:
+def questions(
+    rows: Iterable[Row],
+    key: str = "messages",
+    bad: BadRows | None = None,
+    rendering: Rendering | None = None,
+    answered: bool = False,
+) -> Iterator[Question]:
     """Yield one question a row: everything before the assistant's last turn if the row ends with it, else all of it.
 
     Args:
         rows: the rows.
         key: column of the messages.
         bad: takes the errors of single rows; None: the first one is raised.
+        rendering: makes a conversation of each row's columns; None: it has a known form.
+        answered: a row without an answer can't be used, where columns are named.
 
     Raises:
-        InputError: a row of no known form, or with content that is no text.
+        InputError: a row of no known form, or with content that is no text; or the first one lacks a column.
     """
+    is_first = True
     for source, row in rows:
         try:
-            messages = forms.to_messages(source, row, key, answered=False)
+            if rendering:
+                (messages,) = rendering.conversations(source, row, answered and bool(rendering.columns))
+            else:
+                messages = forms.to_messages(source, row, key, answered=False)
         except InputError as error:
-            note(bad, error)
+            note(None if is_first and reading.is_of_all(error, bad) else bad, error)
             continue
+        is_first = False
         if bad is not None:
             bad.keep()
         if messages[-1]["role"] == "assistant":
@@ -54,20 +68,24 @@ def questions(rows: Iterable[Row], key: str = "messages", bad: BadRows | None = 
             yield Question(source, messages, None)
 
 
-def read_questions(file: str, bad_rows: str = "error", answered: bool = False) -> list[Question]:
+def read_questions(
+    file: str, bad_rows: str = "error", answered: bool = False, rendering: Rendering | None = None
+) -> list[Question]:
     """Return the questions of a file, folder or data set, in its order.
 
     Args:
         file: a source, as `reading.files_of` takes it.
         bad_rows: "error", or "skip": leave out the rows that can't be used, with a warning that counts them.
         answered: a row without an answer can't be used.
+        rendering: see `questions`.
 
     Raises:
         InputError: there is no row, or one can't be used and must be.
     """
     bad = BadRows(bad_rows == "skip")
     rows = []
-    for question in questions(reading.read_files(reading.files_of(file), bad), bad=bad):
+    read = reading.read_files(reading.files_of(file), bad)
+    for question in questions(read, bad=bad, rendering=rendering, answered=answered):
         if answered and question.reference is None:
             bad.reject(
                 InputError(

@@ -13,11 +13,13 @@ import pyarrow as pa
 from open_instruct.data import forms, lines, shards
 from open_instruct.data.bad_rows import BadRows, note
 from open_instruct.data.kinds import BYTE_ORDER_MARK, TABLE_SUFFIXES, file_kind, is_json, is_table, open_bytes
+from open_instruct.data.templates import MissingField
 from open_instruct.data.texts import shown
 from open_instruct.errors import InputError, input_faults
 
 if TYPE_CHECKING:  # it imports transformers, for which a first answer must not wait
     from open_instruct.data.context import ContextSource
+    from open_instruct.data.rendering import Rendering
 
 Row = tuple[str, dict[str, Any]]
 """(source, columns): the source names where the row stands, for error messages."""
@@ -227,6 +229,7 @@ def conversations(
     key: str = "messages",
     bad: BadRows | None = None,
     context: ContextSource | None = None,
+    rendering: Rendering | None = None,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield each row's source and checked messages.
 
@@ -235,17 +238,26 @@ def conversations(
         key: column of the messages.
         bad: takes the errors of single rows, and decides whether good ones still count; None: the first is raised.
         context: finds each row's own context, which then begins its messages.
+        rendering: makes conversations of each row's columns; None: it has a known form.
 
     Raises:
-        InputError: a row is no conversation.
+        InputError: a row is no conversation; or the first one lacks a column, as all will.
     """
+    is_first = True
     for source, row in rows:
         try:
-            messages = forms.to_messages(source, row, key)
+            made = rendering.conversations(source, row) if rendering else [forms.to_messages(source, row, key)]
             if context:
-                messages = context.with_context(source, row, messages)
+                made = [context.with_context(source, row, messages) for messages in made]
         except InputError as error:
-            note(bad, error)
+            note(None if is_first and is_of_all(error, bad) else bad, error)
             continue
+        is_first = False
         if bad is None or bad.keep():
-            yield source, messages
+            for messages in made:
+                yield source, messages
+
+
+def is_of_all(error: InputError, bad: BadRows | None) -> bool:
+    """Return whether a first row's error is one of all rows, which are then not read: a column is not there."""
+    return isinstance(error, MissingField) and not (bad and bad.skip)

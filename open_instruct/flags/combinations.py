@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from typing import Any
 
@@ -68,6 +69,24 @@ def bad_mixture(words: list[str]) -> str | None:
         if not means_rows:
             return f"amount {amount[:40]!r} of {name} must be a number of rows (2000), or a share up to 1.0 (0.5)"
     return None
+
+
+def bad_columns(words: list[str]) -> str | None:
+    """Refuse what names no columns."""
+    names = [word.partition("=")[0] for word in words]
+    for word in words:
+        name, equals, column = word.partition("=")
+        if not equals or not column or not re.fullmatch(r"[^\W\d]\w*", name):
+            return f"{word[:80]!r} is not NAME=COLUMN, as prompt=dialogue"
+    twice = next((name for name in names if names.count(name) > 1), None)
+    return f"the name {twice} stands there twice: give each name one column" if twice else None
+
+
+def columns_of_rows(flags: Any) -> str | None:
+    """Refuse columns that can't be named, or beside another column of the conversation."""
+    if flags.sft_messages_key != "messages":
+        return "it names columns of rows without --sft_messages_key: drop one of the two flags"
+    return bad_columns(flags.columns)
 
 
 def unused_init_text(flags: Any) -> str | None:

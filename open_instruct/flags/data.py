@@ -12,6 +12,16 @@ BAD_ROWS = (
     "what to do with rows that can't be used (malformed, without text, without an answer …): error: count them, name "
     "the first three, and stop; skip: count them and leave them out"
 )
+COLUMNS = (
+    "columns of rows in a form of their own: prompt=COLUMN answer=COLUMN, and system=COLUMN for a system message; any "
+    "other NAME=COLUMN gives a column the name by which a template knows it"
+)
+TEMPLATE = (
+    "file of the question's text, with fields as {dialogue} for columns, or in Jinja if its name ends in .jinja; "
+    "several templates are separated by lines of ---, and each row gets one of them, drawn by seed"
+)
+SHOTS = "exemplars before each question, drawn by seed from training rows, never the row itself, and never learned"
+MAX_SHOTS = 63  # see `rendering.MAX_EXEMPLARS`
 MAX_ROWS = 10**12
 
 
@@ -62,10 +72,20 @@ class DataFlags:
     sft_messages_key: str = flag(
         "messages", "column that holds the conversation", in_study="same", differs="the same", on_resume="content"
     )
+    columns: list[str] | None = flag(None, COLUMNS, in_study="same", check=checks.columns_of_rows, on_resume="content")
+    template: str | None = flag(None, TEMPLATE, in_study="same", on_resume="content")
+    all_templates: bool = flag(
+        False,
+        "each row makes an example with every template; none of a row's examples is held out unless all are",
+        needs="template",
+        in_study="same",
+        on_resume="content",
+    )
+    shots: int = flag(0, SHOTS, at_least=0, at_most=MAX_SHOTS, in_study="same", on_resume="content")
     labels: Literal["answers", "last", "all"] = flag(
         "answers",
         "what is learned of a conversation, and measured by the held-out loss. answers: all of the assistant's turns; "
-        "last: the last one; all: every token but the first, which nothing predicts",
+        "last: the last one; all: every token but the first, which nothing predicts, exemplars included",
         on_resume="same",
         causal_only=True,
     )

@@ -10,8 +10,13 @@ from matplotlib import pyplot as plt
 from open_instruct.report import pictures
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """Return tables of the figures."""
+def markdown(result: dict[str, Any], top: int | None = None) -> str:
+    """Return tables of the figures.
+
+    Args:
+        result: content of inspection.json.
+        top: number of virtual tokens in the table, those that moved furthest, else the longest; None: all, in order.
+    """
     lines = [f"{result['adapter']}: {result['method']}, {result['virtual_tokens']} virtual tokens"]
     if "norms" in result:
         names = list(result["norms"]["vocabulary"])
@@ -22,12 +27,13 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         lines += [
             "",
-            "Nearest tokens:",
+            heading(result, top),
             "",
             "| | length | moved | by cosine | by distance | at the start, by cosine |",
             "|---" * 6 + "|",
         ]
-        for number, token in enumerate(result["end"]):
+        for number in shown_tokens(result, top):
+            token = result["end"][number]
             moved = f"{result['moved'][number]:.3g}" if "moved" in result else ""
             before = token_list(result["start"][number]["cosine"]) if "start" in result else "not kept"
             lines.append(
@@ -57,6 +63,24 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["| layer | share |", "|---|---|"]
         lines += [f"| {layer} | {share:.1%} |" for layer, share in enumerate(result["attention"]["mass"])]
     return "\n".join(lines)
+
+
+def shown_tokens(result: dict[str, Any], top: int | None) -> list[int]:
+    """Return the virtual tokens of the table, in its order; see `markdown`."""
+    number = len(result["end"])
+    if top is None or top >= number:
+        return list(range(number))
+    size = result.get("moved") or [token["norm"] for token in result["end"]]
+    return sorted(range(number), key=lambda i: -size[i])[:top]
+
+
+def heading(result: dict[str, Any], top: int | None) -> str:
+    """Return what stands above the table of tokens."""
+    number = len(result["end"])
+    if top is None or top >= number:
+        return "Nearest tokens:"
+    kind = "that moved furthest" if "moved" in result else "that are longest"
+    return f"Nearest tokens of the {top} virtual tokens {kind}, of {number} (inspection.json has all):"
 
 
 def token_list(tokens: list[list[Any]]) -> str:

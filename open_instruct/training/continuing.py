@@ -68,6 +68,11 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
     for name, value in values.items():
         if name in origins and getattr(flags, name) not in (None, value):
             raise InputError(f"--{name} {getattr(flags, name)} contradicts the {value} of {folder.path}: drop the flag")
+    if folder.record.get("rendering") and not (flags.columns or flags.template or flags.shots):
+        warn(
+            f"{folder.path} was trained on rows with --columns, --template or --shots, and this run reads rows as they "
+            "are: give these flags again to keep the form"
+        )
     values["model_name_or_path"] = folders.base_name(flags.model_name_or_path, [folder])
     adopted = replace(flags, **values)
     taken = {name: "adapter" for name in values if name != "model_name_or_path"}

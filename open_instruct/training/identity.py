@@ -42,6 +42,7 @@ OF_ONE_PROCESS = (
     "train_file",
     "validation_file",
     "distill_context",
+    "template",
     "dataset_name",
     "dataset_mixer",
     "dataset_mixer_list",

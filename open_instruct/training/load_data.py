@@ -18,7 +18,9 @@ from open_instruct.data.bad_rows import BadRows
 from open_instruct.data.chat import Labels
 from open_instruct.data.context import ContextSource, ContextTokens
 from open_instruct.data.dataset import Examples
+from open_instruct.data.held_out_groups import hold_out_groups
 from open_instruct.data.reading import Row
+from open_instruct.data.rendering import Rendering
 from open_instruct.errors import InputError
 
 DEFAULT_MAX_SEQ_LENGTH = 4096
@@ -48,6 +50,7 @@ class DataSettings:
     overwrite_cache: bool
     labels: Labels = "answers"  # what is learned, and measured on held-out rows
     context: ContextSource | None = None  # of the rows' own contexts, which are distilled
+    rendering: Rendering | None = None  # makes conversations of named columns, with templates and exemplars
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Data:
     # The held-out rows with their answers labelled, whatever is learned: what is asked, and compared by a study.
     held_out_answers: Examples | None
     overlap: duplicates.Overlap | None  # of the held-out rows with the training rows; None: none are held out
+    rendering: Rendering | None = None  # with its exemplars; None: rows had a known form
 
     def fingerprints(self) -> dict[str, Any]:
         """Return what identifies the data in run.json and in checkpoints."""
@@ -70,6 +74,15 @@ class Data:
         if self.held_out and self.held_out.fingerprint == self.train.fingerprint:  # a part of the same file
             del sets["held out"]
         return {name: examples.bad_rows for name, examples in sets.items() if examples and examples.bad_rows}
+
+    def record(self) -> dict[str, Any]:
+        """Return the entries of run.json about the data."""
+        return {
+            "data": self.fingerprints(),
+            "bad_rows": self.bad_rows(),
+            "held_out_duplicates": self.overlap and self.overlap.counts(),
+            "rendering": self.rendering and self.rendering.record(),
+        }
 
     def contents(self) -> dict[str, Any]:
         """Return hashes of the tokens and labels of both sets, in their order: what a resumed run must share."""
@@ -152,9 +165,10 @@ def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTr
         os.environ["RAYON_NUM_THREADS"] = str(settings.num_workers)  # the Rust tokenizer reads it
     settings = replace(settings, overwrite_cache=settings.overwrite_cache and accelerator.is_main_process)
     with accelerator.main_process_first():
+        settings = replace(settings, rendering=drawn_rendering(settings))
         bad = BadRows(settings.skip_bad_rows)
         rows, key = training_rows(settings, bad)
-        train = build_examples(settings, log_form(rows, accelerator, settings.messages_key), key, tokenizer, bad)
+        train = build_examples(settings, log_form(rows, accelerator, settings), key, tokenizer, bad)
         held_out = None
         if settings.validation_file:
             path = Path(settings.validation_file)
@@ -168,9 +182,11 @@ def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTr
             held_out = build_examples(settings, rows, key, tokenizer, bad)
             held_out = dataset.draw(held_out, settings.max_eval_samples, settings.seed)
         else:
-            train, held_out = dataset.hold_out(
-                train, settings.validation_fraction, settings.max_eval_samples, settings.seed
-            )
+            how = settings.validation_fraction, settings.max_eval_samples, settings.seed
+            if settings.rendering and settings.rendering.groups_rows:
+                train, held_out = hold_out_groups(train, *how, settings.rendering.exemplar_hashes())
+            else:
+                train, held_out = dataset.hold_out(train, *how)
     train = dataset.draw(train, settings.max_train_samples, settings.seed)
     overlap = None
     if held_out:
@@ -183,18 +199,32 @@ def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTr
         held_out and held_out.labelled("held-out", settings.max_length),
         held_out and held_out.by_answers(),
         overlap,
+        settings.rendering,
     )
     accelerator.print(data.describe())
     return data
 
 
-def log_form(rows: Iterator[Row], accelerator: Accelerator, key: str) -> Iterator[Row]:
+def log_form(rows: Iterator[Row], accelerator: Accelerator, settings: DataSettings) -> Iterator[Row]:
     """Yield the rows unchanged, and print the form of the first when it is read."""
+    rendering = settings.rendering
     for number, (source, row) in enumerate(rows):
         if number == 0:
             with suppress(InputError):  # whoever uses the row says what is wrong with it
-                accelerator.print(f"reading {source}: form {forms.form_of(source, row, key)}")
+                is_named = rendering and rendering.columns
+                form = "" if is_named else f"form {forms.form_of(source, row, settings.messages_key)}"
+                described = rendering.describe() if rendering else ""
+                accelerator.print(f"reading {source}: {'; '.join(part for part in (form, described) if part)}")
         yield source, row
+
+
+def drawn_rendering(settings: DataSettings) -> Rendering | None:
+    """Return how rows become conversations, with exemplars from the training rows if there are to be some."""
+    rendering = settings.rendering
+    if rendering is None or not rendering.num_shots:
+        return rendering
+    rows, _ = training_rows(settings, BadRows(skip=True))
+    return rendering.with_exemplars(rows, "the training data")
 
 
 def training_rows(settings: DataSettings, bad: BadRows) -> tuple[Iterator[Row], str | None]:
@@ -216,9 +246,10 @@ def build_examples(
 ) -> Examples:
     """Turn rows into examples, through the cache where their content is known; `bad` has those that can't be read."""
     context = settings.context
-    named = reading.conversations(rows, settings.messages_key, bad, context)
+    named = reading.conversations(rows, settings.messages_key, bad, context, settings.rendering)
     source_key = f"{key} {settings.messages_key}" + (" without bad rows" if bad.skip else "")
     source_key += f" {context.key}" if context else ""
+    source_key += f" {settings.rendering.key}" if settings.rendering else ""
     cache = settings.cache_dir if key else None
     contexts = ContextTokens(tokenizer) if context and context.is_by_row else None
     return dataset.build(

@@ -21,6 +21,7 @@ from open_instruct.adapters.folders import AdapterFolder
 from open_instruct.data.chat import PLAIN
 from open_instruct.data.context import source_of
 from open_instruct.data.plan import Plan
+from open_instruct.data.rendering_flags import OF_RENDERING, rendering_of
 from open_instruct.errors import InputError
 from open_instruct.flags import FIELDS, Flags, names_with
 from open_instruct.flags.declare import causal_only_problems
@@ -68,8 +69,7 @@ class Settings:
 
     def eval_steps(self, plan: Plan) -> int:
         """Return the steps between held-out evaluations; 0: none between start and end."""
-        given = self.flags.eval_steps
-        return max(1, plan.num_steps // 5) if given is None else given
+        return max(1, plan.num_steps // 5) if self.flags.eval_steps is None else self.flags.eval_steps
 
     def check_engine(self, engine: Feature | None) -> None:
         """Refuse combinations of method, engine and base that don't work.
@@ -159,9 +159,7 @@ class Resolved(Settings):
             "world_size": num_processes,
             "engine": engine and str(engine),
             "seed": self.flags.seed,
-            "data": data.fingerprints(),
-            "bad_rows": data.bad_rows(),
-            "held_out_duplicates": data.overlap and data.overlap.counts(),
+            **data.record(),
             "resumed_from": saved and str(saved.path),
         }
 
@@ -304,6 +302,7 @@ def before_data(
             overwrite_cache=flags.overwrite_cache,
             labels=flags.labels,
             context=distilled,
+            rendering=rendering_of(seed, *(getattr(flags, name) for name in OF_RENDERING)),
         ),
         processes=ProcessSettings(
             compute_dtype=model.compute_dtype,
