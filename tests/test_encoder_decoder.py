@@ -167,7 +167,7 @@ def test_packed_pairs_equal_each_pair_alone(architecture, method_name):
 @pytest.mark.parametrize("mistake", ["boundary", "distances", "source", "order"])
 def test_a_wrong_row_is_found(mistake, monkeypatch):
     """Boundaries off by one, a prefix without its distances, a decoder that sees another source, a future token."""
-    from open_instruct.model import encoder_decoder
+    from open_instruct.model import encoder_decoder, pair_attention
 
     model, method = wrap("prefix_tuning", random_model("gated t5"))
     own = encoder_decoder.bounds_of
@@ -176,9 +176,9 @@ def test_a_wrong_row_is_found(mistake, monkeypatch):
             encoder_decoder, "bounds_of", lambda lengths: own([lengths[0] + 1, lengths[1] - 1, *lengths[2:]])
         )
     if mistake == "distances":
-        monkeypatch.setattr(encoder_decoder, "prefix_bias", lambda table, p, t, like: like.new_zeros(1, 1, t, p))
+        monkeypatch.setattr(pair_attention, "prefix_bias", lambda table, p, t, like: like.new_zeros(1, 1, t, p))
     if mistake == "order":
-        monkeypatch.setattr(encoder_decoder, "hidden_keys", lambda *sizes: None)
+        monkeypatch.setattr(pair_attention, "hidden_keys", lambda *sizes: None)
     expected = sum(token_losses(model, one).sum().item() for one in pairs())
     batch = pack_pairs(pairs(), 0)
     if mistake == "source":  # each target beside another pair's source
@@ -207,12 +207,12 @@ def test_padded_pairs_equal_each_pair_alone(architecture):
 
 def test_the_probe_agrees_with_exact_models_only(monkeypatch):
     """It takes what is exact, and gives a reason against what is not."""
-    from open_instruct.model import encoder_decoder
+    from open_instruct.model import encoder_decoder, pair_attention
 
     model, method = wrap("prefix_tuning", random_model("gated t5"))
     packed, reason = try_packed(model, method, 0, torch.float32)
     assert packed is not None and not reason
-    monkeypatch.setattr(encoder_decoder, "prefix_bias", lambda table, p, t, like: like.new_zeros(1, 1, t, p))
+    monkeypatch.setattr(pair_attention, "prefix_bias", lambda table, p, t, like: like.new_zeros(1, 1, t, p))
     packed, reason = try_packed(model, method, 0, torch.float32)
     assert packed is None and "differs from its own" in reason
     monkeypatch.setattr(encoder_decoder, "kinds_of", lambda causal: (_ for _ in ()).throw(CannotPack("it can't")))
