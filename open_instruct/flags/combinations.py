@@ -129,6 +129,15 @@ def needs_packing(flags: Any) -> str | None:
     return None if flags.packing else "it belongs to the packed forward pass: remove it, or drop --packing False"
 
 
+def unused_patience(flags: Any) -> str | None:
+    """Refuse to wait for a held-out loss that is not measured while a run trains."""
+    if not flags.validation_file and not flags.validation_fraction:
+        return "no rows are held out: remove it, or set --validation_fraction or --validation_file"
+    if flags.eval_steps == 0:
+        return "--eval_steps 0 measures only the start and the end: remove one of the two flags"
+    return None
+
+
 def bad_checkpointing_steps(text: str) -> str | None:
     """Refuse what is neither `epoch` nor a positive number of steps."""
     if text == "epoch" or (text.isascii() and text.isdigit() and len(text) < 11 and int(text) > 0):

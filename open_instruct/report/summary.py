@@ -45,6 +45,7 @@ def summary_lines(
         f"time                {summary['wall_seconds']:.1f} s for {summary['steps']} steps, "
         f"{summary['tokens']:,} tokens ({summary['tokens_per_second']:,.0f} tokens/s), "
         f"peak memory {summary['peak_memory_mb']:,.0f} MB",
+        f"ended by            {summary['ended_by']}",
     ]
     if exact:
         lines.append(

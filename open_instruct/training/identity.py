@@ -79,7 +79,7 @@ def of_data(
     names = [
         item for item in names_with("on_resume", "same") if method in (FIELDS[item].metadata["methods"] or (method,))
     ]
-    chooses_best = flags.keep_best and data.held_out is not None
+    evaluations_count = (flags.keep_best or flags.patience is not None) and data.held_out is not None
     return {
         "method": method,
         "base model": loading.weights_key(settings.model.name, config),
@@ -96,8 +96,8 @@ def of_data(
         "dtype": str(settings.compute_dtype),
         "final_lr_ratio": flags.final_lr_ratio or 0.0,
         "split_seed": settings.data.seed,
-        # Evaluations choose the parameters that are saved.
-        "eval_steps": settings.eval_steps(plan) if chooses_best else None,
+        # Evaluations choose the parameters that are saved, and may end the run.
+        "eval_steps": settings.eval_steps(plan) if evaluations_count else None,
         # A loss that is summed over tokens is divided by the number of micro-batches.
         "micro-batches of a step": (
             flags.gradient_accumulation_steps * num_processes if flags.reduce_loss == "sum" else None

@@ -20,6 +20,7 @@ from open_instruct.methods import Method
 from open_instruct.model.weights import not_finite, some_of
 from open_instruct.training import checkpoint, engines, sharding
 from open_instruct.training.doctor import Doctor, Finding
+from open_instruct.training.ending import end_text, has_ended
 from open_instruct.training.evaluation import held_out_loss
 from open_instruct.training.faults import is_out_of_memory, out_of_memory
 from open_instruct.training.forward import Forward
@@ -42,6 +43,7 @@ class LoopSettings:
     checkpoint_every: int  # steps; 0: none
     keep_checkpoints: int  # -1: all
     keep_best: bool
+    patience: int | None = None  # evaluations in a row without a lower loss that end the run; None: all steps are made
     sum_loss: bool = False
     sync_each_batch: bool = False
     in_float16: bool = False  # the base computes in float16, so that small gradients would become 0
@@ -68,7 +70,9 @@ class TrainingJob:
 
 
 def fit(job: TrainingJob, state: TrainState) -> None:
-    """Measure the base and the start, then train from `state.step` to the plan's end. Updates `state`.
+    """Measure the base and the start, then train from `state.step` to the run's end. Updates `state`.
+
+    The end is the plan's, or an earlier one (--patience).
 
     Raises:
         InputError: loss or gradient stays infinite or NaN (the parameters are those of the last finite step), or memory
@@ -90,7 +94,9 @@ def fit(job: TrainingJob, state: TrainState) -> None:
         measure_start(job, state)
     job.model.train()
     job.guard.remember()  # from here on there is something to save
-    for step in range(state.step, plan.num_steps):
+    # Asked before the first step, too: the checkpoint may be that of the step that ended the run.
+    while not has_ended(state, plan.num_steps, settings.patience):
+        step = state.step
         step_started = time.perf_counter()
         indices = plan.examples(step)
         label_tokens = int(examples.label_counts[indices].sum())
@@ -136,6 +142,7 @@ def fit(job: TrainingJob, state: TrainState) -> None:
                 window_seconds, window_tokens = 0.0, 0
         if (settings.eval_steps and state.step % settings.eval_steps == 0) or is_last:
             evaluate_held_out(job, state)
+            is_last = has_ended(state, plan.num_steps, settings.patience)
         state.wall_seconds = seconds_before + time.perf_counter() - started
         is_due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
         is_preempted = totals[1].item() > 0 and not is_last
@@ -145,6 +152,8 @@ def fit(job: TrainingJob, state: TrainState) -> None:
         if is_preempted:
             raise Preempted(stopped_text(job, f"after step {state.step}"))
     state.wall_seconds = seconds_before + time.perf_counter() - started
+    if state.step < plan.num_steps:
+        metrics.print(f"ended by {end_text(state, plan.num_steps)}")
     if not state.best_is_earlier:
         check_trained_finite(job, state)
 

@@ -38,6 +38,7 @@ from open_instruct.training import (
 )
 from open_instruct.training.continuing import adopt_adapter, copy_for_saving, put_adapter_on
 from open_instruct.training.doctor import Doctor
+from open_instruct.training.ending import check_patience, end_text
 from open_instruct.training.faults import explained_faults
 from open_instruct.training.load_data import Data, load_data
 from open_instruct.training.loop import TrainingJob, fit, stop_at_end
@@ -196,6 +197,7 @@ def read_inputs(
         accelerator.print(line)
     before.forward.check_rows(data.longest)
     plan = before.plan(len(data.train), accelerator.num_processes)
+    check_patience(before.flags.patience, before.eval_steps(plan), plan.num_steps)
     context = distilling.context_of_run(before.data.context, data, tokenizer)
     distilling.check_room(context, data, config)
     if context:
@@ -268,6 +270,7 @@ def save_result(
         warn(f"stopped by {job.guard.signal}: the sample answers are left out, everything else is saved")
     summary = {
         **state.summary(),
+        "ended_by": end_text(state, job.plan.num_steps),
         **memory.counts(model),
         "adapter_bytes": num_bytes,
         "peak_memory_mb": tracking.peak_memory_mb(),

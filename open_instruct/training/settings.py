@@ -24,7 +24,7 @@ from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError
 from open_instruct.flags import FIELDS, Flags, names_with
 from open_instruct.flags.declare import causal_only_problems
-from open_instruct.methods import METHODS, Feature, Method, ModelFacts, Recipe
+from open_instruct.methods import METHODS, Feature, Method, ModelFacts
 from open_instruct.model import loading
 from open_instruct.model.distillation import DistillationSettings
 from open_instruct.training.base_model import BaseModelSettings, TokenizerSettings, absolute
@@ -196,6 +196,7 @@ class Resolved(Settings):
             checkpoint_every=plan.steps_per_epoch if checkpoint_every is None else checkpoint_every,
             keep_checkpoints=flags.keep_last_n_checkpoints,
             keep_best=flags.keep_best,
+            patience=flags.patience,
             sum_loss=flags.reduce_loss == "sum",
             sync_each_batch=flags.sync_each_batch,
             in_float16=self.compute_dtype == torch.float16,
@@ -364,7 +365,7 @@ def with_recipe(settings: Settings, facts: ModelFacts, sharded: bool) -> Resolve
         origins["learning_rate"] = f"recipe × {flags.learning_rate_factor:g}"
     if method.init_flag and given[method.init_flag] is None and flags.prompt_tuning_init_text:
         values[method.init_flag], origins[method.init_flag] = "text", "flag prompt_tuning_init_text"
-    for name, value in recipe_values(method, recipe, sharded).items():
+    for name, value in recipe.values(method.init_flag, sharded).items():
         if given[name] is None and name not in values:
             values[name], origins[name] = value, "recipe"
     known = given | values
@@ -384,17 +385,3 @@ def with_recipe(settings: Settings, facts: ModelFacts, sharded: bool) -> Resolve
         ),
         recipe_sources=recipe.sources,
     )
-
-
-def recipe_values(method: Method, recipe: Recipe, sharded: bool) -> dict[str, Any]:
-    """Return a recipe's values by the names of their flags."""
-    values = {
-        "learning_rate": recipe.learning_rate,
-        "lr_scheduler_type": recipe.lr_scheduler_type,
-        "warmup_ratio": recipe.warmup_ratio,
-        "weight_decay": recipe.weight_decay,
-        "clip_grad_norm": recipe.clip_grad_norm,
-    }
-    if method.init_flag:
-        values[method.init_flag] = "text" if sharded and recipe.init == "screened" else recipe.init
-    return values

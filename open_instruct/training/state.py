@@ -27,6 +27,15 @@ class History:
     evaluations: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out loss)
     reported: list[str] = field(default_factory=list)  # names of findings
 
+    @property
+    def num_without_better(self) -> int:
+        """Evaluations after the one with the lowest loss; one that is not finite is never the lowest."""
+        lowest, count = math.inf, 0
+        for _, loss in self.evaluations:
+            is_lower = finite_or_inf(loss) < lowest
+            lowest, count = (loss, 0) if is_lower else (lowest, count + 1)
+        return count
+
 
 def median_norm(vectors: torch.Tensor | None) -> float:
     """Return the median length of vectors [P, D]; nan where there are none."""
