@@ -12,9 +12,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from open_instruct.command_line import parse
+from open_instruct.data.sources import mixture_of
 from open_instruct.errors import InputError
 from open_instruct.finetune_peft import main
 from open_instruct.flags import FIELDS, METHOD_FLAGS, Flags, check_flags
+from open_instruct.flags.combinations import parse_weights
 from open_instruct.training import base_model, distilling, identity, settings
 from open_instruct.training.continuing import adopt_adapter
 from open_instruct.training.load_data import load_data
@@ -67,6 +69,8 @@ OTHER = {
     "distill_context": ["{context}"],
     "distill_column": ["note"],
     "distill_weight": ["0.5"],
+    "source_weights": ["sort=2"],
+    "mixture_temperature": ["2"],
 }
 REPLACES = {  # what has to go beside a flag
     "dataset_name": ["train_file"],
@@ -135,7 +139,9 @@ def identity_of(given: SimpleNamespace, flags: dict[str, list[str]]) -> dict[str
     tokenizer = base_model.load_base_tokenizer(before.tokenizer)
     data = load_data(before.data, Accelerator(), tokenizer)
     context = distilling.context_of_run(before.data.context, data, tokenizer)
-    own = identity.of_data(before, data, context, config, before.plan(len(data.train), 1), 1)
+    weights = parse_weights(parsed.source_weights) if parsed.source_weights else None
+    mixture = mixture_of(data.train.sources, weights, parsed.mixture_temperature, parsed.seed)
+    own = identity.of_data(before, data, context, config, before.plan(len(data.train), 1, mixture), 1)
     recipe = {name: getattr(parsed, name) for name in identity.OF_THE_RECIPE}
     return json.loads(json.dumps({**own, **recipe}, default=str))
 
@@ -160,6 +166,8 @@ def beside(name: str, flags: dict[str, list[str]]) -> dict[str, list[str]]:
     chosen = {} if name in METHOD_FLAGS or name == "adapter_name_or_path" else {f"use_{[*methods, 'lora'][0]}": []}
     if name in ("distill_loss", "distill_weight"):
         chosen["distill_context"] = ["{context}"]
+    if name in ("source_weights", "mixture_temperature"):
+        chosen["train_file"] = ["{data}", "{other}"]  # of two sources
     if name == "distill_system":
         chosen["train_file"] = ["{spoken}"]
     return {key: value for key, value in flags.items() if key not in REPLACES.get(name, ())} | chosen

@@ -19,6 +19,7 @@ from open_instruct.adapters.served import Served, load
 from open_instruct.data import chat, questions
 from open_instruct.data.context import Context, context_of, read_context
 from open_instruct.data.questions import Question
+from open_instruct.data.sources import MAX_MEASURED, NO_SOURCE
 from open_instruct.errors import InputError
 from open_instruct.model.backends import head_shape
 
@@ -106,15 +107,16 @@ def measure(
     models |= dict.fromkeys(served.names)
     max_length = max_row_length(served, context)  # the same for all, so that all score the same tokens
     figures: dict[str, dict[str, dict[str, Any]]] = {}
-    answers = {}
+    answers, sums = {}, {}
     num_truncated = num_unlabelled = num_unanswered = 0
     for name, before in models.items():
         statistics: dict[str, Statistic] = {}
         figures[name] = {}
         if "loss" in names:
-            losses, num_truncated, num_unlabelled = loss_statistics(
+            losses, sums[name], num_truncated = loss_statistics(
                 served, name, rows, max_length, batch_size, context, before
             )
+            num_unlabelled = int((sums[name][:, 1] == 0).sum())
             num_labelled = len(rows) - num_unlabelled
             figures[name] = answer_metrics.figures(losses, num_labelled, answer_metrics.resamples(num_labelled, seed))
         if set(names) - {"loss"}:
@@ -145,6 +147,7 @@ def measure(
         "bytes_before": bytes_before(served, context),
         "first_token_seconds": first_token_seconds(served, rows, models) if context else {},
         "figures": figures,
+        "loss_by_source": loss_by_source(sums, [question.named_source for question in rows], seed),
         "differences_from_base": differences,
         "examples": [
             {"question": question.text, "reference": question.reference, **{name: answers[name][i] for name in answers}}
@@ -220,7 +223,7 @@ def loss_statistics(
     batch_size: int,
     context: Context | None = None,
     before: Context | None = None,
-) -> tuple[dict[str, Statistic], int, int]:
+) -> tuple[dict[str, Statistic], np.ndarray, int]:
     """Return loss and perplexity per labelled token, as statistics of the rows that have a labelled token.
 
     All of the assistant's turns are labelled, as in training.
@@ -235,7 +238,8 @@ def loss_statistics(
         before: the context if the model is the base behind it.
 
     Returns:
-        The statistics, how many rows were cut to `max_length` tokens, and how many of these have no label left.
+        The statistics; of each row, summed loss and labelled tokens [rows, 2]; how many rows were cut to `max_length`
+        tokens.
 
     Raises:
         InputError: nothing is labelled within `max_length` tokens.
@@ -274,7 +278,46 @@ def loss_statistics(
             apart = all_apart[sums[:, 1] > 0]
         statistics["divergence"] = lambda indices: float(apart[indices, 0].sum() / labelled[indices, 1].sum())
     num_truncated = sum(len(row) == max_length for row in ids)
-    return statistics, num_truncated, len(rows) - len(labelled)
+    return statistics, sums, num_truncated
+
+
+def loss_by_source(sums: Mapping[str, np.ndarray], sources: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
+    """Return the loss per labelled token of each source's rows, with intervals and differences from the base.
+
+    Args:
+        sums: [rows, 2] of each model: summed loss and labelled tokens of each row. All label the same tokens.
+        sources: of each row; "" where it names none.
+        seed: seed of the bootstrap.
+
+    Returns:
+        For each source: its number of rows with a label, each model's figure, and each adapter's less the base's.
+        Empty where there is no loss, one source, or more than MAX_MEASURED.
+    """
+    names = np.array([source or NO_SOURCE for source in sources])
+    if not sums or not 1 < len(set(names.tolist())) <= MAX_MEASURED:
+        return {}
+    is_labelled = sums[BASE][:, 1] > 0
+    result = {}
+    for source in sorted(set(names[is_labelled].tolist())):
+        chosen = (names == source) & is_labelled
+        draws = answer_metrics.resamples(int(chosen.sum()), seed)
+        figures = {name: source_figures(values[chosen], draws) for name, values in sums.items()}
+        apart = {
+            name: answer_metrics.differences(figures[name], figures[BASE])["loss"] for name in sums if name != BASE
+        }
+        kept = {name: {key: of_name["loss"][key] for key in ("value", "interval")} for name, of_name in figures.items()}
+        result[source] = {"rows": int(chosen.sum()), "loss": kept, "differences_from_base": apart}
+    return result
+
+
+def source_figures(sums: np.ndarray, draws: Sequence[np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Return the loss of rows from [rows, 2] summed losses and labelled tokens, as `answer_metrics.figures` does."""
+
+    def loss(indices: np.ndarray) -> float:
+        total = sums[indices].sum(0)
+        return float(total[0] / total[1])
+
+    return answer_metrics.figures({"loss": loss}, len(sums), draws)
 
 
 def answer_statistics(

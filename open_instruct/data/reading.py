@@ -13,6 +13,7 @@ import pyarrow as pa
 from open_instruct.data import forms, lines, shards
 from open_instruct.data.bad_rows import BadRows, note
 from open_instruct.data.kinds import BYTE_ORDER_MARK, TABLE_SUFFIXES, file_kind, is_json, is_table, open_bytes
+from open_instruct.data.sources import Conversation, source_in
 from open_instruct.data.texts import shown
 from open_instruct.errors import InputError, input_faults
 
@@ -228,7 +229,7 @@ def conversations(
     bad: BadRows | None = None,
     context: ContextSource | None = None,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield each row's source and checked messages.
+    """Yield where each row stands, and its checked messages as a `Conversation`.
 
     Args:
         rows: the rows.
@@ -248,4 +249,4 @@ def conversations(
             note(bad, error)
             continue
         if bad is None or bad.keep():
-            yield source, messages
+            yield source, Conversation(messages, source_in(row))

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from typing import Any
 
-from open_instruct.errors import reason_of
+from open_instruct.errors import reason_of, visible
 
 DISTILLED = ("distill_context", "distill_system", "distill_column")
 
@@ -67,6 +67,36 @@ def bad_mixture(words: list[str]) -> str | None:
             return "a data set's name is empty: give a file, a folder or a name"
         if not means_rows:
             return f"amount {amount[:40]!r} of {name} must be a number of rows (2000), or a share up to 1.0 (0.5)"
+    return None
+
+
+def parse_weights(words: list[str]) -> dict[str, float]:
+    """Return the weights of NAME=WEIGHT words.
+
+    Raises:
+        ValueError: a word is none, a weight can't be used, or a name stands there twice.
+    """
+    weights: dict[str, float] = {}
+    for word in words:
+        name, separator, text = word.rpartition("=")
+        try:
+            weight = float(text) if separator else math.nan
+        except ValueError:
+            weight = math.nan
+        if not name.strip() or not 0 <= weight <= 100:
+            raise ValueError(f"{visible(word)[:80]!r} is not NAME=WEIGHT with a weight from 0 to 100")
+        if name.strip() in weights:
+            raise ValueError(f"{visible(name)[:80]!r} stands there twice")
+        weights[name.strip()] = weight
+    return weights
+
+
+def bad_weights(words: list[str]) -> str | None:
+    """Refuse words that are not NAME=WEIGHT, and names that stand there twice."""
+    try:
+        parse_weights(words)
+    except ValueError as error:
+        return f"{error}: give a=2 b=0.5"
     return None
 
 

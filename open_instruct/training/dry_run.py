@@ -69,7 +69,7 @@ def plan_text(
     )
     parts = ", ".join(f"{name} {value:,.1f}" for name, value in estimate.items() if name != "total")
     share = sizes["trainable_parameters"] / sizes["total_parameters"]
-    tokens, label_tokens = (x.mean() * plan.examples_per_step for x in (lengths, data.train.label_counts))
+    tokens, label_tokens = (plan.mean(x) * plan.examples_per_step for x in (lengths, data.train.label_counts))
     return "\n".join(
         [
             "plan (dry run: nothing is trained or written):",

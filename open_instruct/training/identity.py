@@ -90,6 +90,7 @@ def of_data(
         "context to distil": context and context.key,
         "examples": len(data.train),
         "examples_per_step": plan.examples_per_step,
+        "examples of the sources": plan.mixture and plan.mixture.key,
         "num_steps": plan.num_steps,
         **{item: getattr(flags, item) for item in names if item not in OF_THE_RECIPE},
         "num_virtual_tokens": settings.num_virtual_tokens,

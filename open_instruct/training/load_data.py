@@ -19,6 +19,8 @@ from open_instruct.data.chat import Labels
 from open_instruct.data.context import ContextSource, ContextTokens
 from open_instruct.data.dataset import Examples
 from open_instruct.data.reading import Row
+from open_instruct.data.sources import MAX_MEASURED
+from open_instruct.data.texts import plain
 from open_instruct.errors import InputError
 
 DEFAULT_MAX_SEQ_LENGTH = 4096
@@ -106,7 +108,23 @@ class Data:
         """Return a line of statistics for each set."""
         held_out = self.held_out.describe("held out") if self.held_out else "held out: none (--validation_fraction 0)"
         bad = [f"{name}: {text}" for name, text in self.bad_rows().items()]
-        return "\n".join([self.train.describe("training"), held_out, *bad])
+        return "\n".join([self.train.describe("training"), held_out, *self.source_lines(), *bad])
+
+    def source_lines(self) -> list[str]:
+        """Return a line on the sources of the rows, where there are several."""
+        counts = {name: len(rows) for name, rows in self.train.sources.items()}
+        held_out = {name: len(rows) for name, rows in self.held_out.sources.items()} if self.held_out else {}
+        names = sorted({**counts, **held_out}, key=lambda name: -counts.get(name, 0))
+        if len(names) < 2:
+            return []
+        parts = [
+            f"{plain(name)} {counts.get(name, 0):,}" + (f" ({held_out.get(name, 0):,} held out)" if held_out else "")
+            for name in names[:MAX_MEASURED]
+        ]
+        rest = f", and {len(names) - MAX_MEASURED:,} more" if len(names) > MAX_MEASURED else ""
+        unmeasured = len(held_out) > MAX_MEASURED
+        note = f"; more than {MAX_MEASURED} are not measured one by one" if unmeasured else ""
+        return [f"sources: {', '.join(parts)}{rest}{note}"]
 
 
 def mixture_members(mixer: str | None, words: Sequence[str] | None) -> tuple[tuple[str, str], ...]:

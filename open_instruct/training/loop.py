@@ -18,17 +18,18 @@ from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError, warn
 from open_instruct.methods import Method
 from open_instruct.model.weights import not_finite, some_of
+from open_instruct.report.summary import sources_text
 from open_instruct.training import checkpoint, engines, sharding
 from open_instruct.training.doctor import Doctor, Finding
 from open_instruct.training.ending import end_text, has_ended
-from open_instruct.training.evaluation import held_out_loss
+from open_instruct.training.evaluation import HeldOutLoss, held_out_loss
 from open_instruct.training.faults import is_out_of_memory, out_of_memory
 from open_instruct.training.forward import Forward
 from open_instruct.training.load_data import Data
 from open_instruct.training.preemption import Preempted, RunGuard
 from open_instruct.training.run_folder import CHECKPOINTS, RunFolder
 from open_instruct.training.state import TrainState, median_norm
-from open_instruct.training.tracking import Metrics
+from open_instruct.training.tracking import OF_SOURCE, Metrics
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ def measure_start(job: TrainingJob, state: TrainState) -> None:
     report(job, state, job.doctor.before())
     held_out = job.data.held_out
     if held_out and not job.method.trains_base:  # in full fine-tuning the start is the base
-        state.base_eval_loss, _ = loss_in_memory(job, state, adapter=False)
+        of_base = loss_in_memory(job, state, adapter=False)
+        state.base_eval_loss, state.history.base_by_source = of_base.loss, of_base.by_source
     evaluate_held_out(job, state)
 
 
@@ -216,21 +218,22 @@ def evaluate_held_out(job: TrainingJob, state: TrainState) -> None:
     """Measure the held-out loss, keep the parameters if it is the lowest, and report the doctor's findings."""
     if not job.data.held_out:
         return
-    loss, num_tokens = loss_in_memory(job, state)
-    state.record_eval(loss)
+    measured = loss_in_memory(job, state)
+    loss = measured.loss
+    state.record_eval(loss, measured.by_source)
     if job.settings.keep_best:
         state.keep_if_best(loss, job.forward.model.model, job.accelerator)
-    job.metrics.write({"step": state.step, "eval_loss": loss, "eval_tokens": num_tokens})
-    job.metrics.print(
-        f"step {state.step}/{job.plan.num_steps} | held-out loss {loss:.4f} (base model {state.base_eval_loss:.4f})"
-    )
+    by_source = {f"{OF_SOURCE}{name}": value for name, value in measured.by_source.items()}
+    job.metrics.write({"step": state.step, "eval_loss": loss, "eval_tokens": measured.num_tokens, **by_source})
+    line = f"step {state.step}/{job.plan.num_steps} | held-out loss {loss:.4f} (base model {state.base_eval_loss:.4f})"
+    job.metrics.print(line + sources_text(measured.by_source, state.history.base_by_source))
     if state.step:
         report(job, state, job.doctor.evaluation(state.step, loss, prompt_norm(job)))
     else:
         report(job, state, job.doctor.first(state.base_eval_loss or loss, loss))
 
 
-def loss_in_memory(job: TrainingJob, state: TrainState, adapter: bool = True) -> tuple[float, int]:
+def loss_in_memory(job: TrainingJob, state: TrainState, adapter: bool = True) -> HeldOutLoss:
     """Return `held_out_loss`, by shorter rows if memory runs out.
 
     Raises:

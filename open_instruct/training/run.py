@@ -11,8 +11,10 @@ from accelerate import Accelerator
 
 from open_instruct.data.context import Context, RowContexts
 from open_instruct.data.plan import Plan
+from open_instruct.data.sources import mixture_of
 from open_instruct.errors import warn
 from open_instruct.flags import Flags
+from open_instruct.flags.combinations import parse_weights
 from open_instruct.methods import model_facts
 from open_instruct.model import memory
 from open_instruct.model.distillation import DistilledModel
@@ -39,6 +41,7 @@ from open_instruct.training import (
 from open_instruct.training.continuing import adopt_adapter, copy_for_saving, put_adapter_on
 from open_instruct.training.doctor import Doctor
 from open_instruct.training.ending import check_patience, end_text
+from open_instruct.training.evaluation import source_summary
 from open_instruct.training.faults import explained_faults
 from open_instruct.training.load_data import Data, load_data
 from open_instruct.training.loop import TrainingJob, fit, stop_at_end
@@ -196,7 +199,12 @@ def read_inputs(
     if before.flags.keep_best and (line := data.too_few()):
         accelerator.print(line)
     before.forward.check_rows(data.longest)
-    plan = before.plan(len(data.train), accelerator.num_processes)
+    flags = before.flags
+    weights = parse_weights(flags.source_weights) if flags.source_weights else None
+    mixture = mixture_of(data.train.sources, weights, flags.mixture_temperature, flags.seed)
+    plan = before.plan(len(data.train), accelerator.num_processes, mixture)
+    if mixture:
+        accelerator.print(mixture.describe())
     check_patience(before.flags.patience, before.eval_steps(plan), plan.num_steps)
     context = distilling.context_of_run(before.data.context, data, tokenizer)
     distilling.check_room(context, data, config)
@@ -270,6 +278,7 @@ def save_result(
         warn(f"stopped by {job.guard.signal}: the sample answers are left out, everything else is saved")
     summary = {
         **state.summary(),
+        "by_source": source_summary(state, job.data.held_out),
         "ended_by": end_text(state, job.plan.num_steps),
         **memory.counts(model),
         "adapter_bytes": num_bytes,

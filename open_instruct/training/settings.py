@@ -21,6 +21,7 @@ from open_instruct.adapters.folders import AdapterFolder
 from open_instruct.data.chat import PLAIN
 from open_instruct.data.context import source_of
 from open_instruct.data.plan import Plan
+from open_instruct.data.sources import Mixture
 from open_instruct.errors import InputError
 from open_instruct.flags import FIELDS, Flags, names_with
 from open_instruct.flags.declare import causal_only_problems
@@ -59,12 +60,12 @@ class Settings:
     output: OutputSettings
     tracking: TrackingSettings
 
-    def plan(self, num_examples: int, num_processes: int) -> Plan:
+    def plan(self, num_examples: int, num_processes: int, mixture: Mixture | None = None) -> Plan:
         """Return the plan: the examples of each step, and the number of steps."""
-        flags = self.flags
+        flags, num_examples = self.flags, mixture.num_examples if mixture else num_examples
         per_step = flags.per_device_train_batch_size * flags.gradient_accumulation_steps * num_processes
         num_steps = flags.max_train_steps or flags.num_train_epochs * -(-num_examples // per_step)
-        return Plan(num_examples, per_step, num_steps, flags.seed)
+        return Plan(num_examples, per_step, num_steps, flags.seed, mixture)
 
     def eval_steps(self, plan: Plan) -> int:
         """Return the steps between held-out evaluations; 0: none between start and end."""
