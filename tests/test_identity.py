@@ -17,7 +17,7 @@ from open_instruct.errors import InputError
 from open_instruct.finetune_peft import main
 from open_instruct.flags import FIELDS, METHOD_FLAGS, Flags, check_flags
 from open_instruct.flags.combinations import parse_weights
-from open_instruct.training import base_model, distilling, identity, settings
+from open_instruct.training import base_model, distilling, hard_prompts, identity, settings
 from open_instruct.training.continuing import adopt_adapter
 from open_instruct.training.load_data import load_data
 from tests.conftest import TINY_MODEL, write_conversations
@@ -69,6 +69,7 @@ OTHER = {
     "distill_context": ["{context}"],
     "distill_column": ["note"],
     "distill_weight": ["0.5"],
+    "hard_prompt": ["{context}"],
     "source_weights": ["sort=2"],
     "mixture_temperature": ["2"],
 }
@@ -137,6 +138,7 @@ def identity_of(given: SimpleNamespace, flags: dict[str, list[str]]) -> dict[str
     config = base_model.load_base_config(settings.base_model_settings(parsed))
     before = settings.before_data(parsed, origins, config, adapter)
     tokenizer = base_model.load_base_tokenizer(before.tokenizer)
+    before = hard_prompts.with_hard_prompt(before, config, tokenizer)
     data = load_data(before.data, Accelerator(), tokenizer)
     context = distilling.context_of_run(before.data.context, data, tokenizer)
     weights = parse_weights(parsed.source_weights) if parsed.source_weights else None

@@ -72,6 +72,8 @@ def evaluate(
     text = read_context(context, "--context") if context else None
     served = load(adapter, model_name_or_path, **options)
     before = context_of(text, served.tokenizer) if text else None
+    if before and served.hard_prompts:
+        raise InputError("--context is for adapters without a hard prompt, and these were trained behind one: drop it")
     return measure(served, rows, names, answer_regex, normaliser, max_new_tokens, batch_size, seed, before)
 
 
@@ -103,8 +105,9 @@ def measure(
     """
     draws = answer_metrics.resamples(len(rows), seed)
     references = [str(question.reference) for question in rows]
-    models: dict[str, Context | None] = {BASE: None, **({IN_CONTEXT: context} if context else {})}
-    models |= dict.fromkeys(served.names)
+    hard_prompt = common_hard_prompt(served)
+    models: dict[str, Context | None] = {BASE: hard_prompt, **({IN_CONTEXT: context} if context else {})}
+    models |= {name: served.hard_prompts.get(name) for name in served.names}
     max_length = max_row_length(served, context)  # the same for all, so that all score the same tokens
     figures: dict[str, dict[str, dict[str, Any]]] = {}
     answers, sums = {}, {}
@@ -122,9 +125,9 @@ def measure(
         if set(names) - {"loss"}:
             prompts = [questions.prompt_ids(served.tokenizer, question.messages) for question in rows]
             num_unanswered = sum(len(prompt) >= max_length for prompt in prompts) if max_length else 0
-            if before:
+            if before and name not in served.names:  # an adapter's own is put before its prompts where it answers
                 prompts = [before.before(prompt)[0] for prompt in prompts]
-            sampling, adapter = Sampling(max_new_tokens=max_new_tokens), BASE if before else name
+            sampling, adapter = Sampling(max_new_tokens=max_new_tokens), BASE if name == IN_CONTEXT else name
             answer_of = dict(served.stream(prompts, adapter, sampling, batch_size))
             answers[name] = [answer_of[i][0] for i in range(len(rows))]
             statistics |= answer_statistics(answers[name], references, names, answer_regex, normaliser)
@@ -145,6 +148,7 @@ def measure(
         "writing": dict(Counter(writing.writing_of(reference) for reference in references)),
         "tokens_before": tokens_before(served, context),
         "bytes_before": bytes_before(served, context),
+        "hard_prompt_tokens": {name: len(before.ids) for name, before in models.items() if before and not context},
         "first_token_seconds": first_token_seconds(served, rows, models) if context else {},
         "figures": figures,
         "loss_by_source": loss_by_source(sums, [question.named_source for question in rows], seed),
@@ -154,6 +158,12 @@ def measure(
             for i, question in enumerate(rows[:20])
         ],
     }
+
+
+def common_hard_prompt(served: Served) -> Context | None:
+    """Return the hard prompt that all adapters were trained behind, as the base is measured behind it, too; or None."""
+    prompts = [served.hard_prompts.get(name) for name in served.names]
+    return prompts[0] if prompts and all(prompt == prompts[0] for prompt in prompts) else None
 
 
 def max_row_length(served: Served, context: Context | None) -> int | None:
@@ -235,7 +245,7 @@ def loss_statistics(
         max_length: most tokens of a row that are used.
         batch_size: most rows computed at once.
         context: where given, the divergence from the base behind it is measured, too.
-        before: the context if the model is the base behind it.
+        before: what stands before the rows: a hard prompt, or the context if the model is the base behind it.
 
     Returns:
         The statistics; of each row, summed loss and labelled tokens [rows, 2]; how many rows were cut to `max_length`
@@ -248,9 +258,8 @@ def loss_statistics(
     ids, spans = chat.tokenize(served.tokenizer, messages, max_length or 1 << 30)
     if before:
         behind = [before.before(row, row_spans) for row, row_spans in zip(ids, spans, strict=True)]
-        losses = answer_losses(
-            served.adapters.use(BASE), [row for row, _ in behind], [moved for _, moved in behind], batch_size
-        )
+        model = served.adapters.use(BASE if name == IN_CONTEXT else name)
+        losses = answer_losses(model, [row for row, _ in behind], [moved for _, moved in behind], batch_size)
     else:
         losses = answer_losses(served.adapters.use(name), ids, spans, batch_size)
     sums = np.array(losses)  # [rows, 2]: loss, labelled tokens

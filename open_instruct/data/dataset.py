@@ -173,6 +173,7 @@ def build(
     bad: BadRows | None = None,
     contexts: ContextTokens | None = None,
     labels: chat.Labels = "answers",
+    num_left_out: int = 0,
 ) -> Examples:
     """Tokenise conversations, or memory-map the result of an earlier run with the same source, tokenizer and length.
 
@@ -188,6 +189,7 @@ def build(
             none.
         labels: what is learned. It decides no rows: those without an answer left are skipped by each rule, and of
             those kept, some may have no label (see `Examples.labelled`).
+        num_left_out: first tokens of every row that are left out, as what stands before all rows begins with them.
 
     Raises:
         InputError: no conversation has an answer left, or there were bad rows and `bad` does not skip them.
@@ -195,7 +197,7 @@ def build(
     parts = [TOKENISATION_VERSION, source_key, tokenizer_key(tokenizer), str(tokenizer.chat_template), max_length]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     counts, schema = new_counts(), schema_of(contexts is not None, labels != "answers")
-    tables = tokenize_all(named_conversations, tokenizer, max_length, counts, bad, contexts, labels)
+    tables = tokenize_all(named_conversations, tokenizer, max_length, counts, bad, contexts, labels, num_left_out)
     if cache_dir is None:
         tokenised = token_cache.in_memory(tables, counts, schema)
     else:
@@ -242,6 +244,7 @@ def tokenize_all(
     bad: BadRows | None = None,
     contexts: ContextTokens | None = None,
     labels: chat.Labels = "answers",
+    num_left_out: int = 0,
 ) -> Iterator[pa.Table]:
     """Yield tables of tokenised rows, batch by batch, and update `counts`.
 
@@ -255,6 +258,7 @@ def tokenize_all(
         bad: takes the errors of single rows; None: the first one is raised.
         contexts: see `build`.
         labels: see `build`.
+        num_left_out: see `build`.
 
     Raises:
         InputError: there were bad rows, and `bad` does not skip them.
@@ -266,6 +270,9 @@ def tokenize_all(
             schema = schema_of(contexts is not None, labels != "answers")
             rows: dict[str, list[Any]] = {name: [] for name in schema.names}
             for row_ids, row_spans, text, columns in zip(ids, spans, texts, named, strict=True):
+                if num_left_out:
+                    row_ids = row_ids[num_left_out:]
+                    row_spans = [(max(start - num_left_out, 0), end - num_left_out) for start, end in row_spans]
                 counts["num_truncated"] += len(row_ids) > max_length
                 if makes_pairs:
                     row_ids, row_spans = fit_pair(row_ids, row_spans, max_length)

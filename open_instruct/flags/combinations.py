@@ -147,6 +147,12 @@ def cannot_distill(flags: Any) -> str | None:
     return needs_packing(flags)
 
 
+def bad_hard_prompt(flags: Any) -> str | None:
+    """Refuse a hard prompt beside a context that is distilled."""
+    given = next((name for name in DISTILLED if getattr(flags, name)), None)
+    return given and f"--{given} stands before the teacher's conversations alone: drop one of the two flags"
+
+
 def without_distillation(flags: Any) -> str | None:
     """Refuse a setting of distillation where nothing is distilled."""
     if any(getattr(flags, name) for name in DISTILLED):

@@ -137,6 +137,15 @@ class DataFlags:
         ),
         on_resume="same",
     )
+    hard_prompt: str | None = flag(
+        None,
+        "text that stands between the soft prompt and every example, as its system message if the chat template can "
+        "write one; or a .json file of messages (instructions, exemplars). It is computed once a packed row",
+        in_study="same",
+        check=checks.bad_hard_prompt,
+        on_resume="content",
+        causal_only=True,
+    )
     max_seq_length: int | None = flag(
         None,
         "tokens kept of a conversation, without virtual tokens; unset: 4096, or as many as the context allows",

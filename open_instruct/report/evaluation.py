@@ -37,6 +37,9 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     if before := result.get("tokens_before"):
         lines.append("| tokens before a conversation | " + " | ".join(f"{before[name]:,}" for name in names) + " |")
+    if hard := result.get("hard_prompt_tokens"):
+        cells = " | ".join(f"{hard.get(name, 0):,}" for name in names)
+        lines.append(f"| tokens of the hard prompt | {cells} |")
     if size := result.get("bytes_before"):
         cells = " | ".join(f"{size[name] / 1e6:,.3g}" for name in names)
         lines.append(f"| their keys and values, MB a request | {cells} |")

@@ -48,7 +48,7 @@ def plan_text(
     batching = forward.training
     steps = [plan.examples(step).tolist() for step in range(min(plan.num_steps, STEPS_MEASURED))]
     rows = [row for indices in steps for row in batching.micro_batches(indices, lengths, 0, 1)]
-    largest = max(batching.positions(row, lengths, settings.num_virtual_tokens) for row in rows)
+    largest = max(batching.positions(row, lengths, settings.forward.num_before) for row in rows)
     logit_rows = largest
     if isinstance(batching, Packing):
         trains_head = any(p.requires_grad for p in causal_of(model).get_output_embeddings().parameters())
@@ -105,5 +105,5 @@ def mask_bytes(forward: Forward, rows: list[list[int]], lengths: Any, settings: 
     if not forward.caches_masks:
         return 0
     different = {int(lengths[index]) for row in rows for index in row}
-    needed = sum(length * (length + settings.num_virtual_tokens) for length in different)
+    needed = sum(length * (length + settings.forward.num_before) for length in different)
     return min(needed * settings.compute_dtype.itemsize, attention_masks.MAX_CACHED_BYTES)

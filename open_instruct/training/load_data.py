@@ -18,6 +18,7 @@ from open_instruct.data.bad_rows import BadRows
 from open_instruct.data.chat import Labels
 from open_instruct.data.context import ContextSource, ContextTokens
 from open_instruct.data.dataset import Examples
+from open_instruct.data.hard_prompt import HardPrompt
 from open_instruct.data.reading import Row
 from open_instruct.data.sources import MAX_MEASURED
 from open_instruct.data.texts import plain
@@ -50,6 +51,7 @@ class DataSettings:
     overwrite_cache: bool
     labels: Labels = "answers"  # what is learned, and measured on held-out rows
     context: ContextSource | None = None  # of the rows' own contexts, which are distilled
+    hard_prompt: HardPrompt | None = None  # stands before every example
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Data:
     # The held-out rows with their answers labelled, whatever is learned: what is asked, and compared by a study.
     held_out_answers: Examples | None
     overlap: duplicates.Overlap | None  # of the held-out rows with the training rows; None: none are held out
+    hard_prompt: tuple[int, ...] = ()  # tokens that stand before every example, and are in none
 
     def fingerprints(self) -> dict[str, Any]:
         """Return what identifies the data in run.json and in checkpoints."""
@@ -201,8 +204,11 @@ def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTr
         held_out and held_out.labelled("held-out", settings.max_length),
         held_out and held_out.by_answers(),
         overlap,
+        settings.hard_prompt.tokens.ids if settings.hard_prompt else (),
     )
     accelerator.print(data.describe())
+    if settings.hard_prompt:
+        accelerator.print(settings.hard_prompt.describe())
     return data
 
 
@@ -237,6 +243,8 @@ def build_examples(
     named = reading.conversations(rows, settings.messages_key, bad, context)
     source_key = f"{key} {settings.messages_key}" + (" without bad rows" if bad.skip else "")
     source_key += f" {context.key}" if context else ""
+    num_left_out = settings.hard_prompt.tokens.num_shared if settings.hard_prompt else 0
+    source_key += f" without the first {num_left_out} tokens" if num_left_out else ""
     cache = settings.cache_dir if key else None
     contexts = ContextTokens(tokenizer) if context and context.is_by_row else None
     return dataset.build(
@@ -249,4 +257,5 @@ def build_examples(
         bad,
         contexts,
         settings.labels,
+        num_left_out,
     )

@@ -265,6 +265,7 @@ def before_data(
         "the tokenizer": flags.tokenizer_name_or_path,
         "the configuration": flags.config_name,
         "the context": flags.distill_context,
+        "the hard prompt": flags.hard_prompt,
     }
     repository = flags.hf_repo_id or flags.run_name or f"{flags.exp_name}-{method.name}"
     if flags.hf_entity and "/" not in repository:
