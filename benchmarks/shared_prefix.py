@@ -4,6 +4,7 @@ Run from the repository root on an otherwise idle machine:
 
     python -m benchmarks.shared_prefix                    # speed and memory, about 10 minutes on 2 cores
     python -m benchmarks.shared_prefix --only prompt-200  # one row
+    python -m benchmarks.shared_prefix --only hard        # a hard prompt of 500 tokens, shared or before each example
     python -m benchmarks.shared_prefix --compile          # with compiled decoder layers, and the graphs counted
     python -m benchmarks.shared_prefix --shape llama-1b --device cuda --dtypes bfloat16
 
@@ -73,6 +74,15 @@ SPEED: dict[str, tuple[str, int, Callable[..., list[int]], int, list[str]]] = {
     "lora": ("lora", 0, gsm8k_lengths, 16, ["float32"]),
     "lora-tulu": ("lora", 0, tulu_lengths, 16, ["float32"]),
 }
+
+
+# name: (method, virtual tokens); 16 examples of GSM8K's lengths behind a hard prompt
+HARD: dict[str, tuple[str, int]] = {
+    "hard-500-prompt-20": ("prompt_tuning", 20),
+    "hard-500-prefix-20": ("prefix_tuning", 20),
+    "hard-500-lora": ("lora", 0),
+}
+HARD_TOKENS = 500
 
 
 def make_model(method: str, num_virtual_tokens: int, shape: tuple[int, ...], dtype: str, device: str) -> Any:
@@ -215,6 +225,38 @@ def speed(name: str, dtype: str, arguments: argparse.Namespace) -> str:
     )
 
 
+def hard_speed(name: str, dtype: str, arguments: argparse.Namespace) -> str:
+    """Return one row of the table of hard prompts: packed rows with the text once, and with it before each example."""
+    method, virtual = HARD[name]
+    shape, device = SHAPES[arguments.shape], arguments.device
+    model = make_model(method, virtual, shape, dtype, device)
+    backend = backends.BACKENDS[backends.backend_names(None, torch.device(device), getattr(torch, dtype))[0]]
+    make_packed = partial(PackedModel, model, partial(METHODS[method].soft_prompt, model), backend)
+    head = make_packed().head_name
+    rng = np.random.default_rng(0)
+    hard = tuple(rng.integers(3, shape[-1], HARD_TOKENS).tolist())
+    times: dict[str, list[float]] = {"repeated": [], "shared": []}
+    differences = []
+    for repetition in range(arguments.steps + 1):
+        examples = draw(rng, gsm8k_lengths(rng, 16), shape[-1])
+        behind = [packing.behind_context({**example, "context": hard}, 0) for example in examples]
+        losses = {}
+        for arm, rows, text in (("repeated", behind, ()), ("shared", examples, hard)):
+            with make_packed(head, text) as packed:
+                step = partial(packed_step, packed, Packing(ROW_TOKENS), rows, device)
+                losses[arm], seconds = timed(step, model, device)
+            if repetition:  # the first is a warm-up
+                times[arm].append(seconds)
+        differences.append(abs(losses["shared"] - losses["repeated"]) / losses["repeated"])
+    assert max(differences) < (1e-5 if dtype == "float32" else 1e-2), differences
+    seconds = {arm: float(np.median(values)) for arm, values in times.items()}
+    ratio = float(np.median(np.array(times["repeated"]) / np.array(times["shared"])))
+    return (
+        f"| {name} | {dtype} | {seconds['repeated']:.2f} | {seconds['shared']:.2f} | **{ratio:.2f}×** | "
+        f"{max(differences):.0e} |"
+    )
+
+
 def memory_of(name: str, arm: str) -> None:
     """Print peak and growth of memory over one step, in MB; run in a process of its own."""
     if name == "vocabulary":
@@ -265,7 +307,7 @@ def memory(name: str, arms: tuple[str, str]) -> str:
 def main() -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=[*SPEED, "memory"])
+    parser.add_argument("--only", choices=[*SPEED, *HARD, "hard", "memory"])
     parser.add_argument("--steps", type=int, default=3, help="measured steps per row, after one to warm up")
     parser.add_argument("--shape", choices=SHAPES, default="llama-40m")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -276,13 +318,18 @@ def main() -> int:
     if arguments.memory_of:
         memory_of(*arguments.memory_of)
         return 0
-    if arguments.only != "memory":
+    if arguments.only is None or arguments.only in SPEED:
         columns = ["steps of 16 examples", "dtype", "PEFT s", "tokens/s", "packed s", "tokens/s", "ratio", "floor s"]
         columns += ["packed/floor", "PEFT/floor", "loss off"]
         print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
         for name, row in SPEED.items():
             for dtype in (arguments.dtypes or row[-1]) if arguments.only in (None, name) else []:
                 print(speed(name, dtype, arguments), flush=True)
+    if arguments.only in (None, "hard", *HARD):
+        print("\n| steps of 16 examples | dtype | before each s | shared s | ratio | loss off |\n" + "|---" * 6 + "|")
+        for name in HARD:
+            for dtype in (arguments.dtypes or ["float32"]) if arguments.only in (None, "hard", name) else []:
+                print(hard_speed(name, dtype, arguments), flush=True)
     if arguments.only in (None, "memory") and arguments.device == "cpu":
         print(
             "\n| peak memory of a step, MB | reference | ours | whole process | the step alone |\n|---|---|---|---|---|"

@@ -143,6 +143,7 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
     if args.lm_eval_tasks:
         manager = harness.load_tasks(args.lm_eval_tasks, args.lm_eval_path)
         models = served.load(args.adapter, args.model_name_or_path, **options)
+        harness.check_hard_prompts(served=models)
         result = harness.run_tasks(
             models, args.lm_eval_tasks, manager, args.limit, args.batch_size, args.apply_chat_template
         )

@@ -177,14 +177,16 @@ def reference_kernel(q, k, v, index, scale, window, softcap):
 
 
 def test_the_index_arithmetic_of_variable_length_attention():
-    inside = varlen_index(
-        Segments(((0, 2), (2, 5), (5, 6)), num_prefix_tokens=2, num_shared=2), False, torch.device("cpu")
-    )
+    inside = varlen_index(Segments(((0, 2), (2, 5), (5, 6)), num_prefix_tokens=2, num_shared=2), torch.device("cpu"))
     assert inside[0].tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5]
     assert [inside[1].tolist(), inside[2].tolist(), *inside[3:]] == [[0, 2, 5, 6], [0, 2, 7, 10], 3, 5]
-    outside = varlen_index(Segments(((0, 3), (3, 4)), num_prefix_tokens=0, num_shared=2), True, torch.device("cpu"))
+    outside = varlen_index(Segments(((0, 3), (3, 4)), num_prefix_tokens=0, num_shared=2), torch.device("cpu"))
     assert outside[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 5]
     assert [outside[1].tolist(), outside[2].tolist(), *outside[3:]] == [[0, 3, 4], [0, 5, 8], 3, 5]
+    # 2 keys from outside, then a hard prompt of 3 tokens, which sees them, and two examples, which see both.
+    both = varlen_index(Segments(((0, 3), (3, 5), (5, 6)), num_prefix_tokens=3, num_shared=5), torch.device("cpu"))
+    assert both[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 7]
+    assert [both[1].tolist(), both[2].tolist(), *both[3:]] == [[0, 3, 5, 6], [0, 5, 12, 18], 3, 7]
 
 
 @pytest.mark.parametrize("name, dtype, says", [

@@ -289,7 +289,7 @@ def test_rows_count_the_virtual_tokens_before_each_source():
 
 def test_batches_of_nothing():
     """A process that has no pair left computes a batch without labels."""
-    for batching in (PairPacking(64, 7), PairPadding(4, 0, 7)):
+    for batching in (PairPacking(64, 7), PairPadding(4, 0, decoder_start=7)):
         batch = batching.collate([])
         labels = batch.get("labels")
         assert len(batch["targets"]) == 0 if labels is None else (labels == -100).all()

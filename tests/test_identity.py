@@ -12,10 +12,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from open_instruct.command_line import parse
+from open_instruct.data.sources import mixture_of
 from open_instruct.errors import InputError
 from open_instruct.finetune_peft import main
 from open_instruct.flags import FIELDS, METHOD_FLAGS, Flags, check_flags
-from open_instruct.training import base_model, distilling, identity, settings
+from open_instruct.flags.combinations import parse_weights
+from open_instruct.training import base_model, distilling, hard_prompts, identity, settings
 from open_instruct.training.continuing import adopt_adapter
 from open_instruct.training.load_data import load_data
 from tests.conftest import TINY_MODEL, write_conversations
@@ -69,6 +71,9 @@ OTHER = {
     "distill_context": ["{context}"],
     "distill_column": ["note"],
     "distill_weight": ["0.5"],
+    "hard_prompt": ["{context}"],
+    "source_weights": ["sort=2"],
+    "mixture_temperature": ["2"],
 }
 REPLACES = {  # what has to go beside a flag
     "dataset_name": ["train_file"],
@@ -136,9 +141,12 @@ def identity_of(given: SimpleNamespace, flags: dict[str, list[str]]) -> dict[str
     config = base_model.load_base_config(settings.base_model_settings(parsed))
     before = settings.before_data(parsed, origins, config, adapter)
     tokenizer = base_model.load_base_tokenizer(before.tokenizer)
+    before = hard_prompts.with_hard_prompt(before, config, tokenizer)
     data = load_data(before.data, Accelerator(), tokenizer)
     context = distilling.context_of_run(before.data.context, data, tokenizer)
-    own = identity.of_data(before, data, context, config, before.plan(len(data.train), 1), 1)
+    weights = parse_weights(parsed.source_weights) if parsed.source_weights else None
+    mixture = mixture_of(data.train.sources, weights, parsed.mixture_temperature, parsed.seed)
+    own = identity.of_data(before, data, context, config, before.plan(len(data.train), 1, mixture), 1)
     recipe = {name: getattr(parsed, name) for name in identity.OF_THE_RECIPE}
     return json.loads(json.dumps({**own, **recipe}, default=str))
 
@@ -167,6 +175,8 @@ def beside(name: str, flags: dict[str, list[str]]) -> dict[str, list[str]]:
         chosen["columns"] = ["prompt=id", "answer=note"]
     if name == "all_templates":
         chosen["template"] = ["{folder}/template.txt"]
+    if name in ("source_weights", "mixture_temperature"):
+        chosen["train_file"] = ["{data}", "{other}"]  # of two sources
     if name == "distill_system":
         chosen["train_file"] = ["{spoken}"]
     return {key: value for key, value in flags.items() if key not in REPLACES.get(name, ())} | chosen

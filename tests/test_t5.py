@@ -178,6 +178,7 @@ def test_a_run_resumes_bit_for_bit_and_answers(train, tmp_path):
     [
         (("--add_bos",), "--add_bos is for causal language models"),
         (("--use_lora", "--distill_system"), "--distill_system is for causal language models"),
+        (("--use_lora", "--hard_prompt", "text.txt"), "--hard_prompt is for causal language models"),
         (("--attn_backend", "sdpa"), "--attn_backend is for causal language models"),
         (("--use_prefix_tuning", "--prefix_projection"), "--prefix_projection is for causal language models"),
     ],

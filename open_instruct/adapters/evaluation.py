@@ -21,6 +21,7 @@ from open_instruct.data import chat, questions
 from open_instruct.data.context import Context, context_of, read_context
 from open_instruct.data.questions import Question
 from open_instruct.data.rendering import Rendering
+from open_instruct.data.sources import MAX_MEASURED, NO_SOURCE
 from open_instruct.errors import InputError
 from open_instruct.model.backends import head_shape
 
@@ -83,6 +84,8 @@ def evaluate(
     text = read_context(context, "--context") if context else None
     served = load(adapter, model_name_or_path, **options)
     before = context_of(text, served.tokenizer) if text else None
+    if before and served.hard_prompts:
+        raise InputError("--context is for adapters without a hard prompt, and these were trained behind one: drop it")
     result = measure(served, rows, names, answer_regex, normaliser, max_new_tokens, batch_size, seed, before)
     return result | {"questions": form and form.describe()}
 
@@ -117,27 +120,29 @@ def measure(
     """
     draws = answer_metrics.resamples(len(rows), seed)
     references = [str(question.reference) for question in rows]
-    models: dict[str, Context | None] = {BASE: None, **({IN_CONTEXT: context} if context else {})}
-    models |= dict.fromkeys(served.names)
+    hard_prompt = common_hard_prompt(served)
+    models: dict[str, Context | None] = {BASE: hard_prompt, **({IN_CONTEXT: context} if context else {})}
+    models |= {name: served.hard_prompts.get(name) for name in served.names}
     max_length = max_row_length(served, context)  # the same for all, so that all score the same tokens
     figures: dict[str, dict[str, dict[str, Any]]] = {}
-    answers = {}
+    answers, sums = {}, {}
     num_truncated = num_unlabelled = num_unanswered = 0
     for name, before in models.items():
         statistics: dict[str, Statistic] = {}
         figures[name] = {}
         if "loss" in names:
-            losses, num_truncated, num_unlabelled = loss_statistics(
+            losses, sums[name], num_truncated = loss_statistics(
                 served, name, rows, max_length, batch_size, context, before
             )
+            num_unlabelled = int((sums[name][:, 1] == 0).sum())
             num_labelled = len(rows) - num_unlabelled
             figures[name] = answer_metrics.figures(losses, num_labelled, answer_metrics.resamples(num_labelled, seed))
         if set(names) - {"loss"}:
             prompts = [questions.prompt_ids(served.tokenizer, question.messages) for question in rows]
             num_unanswered = sum(len(prompt) >= max_length for prompt in prompts) if max_length else 0
-            if before:
+            if before and name not in served.names:  # an adapter's own is put before its prompts where it answers
                 prompts = [before.before(prompt)[0] for prompt in prompts]
-            sampling, adapter = Sampling(max_new_tokens=max_new_tokens), BASE if before else name
+            sampling, adapter = Sampling(max_new_tokens=max_new_tokens), BASE if name == IN_CONTEXT else name
             answer_of = dict(served.stream(prompts, adapter, sampling, batch_size))
             answers[name] = [answer_of[i][0] for i in range(len(rows))]
             statistics |= answer_statistics(answers[name], references, names, answer_regex, normaliser)
@@ -158,14 +163,22 @@ def measure(
         "writing": dict(Counter(writing.writing_of(reference) for reference in references)),
         "tokens_before": tokens_before(served, context),
         "bytes_before": bytes_before(served, context),
+        "hard_prompt_tokens": {name: len(before.ids) for name, before in models.items() if before and not context},
         "first_token_seconds": first_token_seconds(served, rows, models) if context else {},
         "figures": figures,
+        "loss_by_source": loss_by_source(sums, [question.named_source for question in rows], seed),
         "differences_from_base": differences,
         "examples": [
             {"question": question.text, "reference": question.reference, **{name: answers[name][i] for name in answers}}
             for i, question in enumerate(rows[:20])
         ],
     }
+
+
+def common_hard_prompt(served: Served) -> Context | None:
+    """Return the hard prompt that all adapters were trained behind, as the base is measured behind it, too; or None."""
+    prompts = [served.hard_prompts.get(name) for name in served.names]
+    return prompts[0] if prompts and all(prompt == prompts[0] for prompt in prompts) else None
 
 
 def max_row_length(served: Served, context: Context | None) -> int | None:
@@ -235,7 +248,7 @@ def loss_statistics(
     batch_size: int,
     context: Context | None = None,
     before: Context | None = None,
-) -> tuple[dict[str, Statistic], int, int]:
+) -> tuple[dict[str, Statistic], np.ndarray, int]:
     """Return loss and perplexity per labelled token, as statistics of the rows that have a labelled token.
 
     All of the assistant's turns are labelled, as in training.
@@ -247,10 +260,11 @@ def loss_statistics(
         max_length: most tokens of a row that are used.
         batch_size: most rows computed at once.
         context: where given, the divergence from the base behind it is measured, too.
-        before: the context if the model is the base behind it.
+        before: what stands before the rows: a hard prompt, or the context if the model is the base behind it.
 
     Returns:
-        The statistics, how many rows were cut to `max_length` tokens, and how many of these have no label left.
+        The statistics; of each row, summed loss and labelled tokens [rows, 2]; how many rows were cut to `max_length`
+        tokens.
 
     Raises:
         InputError: nothing is labelled within `max_length` tokens.
@@ -259,9 +273,8 @@ def loss_statistics(
     ids, spans = chat.tokenize(served.tokenizer, messages, max_length or 1 << 30)
     if before:
         behind = [before.before(row, row_spans) for row, row_spans in zip(ids, spans, strict=True)]
-        losses = answer_losses(
-            served.adapters.use(BASE), [row for row, _ in behind], [moved for _, moved in behind], batch_size
-        )
+        model = served.adapters.use(BASE if name == IN_CONTEXT else name)
+        losses = answer_losses(model, [row for row, _ in behind], [moved for _, moved in behind], batch_size)
     else:
         losses = answer_losses(served.adapters.use(name), ids, spans, batch_size)
     sums = np.array(losses)  # [rows, 2]: loss, labelled tokens
@@ -289,7 +302,46 @@ def loss_statistics(
             apart = all_apart[sums[:, 1] > 0]
         statistics["divergence"] = lambda indices: float(apart[indices, 0].sum() / labelled[indices, 1].sum())
     num_truncated = sum(len(row) == max_length for row in ids)
-    return statistics, num_truncated, len(rows) - len(labelled)
+    return statistics, sums, num_truncated
+
+
+def loss_by_source(sums: Mapping[str, np.ndarray], sources: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
+    """Return the loss per labelled token of each source's rows, with intervals and differences from the base.
+
+    Args:
+        sums: [rows, 2] of each model: summed loss and labelled tokens of each row. All label the same tokens.
+        sources: of each row; "" where it names none.
+        seed: seed of the bootstrap.
+
+    Returns:
+        For each source: its number of rows with a label, each model's figure, and each adapter's less the base's.
+        Empty where there is no loss, one source, or more than MAX_MEASURED.
+    """
+    names = np.array([source or NO_SOURCE for source in sources])
+    if not sums or not 1 < len(set(names.tolist())) <= MAX_MEASURED:
+        return {}
+    is_labelled = sums[BASE][:, 1] > 0
+    result = {}
+    for source in sorted(set(names[is_labelled].tolist())):
+        chosen = (names == source) & is_labelled
+        draws = answer_metrics.resamples(int(chosen.sum()), seed)
+        figures = {name: source_figures(values[chosen], draws) for name, values in sums.items()}
+        apart = {
+            name: answer_metrics.differences(figures[name], figures[BASE])["loss"] for name in sums if name != BASE
+        }
+        kept = {name: {key: of_name["loss"][key] for key in ("value", "interval")} for name, of_name in figures.items()}
+        result[source] = {"rows": int(chosen.sum()), "loss": kept, "differences_from_base": apart}
+    return result
+
+
+def source_figures(sums: np.ndarray, draws: Sequence[np.ndarray]) -> dict[str, dict[str, Any]]:
+    """Return the loss of rows from [rows, 2] summed losses and labelled tokens, as `answer_metrics.figures` does."""
+
+    def loss(indices: np.ndarray) -> float:
+        total = sums[indices].sum(0)
+        return float(total[0] / total[1])
+
+    return answer_metrics.figures({"loss": loss}, len(sums), draws)
 
 
 def answer_statistics(

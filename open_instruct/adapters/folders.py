@@ -130,6 +130,19 @@ class AdapterFolder:
                 raise ValueError("it holds no flags")
             return content
 
+    @property
+    def hard_prompt(self) -> Any:
+        """Text or messages that stood between its soft prompt and every example in training, or None.
+
+        Raises:
+            InputError: the record of the run is damaged.
+        """
+        if self.record.get("hard_prompt") is None:
+            return None
+        from open_instruct.data.hard_prompt import recorded  # imports transformers
+
+        return recorded(self.record["hard_prompt"], f"adapter {self.name}: {self.path / 'run.json'}")
+
     def trained_on(self, flag: str) -> Any:
         """Return the value of a flag in the run that trained it, or None.
 
@@ -352,6 +365,11 @@ def check_mergeable(folders: Sequence[AdapterFolder], output: str) -> None:
                 method.title for method in METHODS.values() if method.merges_into and not method.quantises_base
             )
             raise InputError(f"adapter {folder.name} is {folder.title}, which can't be merged here: use {mergeable}")
+        if folder.hard_prompt is not None:
+            raise InputError(
+                f"adapter {folder.name} was trained behind a hard prompt, which a merged checkpoint does not hold: use "
+                "the adapter as it is, with generate_peft.py and evaluate_peft.py"
+            )
     into_weights = [folder for folder in folders if folder.method and folder.method.merges_into == "weights"]
     if len(folders) > 1 and into_weights:
         names = ", ".join(f"{folder.name} ({folder.title})" for folder in into_weights)

@@ -57,6 +57,19 @@ def load_tasks(tasks: Sequence[str], path: str | None) -> Any:
     return manager
 
 
+def check_hard_prompts(served: Served) -> None:
+    """Refuse adapters that need a text before each question: a task has texts of its own.
+
+    Raises:
+        InputError: naming one.
+    """
+    for name in served.hard_prompts:
+        raise InputError(
+            f"adapter {name} was trained behind a hard prompt, which stands before no question of the harness: measure "
+            "it on a --file"
+        )
+
+
 def run_tasks(
     served: Served,
     tasks: Sequence[str],

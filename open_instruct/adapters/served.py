@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,8 @@ from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.loaded import Adapters
 from open_instruct.adapters.vllm_engine import VllmEngine
 from open_instruct.data import chat
+from open_instruct.data.context import Context
+from open_instruct.data.hard_prompt import hard_prompt_of
 from open_instruct.data.questions import prompt_ids
 from open_instruct.errors import InputError, warn
 from open_instruct.quiet import silence_transformers
@@ -26,6 +29,7 @@ class Served:
     adapters: Adapters
     tokenizer: PreTrainedTokenizerBase
     engine: VllmEngine | None = None  # what computes answers; None: the loop of `generation`
+    hard_prompts: Mapping[str, Context] = field(default_factory=dict)  # of the adapters that were trained behind one
 
     @property
     def names(self) -> list[str]:
@@ -40,11 +44,15 @@ class Served:
     def max_length(self, *names: str) -> int | None:
         """Return how many tokens prompt and answer may have together with any of some adapters (or "base").
 
-        Virtual tokens are not counted. None: the model names no limit.
+        Virtual tokens and hard prompts are not counted. None: the model names no limit.
         """
-        folders = [self.adapters.folders.get(name) for name in names]
-        most = max((folder.num_virtual_tokens for folder in folders if folder), default=0)
-        return loaded.max_length(self.adapters.base.config, most)
+        return loaded.max_length(self.adapters.base.config, max(map(self.num_before, names), default=0))
+
+    def num_before(self, name: str) -> int:
+        """Return how many positions stand before every conversation with an adapter (or "base")."""
+        folder, hard_prompt = self.adapters.folders.get(name), self.hard_prompts.get(name)
+        num_virtual_tokens = folder.num_virtual_tokens if folder else 0
+        return num_virtual_tokens + (len(hard_prompt.ids) - hard_prompt.num_shared if hard_prompt else 0)
 
     def stream(
         self,
@@ -57,12 +65,17 @@ class Served:
     ) -> Iterator[tuple[int, list[str]]]:
         """Yield the answers of one adapter to token ids as they come; see `generation.generate`.
 
+        Its hard prompt, if it was trained behind one, is put before them.
+
         Raises:
             InputError: vLLM is to search with beams.
         """
         if self.engine is not None and sampling.num_beams > 1:
             raise InputError(f"num_beams {sampling.num_beams}: vLLM has no such search here: use transformers")
         model, max_length = self.adapters.use(name), self.max_length(name)
+        if hard_prompt := self.hard_prompts.get(name):
+            prompts = [hard_prompt.before(prompt)[0] for prompt in prompts]
+            max_length = max_length and max_length + len(hard_prompt.ids) - hard_prompt.num_shared
         if self.engine is not None:
             return self.engine.stream(prompts, name, sampling, max_length, seeds)
         return generation.generate(
@@ -146,11 +159,23 @@ def load(
         chat.set_chat_template(tokenizer, chat_template_name)
     chat.check_question(tokenizer)
     base = loaded.load_adapted_base(name, dtype, folders, trust_remote_code, allow_pickle)
-    served = Served(Adapters(base, folders), tokenizer)
+    served = Served(Adapters(base, folders), tokenizer, hard_prompts=hard_prompts_of(folders, tokenizer))
     if engine != "vllm":
         return served
     options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     return replace(served, engine=VllmEngine(base, name, folders, tokenizer, **options))
+
+
+def hard_prompts_of(folders: Sequence[AdapterFolder], tokenizer: PreTrainedTokenizerBase) -> dict[str, Context]:
+    """Return the hard prompts that adapters were trained behind, from their run.json, and say that they are used."""
+    found = {}
+    for folder in folders:
+        if (content := folder.hard_prompt) is not None:
+            found[folder.name] = hard_prompt_of(content, tokenizer).tokens
+            count = len(found[folder.name].ids)
+            text = f"{folder.name}: its hard prompt of {count:,} tokens (run.json) stands before each question"
+            print(text, file=sys.stderr)  # what is printed elsewhere are answers
+    return found
 
 
 def check_templates(folders: Sequence[AdapterFolder]) -> None:

@@ -22,11 +22,12 @@ from open_instruct.data import chat, duplicates, token_cache
 from open_instruct.data.bad_rows import BadRows
 from open_instruct.data.context import ContextTokens, split_context
 from open_instruct.data.pairs import fit_pair
+from open_instruct.data.sources import NO_SOURCE, SOURCE
 from open_instruct.data.token_cache import schema_of
 from open_instruct.errors import InputError
 from open_instruct.files import sha256
 
-TOKENISATION_VERSION = 3  # raise it whenever the same conversation gives another row
+TOKENISATION_VERSION = 4  # raise it whenever the same conversation gives another row
 TOKENISERS = ("tokenizers", "transformers", "jinja2")  # packages that decide them, too
 BATCH_ROWS = 1000
 NO_LIMIT = 2**31  # tokens of a row: what is too long is cut, and counted, after it is tokenised
@@ -74,8 +75,8 @@ class Examples:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return one example as {"input_ids": [int], "spans": [start, end, …]}, maybe with a context or answers."""
         row = int(self.rows[index])
-        names = (name for name in self.table.column_names if name not in (duplicates.EXACT, duplicates.NORMALISED))
-        return {name: self.table[name][row].as_py() for name in names}
+        fields = (field for field in self.table.schema if pa.types.is_list(field.type))  # tokens and their bounds
+        return {field.name: self.table[field.name][row].as_py() for field in fields}
 
     def subset(self, indices: np.ndarray) -> Examples:
         """Return the examples at `indices`, in that order."""
@@ -88,6 +89,16 @@ class Examples:
         position = self.table.column_names.index("spans")
         table = self.table.set_column(position, "spans", self.table["answers"]).drop_columns(["answers"])
         return replace(self, table=table, table_content="")
+
+    @cached_property
+    def sources(self) -> dict[str, np.ndarray]:
+        """Indices of the examples of each source, by name, in the order of the names."""
+        if SOURCE not in self.table.column_names:
+            return {NO_SOURCE: np.arange(len(self))}
+        encoded = self.table[SOURCE].combine_chunks().dictionary_encode()
+        names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()[self.rows]
+        by_name = {name or NO_SOURCE: np.flatnonzero(codes == code) for code, name in enumerate(names)}
+        return {name: by_name[name] for name in sorted(by_name) if len(by_name[name])}
 
     @property
     def hashes(self) -> tuple[np.ndarray, np.ndarray]:
@@ -162,6 +173,7 @@ def build(
     bad: BadRows | None = None,
     contexts: ContextTokens | None = None,
     labels: chat.Labels = "answers",
+    num_left_out: int = 0,
 ) -> Examples:
     """Tokenise conversations, or memory-map the result of an earlier run with the same source, tokenizer and length.
 
@@ -177,6 +189,7 @@ def build(
             none.
         labels: what is learned. It decides no rows: those without an answer left are skipped by each rule, and of
             those kept, some may have no label (see `Examples.labelled`).
+        num_left_out: first tokens of every row that are left out, as what stands before all rows begins with them.
 
     Raises:
         InputError: no conversation has an answer left, or there were bad rows and `bad` does not skip them.
@@ -184,7 +197,7 @@ def build(
     parts = [TOKENISATION_VERSION, source_key, tokenizer_key(tokenizer), str(tokenizer.chat_template), max_length]
     fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     counts, schema = new_counts(), schema_of(contexts is not None, labels != "answers")
-    tables = tokenize_all(named_conversations, tokenizer, max_length, counts, bad, contexts, labels)
+    tables = tokenize_all(named_conversations, tokenizer, max_length, counts, bad, contexts, labels, num_left_out)
     if cache_dir is None:
         tokenised = token_cache.in_memory(tables, counts, schema)
     else:
@@ -231,6 +244,7 @@ def tokenize_all(
     bad: BadRows | None = None,
     contexts: ContextTokens | None = None,
     labels: chat.Labels = "answers",
+    num_left_out: int = 0,
 ) -> Iterator[pa.Table]:
     """Yield tables of tokenised rows, batch by batch, and update `counts`.
 
@@ -244,6 +258,7 @@ def tokenize_all(
         bad: takes the errors of single rows; None: the first one is raised.
         contexts: see `build`.
         labels: see `build`.
+        num_left_out: see `build`.
 
     Raises:
         InputError: there were bad rows, and `bad` does not skip them.
@@ -251,10 +266,13 @@ def tokenize_all(
     makes_pairs = chat.makes_pairs(tokenizer)
     with tqdm(desc="tokenising", unit=" rows", disable=None, delay=2) as progress:
         for batch in batches(named_conversations, BATCH_ROWS):
-            ids, spans, texts, hashes = tokenize_batch(batch, tokenizer, bad)
+            ids, spans, texts, named = tokenize_batch(batch, tokenizer, bad)
             schema = schema_of(contexts is not None, labels != "answers")
             rows: dict[str, list[Any]] = {name: [] for name in schema.names}
-            for row_ids, row_spans, text, row_hashes in zip(ids, spans, texts, hashes, strict=True):
+            for row_ids, row_spans, text, columns in zip(ids, spans, texts, named, strict=True):
+                if num_left_out:
+                    row_ids = row_ids[num_left_out:]
+                    row_spans = [(max(start - num_left_out, 0), end - num_left_out) for start, end in row_spans]
                 counts["num_truncated"] += len(row_ids) > max_length
                 if makes_pairs:
                     row_ids, row_spans = fit_pair(row_ids, row_spans, max_length)
@@ -272,7 +290,7 @@ def tokenize_all(
                     rows["answers"].append([bound for span in answers for bound in span])
                 if contexts:
                     rows["context"].append(contexts.of(text))
-                for name, value in zip((duplicates.EXACT, duplicates.NORMALISED), row_hashes, strict=True):
+                for name, value in columns.items():
                     rows[name].append(value)
             counts["num_read"] += len(ids)
             yield pa.table(rows, schema=schema)
@@ -284,17 +302,17 @@ def tokenize_all(
 
 def tokenize_batch(
     batch: list[tuple[str, list[dict[str, Any]]]], tokenizer: PreTrainedTokenizerBase, bad: BadRows | None
-) -> tuple[list[list[int]], list[chat.Spans], list[str], list[tuple[int, int]]]:
-    """Return the token ids of (source, messages) pairs, uncut, their answers' spans, texts of contexts, and hashes.
+) -> tuple[list[list[int]], list[chat.Spans], list[str], list[dict[str, Any]]]:
+    """Return the token ids of (source, messages) pairs, uncut, their answers' spans, texts of contexts, and more.
 
     Rows that the chat template refuses are noted as bad, and left out.
     """
     split = [(source, *split_context(messages)) for source, messages in batch]
     try:
         ids, spans = chat.tokenize(tokenizer, [messages for _, _, messages in split], NO_LIMIT)
-        return ids, spans, [text for _, text, _ in split], [duplicates.hashes_of(row) for _, row in batch]
+        return ids, spans, [text for _, text, _ in split], [columns_of(row) for _, row in batch]
     except InputError:  # which rows they are is found out below
-        ids, spans, texts, hashes = [], [], [], []
+        ids, spans, texts, named = [], [], [], []
     for (source, text, messages), (_, whole) in zip(split, batch, strict=True):
         try:
             row_ids, row_spans = chat.tokenize(tokenizer, [messages], NO_LIMIT)
@@ -307,8 +325,14 @@ def tokenize_batch(
         ids += row_ids
         spans += row_spans
         texts.append(text)
-        hashes.append(duplicates.hashes_of(whole))
-    return ids, spans, texts, hashes
+        named.append(columns_of(whole))
+    return ids, spans, texts, named
+
+
+def columns_of(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a table holds of a row besides tokens: its source, and the hashes of its conversation."""
+    exact, normalised = duplicates.hashes_of(messages)
+    return {SOURCE: getattr(messages, "source", ""), duplicates.EXACT: exact, duplicates.NORMALISED: normalised}
 
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

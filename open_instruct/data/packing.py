@@ -86,13 +86,13 @@ class Batching(Protocol):
             num_ranks: number of processes.
         """
 
-    def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_virtual_tokens: int) -> int:
-        """Return the number of positions of a micro-batch, padding and virtual tokens included.
+    def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_before: int) -> int:
+        """Return the number of positions of a micro-batch, padding and what stands before examples included.
 
         Args:
             chosen: the examples of the micro-batch, at least one.
             lengths: tokens of every example of the data set.
-            num_virtual_tokens: P
+            num_before: positions before each example: virtual tokens and hard prompt.
         """
 
     def halved(self, indices: Sequence[int], lengths: np.ndarray) -> Packing | None:
@@ -112,18 +112,19 @@ class Batching(Protocol):
 
 @dataclass(frozen=True)
 class Padding:
-    """Up to `size` rows, padded to the longest."""
+    """Up to `size` rows, padded to the longest; each begins with the hard prompt, if there is one."""
 
     size: int
     pad_token_id: int
+    hard_prompt: tuple[int, ...] = ()
 
     def micro_batches(self, indices: Sequence[int], lengths: np.ndarray, rank: int, num_ranks: int) -> list[list[int]]:
         """See `Batching`."""
         return plan.micro_batches(indices, lengths, self.size, rank, num_ranks)
 
-    def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_virtual_tokens: int) -> int:
+    def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_before: int) -> int:
         """See `Batching`."""
-        return len(chosen) * (max(int(lengths[i]) for i in chosen) + num_virtual_tokens)
+        return len(chosen) * (max(int(lengths[i]) for i in chosen) + num_before)
 
     def halved(self, indices: Sequence[int], lengths: np.ndarray) -> Packing | None:
         """See `Batching`."""
@@ -131,12 +132,13 @@ class Padding:
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return input_ids, attention_mask and labels, each [B, T]; see `pad`."""
-        return pad(examples or NO_LABELS, self.pad_token_id)
+        behind = [behind_context({**example, "context": self.hard_prompt}, 0) for example in examples or NO_LABELS]
+        return pad(behind if self.hard_prompt else examples or NO_LABELS, self.pad_token_id)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """One row of up to `max_tokens` tokens, virtual ones not counted."""
+    """One row of up to `max_tokens` tokens, not counting virtual ones and a hard prompt's."""
 
     max_tokens: int
 
@@ -144,9 +146,9 @@ class Packing:
         """See `Batching`."""
         return plan.balanced_rows(indices, lengths, self.max_tokens, rank, num_ranks)
 
-    def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_virtual_tokens: int) -> int:
+    def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_before: int) -> int:
         """See `Batching`."""
-        return sum(int(lengths[i]) for i in chosen) + num_virtual_tokens
+        return sum(int(lengths[i]) for i in chosen) + num_before
 
     def halved(self, indices: Sequence[int], lengths: np.ndarray) -> Packing | None:
         """See `Batching`. The longest example of the data set must fit."""

@@ -14,22 +14,26 @@ from functools import lru_cache
 
 import numpy as np
 
+from open_instruct.data.sources import Mixture, mixed_order
+
 
 @dataclass(frozen=True)
 class Plan:
     """The examples of each step.
 
     Args:
-        num_examples: size of the data set.
+        num_examples: examples of an epoch: the size of the data set, or of what a mixture takes of it.
         examples_per_step: the global batch: micro-batch size × processes × accumulation steps.
         num_steps: length of the run.
         seed: decides the order of the examples, which is another one in each epoch.
+        mixture: what an epoch takes of each source; None: every example once.
     """
 
     num_examples: int
     examples_per_step: int
     num_steps: int
     seed: int
+    mixture: Mixture | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -45,7 +49,12 @@ class Plan:
         """Return the indices of the examples of step `step` (counted from 0), in shuffled order."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         first = step_in_epoch * self.examples_per_step
-        return epoch_order(self.num_examples, self.seed, epoch)[first : first + self.examples_per_step]
+        order = mixed_order(self.mixture, epoch) if self.mixture else epoch_order(self.num_examples, self.seed, epoch)
+        return order[first : first + self.examples_per_step]
+
+    def mean(self, values: np.ndarray) -> float:
+        """Return the mean of values of all examples of the data set over those of an epoch."""
+        return self.mixture.mean(values) if self.mixture else float(values.mean())
 
 
 @lru_cache(maxsize=2)

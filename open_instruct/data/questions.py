@@ -13,6 +13,7 @@ from open_instruct.data.bad_rows import BadRows, note
 from open_instruct.data.pairs import source_ids
 from open_instruct.data.reading import Row
 from open_instruct.data.rendering import Rendering
+from open_instruct.data.sources import source_in
 from open_instruct.errors import InputError, warn
 
 
@@ -23,6 +24,7 @@ class Question:
     source: str  # file and line of the row, for errors
     messages: list[dict[str, Any]]
     reference: str | None  # the turn itself, where the row has it
+    named_source: str = ""  # in the row's column `source`
 
     @property
     def text(self) -> str:
@@ -63,9 +65,9 @@ def questions(
         if bad is not None:
             bad.keep()
         if messages[-1]["role"] == "assistant":
-            yield Question(source, messages[:-1], str(messages[-1]["content"]))
+            yield Question(source, messages[:-1], str(messages[-1]["content"]), source_in(row))
         else:
-            yield Question(source, messages, None)
+            yield Question(source, messages, None, source_in(row))
 
 
 def read_questions(

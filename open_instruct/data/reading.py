@@ -13,6 +13,7 @@ import pyarrow as pa
 from open_instruct.data import forms, lines, shards
 from open_instruct.data.bad_rows import BadRows, note
 from open_instruct.data.kinds import BYTE_ORDER_MARK, TABLE_SUFFIXES, file_kind, is_json, is_table, open_bytes
+from open_instruct.data.sources import Conversation, source_in
 from open_instruct.data.templates import MissingField
 from open_instruct.data.texts import shown
 from open_instruct.errors import InputError, input_faults
@@ -231,7 +232,7 @@ def conversations(
     context: ContextSource | None = None,
     rendering: Rendering | None = None,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield each row's source and checked messages.
+    """Yield where each row stands, and its checked messages as a `Conversation`.
 
     Args:
         rows: the rows.
@@ -255,7 +256,7 @@ def conversations(
         is_first = False
         if bad is None or bad.keep():
             for messages in made:
-                yield source, messages
+                yield source, Conversation(messages, source_in(row))
 
 
 def is_of_all(error: InputError, bad: BadRows | None) -> bool:

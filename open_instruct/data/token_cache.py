@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from open_instruct.data.duplicates import HASH_FIELDS
+from open_instruct.data.sources import SOURCE
 from open_instruct.errors import InputError, input_faults, system_fault, warn
 from open_instruct.files import flush
 from open_instruct.temporary import temporary_folder, temporary_name
@@ -33,6 +34,7 @@ from open_instruct.temporary import temporary_folder, temporary_name
 TOKENS, COUNTS = "tokens.arrow", "counts.json"
 SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("spans", pa.list_(pa.int32()))])
 CONTEXT_FIELD = pa.field("context", pa.list_(pa.int32()))  # tokens that stand before the row
+SOURCE_FIELD = pa.field(SOURCE, pa.string())  # "" where the row names none
 ANSWERS_FIELD = pa.field("answers", pa.list_(pa.int32()))  # spans of the assistant's turns, where others are learned
 
 COUNTED = ("num_read", "num_truncated", "num_skipped", "first_label")
@@ -42,7 +44,7 @@ REMEDY = "free some space, name another folder with --dataset_local_cache_dir, o
 def schema_of(with_context: bool = False, with_answers: bool = False) -> pa.Schema:
     """Return the columns of an entry."""
     fields = [*SCHEMA, *([CONTEXT_FIELD] if with_context else []), *([ANSWERS_FIELD] if with_answers else [])]
-    return pa.schema([*fields, *HASH_FIELDS])
+    return pa.schema([*fields, SOURCE_FIELD, *HASH_FIELDS])
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,12 @@ class Tokenised:
 class ContentHash:
     """Hash of the token ids and spans of a table, however its rows are cut into batches.
 
-    Hashes of texts are no part of it: rows that are cut to the same tokens train alike.
+    Sources and hashes of texts are no part of it: rows that are cut to the same tokens train alike.
     """
 
     def __init__(self, schema: pa.Schema) -> None:
         """Start without a row."""
-        self.names = [field.name for field in schema if field not in HASH_FIELDS]
+        self.names = [field.name for field in schema if pa.types.is_list(field.type)]
         self.parts = [hashlib.sha256() for _ in range(2 * len(self.names))]  # of each column: lengths, values
 
     def update(self, table: pa.Table) -> None:

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from open_instruct.errors import reason_of
+from open_instruct.errors import reason_of, visible
 
 DISTILLED = ("distill_context", "distill_system", "distill_column")
 
@@ -89,6 +89,36 @@ def columns_of_rows(flags: Any) -> str | None:
     return bad_columns(flags.columns)
 
 
+def parse_weights(words: list[str]) -> dict[str, float]:
+    """Return the weights of NAME=WEIGHT words.
+
+    Raises:
+        ValueError: a word is none, a weight can't be used, or a name stands there twice.
+    """
+    weights: dict[str, float] = {}
+    for word in words:
+        name, separator, text = word.rpartition("=")
+        try:
+            weight = float(text) if separator else math.nan
+        except ValueError:
+            weight = math.nan
+        if not name.strip() or not 0 <= weight <= 100:
+            raise ValueError(f"{visible(word)[:80]!r} is not NAME=WEIGHT with a weight from 0 to 100")
+        if name.strip() in weights:
+            raise ValueError(f"{visible(name)[:80]!r} stands there twice")
+        weights[name.strip()] = weight
+    return weights
+
+
+def bad_weights(words: list[str]) -> str | None:
+    """Refuse words that are not NAME=WEIGHT, and names that stand there twice."""
+    try:
+        parse_weights(words)
+    except ValueError as error:
+        return f"{error}: give a=2 b=0.5"
+    return None
+
+
 def unused_init_text(flags: Any) -> str | None:
     """Refuse a text that a soft prompt would not start from."""
     if flags.adapter_name_or_path:
@@ -136,6 +166,12 @@ def cannot_distill(flags: Any) -> str | None:
     return needs_packing(flags)
 
 
+def bad_hard_prompt(flags: Any) -> str | None:
+    """Refuse a hard prompt beside a context that is distilled."""
+    given = next((name for name in DISTILLED if getattr(flags, name)), None)
+    return given and f"--{given} stands before the teacher's conversations alone: drop one of the two flags"
+
+
 def without_distillation(flags: Any) -> str | None:
     """Refuse a setting of distillation where nothing is distilled."""
     if any(getattr(flags, name) for name in DISTILLED):
@@ -146,6 +182,15 @@ def without_distillation(flags: Any) -> str | None:
 def needs_packing(flags: Any) -> str | None:
     """Refuse a flag of the packed forward pass beside the padded one."""
     return None if flags.packing else "it belongs to the packed forward pass: remove it, or drop --packing False"
+
+
+def unused_patience(flags: Any) -> str | None:
+    """Refuse to wait for a held-out loss that is not measured while a run trains."""
+    if not flags.validation_file and not flags.validation_fraction:
+        return "no rows are held out: remove it, or set --validation_fraction or --validation_file"
+    if flags.eval_steps == 0:
+        return "--eval_steps 0 measures only the start and the end: remove one of the two flags"
+    return None
 
 
 def bad_checkpointing_steps(text: str) -> str | None:

@@ -137,6 +137,35 @@ class DataFlags:
         on_resume="content",
         at_most=MAX_ROWS,
     )
+    source_weights: list[str] | None = flag(
+        None,
+        "NAME=WEIGHT …: an epoch takes WEIGHT times the rows that have NAME in their column `source` (2: each twice; "
+        "0.5: half of them, in turns; 0: none); sources that are not named: 1",
+        check=lambda flags: checks.bad_weights(flags.source_weights),
+        on_resume="same",
+    )
+    mixture_temperature: float | None = flag(
+        None,
+        "T: an epoch of as many rows takes a share of n^(1/T) of a source with n rows; 1: in proportion; the larger, "
+        "the more equal",
+        at_least=1,
+        at_most=10**6,
+        check=lambda flags: (
+            "it decides the shares of the sources, and so does --source_weights: drop one"
+            if flags.source_weights
+            else None
+        ),
+        on_resume="same",
+    )
+    hard_prompt: str | None = flag(
+        None,
+        "text that stands between the soft prompt and every example, as its system message if the chat template can "
+        "write one; or a .json file of messages (instructions, exemplars). It is computed once a packed row",
+        in_study="same",
+        check=checks.bad_hard_prompt,
+        on_resume="content",
+        causal_only=True,
+    )
     max_seq_length: int | None = flag(
         None,
         "tokens kept of a conversation, without virtual tokens; unset: 4096, or as many as the context allows",

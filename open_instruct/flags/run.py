@@ -55,6 +55,16 @@ class RunFlags:
         in_study="decided",
         on_resume="same",
     )
+    patience: int | None = flag(
+        None,
+        "stop after this many held-out evaluations in a row without a loss below the lowest before them; unset: train "
+        "all steps",
+        at_least=1,
+        at_most=10**9,
+        in_study="decided",
+        check=checks.unused_patience,
+        on_resume="same",
+    )
     num_sample_answers: int = flag(
         3,
         "held-out questions that the base and the tuned model answer (three are shown, exact match counts all)",

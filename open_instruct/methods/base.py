@@ -37,6 +37,24 @@ class Recipe:
     weight_decay: float = 0.0
     clip_grad_norm: float = 1.0
 
+    def values(self, init_flag: str | None, sharded: bool) -> dict[str, Any]:
+        """Return the values by the names of their flags.
+
+        Args:
+            init_flag: flag of the soft prompt's start, or None.
+            sharded: no process can compare starts, so a screened start uses the text.
+        """
+        values = {
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": self.lr_scheduler_type,
+            "warmup_ratio": self.warmup_ratio,
+            "weight_decay": self.weight_decay,
+            "clip_grad_norm": self.clip_grad_norm,
+        }
+        if init_flag:
+            values[init_flag] = "text" if sharded and self.init == "screened" else self.init
+        return values
+
 
 @dataclass(frozen=True)
 class NoSettings:

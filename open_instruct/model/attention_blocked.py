@@ -169,10 +169,10 @@ class _BlockedAttention(torch.autograd.Function):
             grad_key[0, :, group.start : group.end] = grad_keys[:, group.num_shared :]
             grad_value[0, :, group.start : group.end] = grad_values[:, group.num_shared :]
             if group.num_shared:
-                grad_shared_key[0] += grad_keys[:, : group.num_shared]
-                grad_shared_value[0] += grad_values[:, : group.num_shared]
-        # A prefix of embeddings has shared keys that are a slice of `key`: autograd adds their derivative to that of
-        # `key`, which by itself holds only what the virtual tokens do to each other.
+                grad_shared_key[0, :, : group.num_shared] += grad_keys[:, : group.num_shared]
+                grad_shared_value[0, :, : group.num_shared] += grad_values[:, : group.num_shared]
+        # Shared tokens in the row have shared keys that are a slice of `key`: autograd adds their derivative to that of
+        # `key`, which by itself holds only what these tokens do to each other.
         no_gradient = (None, None, None, None)  # segments, scale, window, softcap
         return (
             grad_query,
@@ -192,10 +192,11 @@ def _rows_by_key_head(heads: torch.Tensor, num_key_heads: int) -> torch.Tensor:
 def _visible_keys_values(
     key: torch.Tensor, value: torch.Tensor, shared_key: torch.Tensor, shared_value: torch.Tensor, group: Group
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values [K, S + n, E] that a group of n tokens sees: the shared ones, then its own."""
+    """Return keys and values [K, s + n, E] that a group of n tokens sees: its s first shared ones, then its own."""
     keys, values = key[0, :, group.start : group.end], value[0, :, group.start : group.end]
     if group.num_shared:
-        return torch.cat([shared_key[0], keys], 1), torch.cat([shared_value[0], values], 1)
+        shared_keys, shared_values = shared_key[0, :, : group.num_shared], shared_value[0, :, : group.num_shared]
+        return torch.cat([shared_keys, keys], 1), torch.cat([shared_values, values], 1)
     return keys, values
 
 

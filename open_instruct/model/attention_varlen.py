@@ -36,7 +36,7 @@ Kernel = Callable[
 
 
 @lru_cache(maxsize=8)
-def varlen_index(segments: Segments, from_outside: bool, device: torch.device) -> VarlenIndex:
+def varlen_index(segments: Segments, device: torch.device) -> VarlenIndex:
     """Return the index of a row: each segment's keys are the shared ones and its own, in that order.
 
     Two examples of 3 and 1 tokens behind 2 virtual tokens in the row (num_prefix_tokens = num_shared = 2) give
@@ -46,19 +46,18 @@ def varlen_index(segments: Segments, from_outside: bool, device: torch.device) -
         cu_seqlens_q     0       2             5           6
         cu_seqlens_k     0       2             7          10
 
-    With keys from outside there is no segment of virtual tokens, and the row's own keys stand behind the shared ones:
-    positions 0 1 2 3 4 | 0 1 5 again, of which 0 and 1 are now those from outside.
+    With 2 keys from outside and no shared tokens in the row, these keys stand before the row's own: positions
+    0 1 2 3 4 | 0 1 5 again, of which 0 and 1 are now those from outside. With a hard prompt behind them, it is the
+    first segment, which sees those from outside and itself.
 
     Args:
         segments: the boundaries of the row.
-        from_outside: the shared keys are put before the row's keys (prefix tuning) and are not the row's first ones.
         device: where the tensors are wanted.
     """
-    offset = segments.num_shared if from_outside else 0
     key_positions, query_lengths, key_lengths = [], [0], [0]  # a 0 first: cumulative lengths begin with it
     for start, end, num_shared in segments.spans():
         key_positions.append(torch.arange(num_shared))
-        key_positions.append(torch.arange(start + offset, end + offset))
+        key_positions.append(torch.arange(start, end) + segments.num_outside)
         query_lengths.append(end - start)
         key_lengths.append(num_shared + end - start)
     # Made on the CPU and copied without waiting: nothing here makes the GPU stop.
@@ -78,10 +77,10 @@ def varlen(kernel: Kernel, inputs: AttentionInputs) -> torch.Tensor:
         [1, T, H, E]
     """
     segments, key, value = inputs.segments, inputs.key, inputs.value
-    from_outside = segments.num_shared > 0 and segments.num_prefix_tokens == 0
-    if from_outside:
-        key, value = torch.cat([inputs.shared_key, key], 2), torch.cat([inputs.shared_value, value], 2)
-    index = varlen_index(segments, from_outside, key.device)
+    if segments.num_outside:
+        outside_key, outside_value = (x[:, :, : segments.num_outside] for x in (inputs.shared_key, inputs.shared_value))
+        key, value = torch.cat([outside_key, key], 2), torch.cat([outside_value, value], 2)
+    index = varlen_index(segments, key.device)
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (inputs.query, key, value))
     if segments.num_shared:
         # Copies the shared keys for every segment. The derivative of index_select adds the copies' gradients up again.

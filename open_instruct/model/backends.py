@@ -34,8 +34,8 @@ def sdpa(inputs: AttentionInputs) -> torch.Tensor:
     for start, end, num_shared in inputs.segments.spans():
         queries, keys, values = (tensor[:, :, start:end] for tensor in (inputs.query, inputs.key, inputs.value))
         if num_shared:
-            keys = torch.cat([inputs.shared_key, keys], 2)
-            values = torch.cat([inputs.shared_value, values], 2)
+            keys = torch.cat([inputs.shared_key[:, :, :num_shared], keys], 2)
+            values = torch.cat([inputs.shared_value[:, :, :num_shared], values], 2)
         # `is_causal` is faster than a mask, but aligns the first query with the first key.
         masked = num_shared or (inputs.window and inputs.window < end - start)
         mask = visibility_mask(end - start, keys.shape[2], inputs.window, keys.device) if masked else None

@@ -3,7 +3,8 @@
 Causal attention lets nothing after a soft prompt change it, so a micro-batch computes it once: the row is
 [P virtual tokens, example 1, example 2, …] without padding. Each example's positions start at P. A soft prompt of
 embeddings (prompt tuning, P-tuning) stands at the head of the row; one of keys and values (prefix tuning) is put before
-the row's own in every layer. Adapters without virtual tokens have P = 0.
+the row's own in every layer. Adapters without virtual tokens have P = 0. A hard prompt, tokens that stand between the
+soft prompt and every example, stands at the head of the row, too, behind the virtual tokens.
 
 `transformers` calls `attention` for every layer of a model whose attention implementation is NAME; the row's boundaries
 reach it as a keyword argument of the model's forward. The prefix does not travel through a key/value cache, so gradient
@@ -58,14 +59,14 @@ class SoftPrompt:
 class Segments:
     """Which positions of a row belong together, for one layer.
 
-    A segment sees the shared keys, which are the first `num_shared` of all keys, and its own. With a prefix of
-    embeddings the shared keys are those of the row's first positions, which are a segment themselves. With a prefix of
-    keys and values they come from outside of the row.
+    A segment sees the shared keys, which are the first `num_shared` of all keys, and its own. A prefix of keys and
+    values comes from outside of the row. The shared keys behind it are those of the row's first positions: virtual
+    tokens and hard prompt, which are a segment themselves.
 
     Args:
-        bounds: (start, end) of each segment in the row; the first is the virtual tokens' if `num_prefix_tokens` is not
+        bounds: (start, end) of each segment in the row; the first is the shared tokens' if `num_prefix_tokens` is not
             0.
-        num_prefix_tokens: virtual tokens that stand in the row, P or 0.
+        num_prefix_tokens: shared tokens that stand in the row: virtual ones that are embeddings, and the hard prompt's.
         num_shared: S, the keys that all examples share.
     """
 
@@ -73,12 +74,20 @@ class Segments:
     num_prefix_tokens: int
     num_shared: int
 
+    @property
+    def num_outside(self) -> int:
+        """Shared keys that come from outside of the row, the first of all."""
+        return self.num_shared - self.num_prefix_tokens
+
     def spans(self) -> list[tuple[int, int, int]]:
         """Return (start, end, number of shared keys before its own) of each segment.
 
-        The segment of the virtual tokens shares nothing: the shared keys are its own.
+        Those of the shared tokens' segment are the ones from outside: the others are its own.
         """
-        return [(start, end, 0 if start < self.num_prefix_tokens else self.num_shared) for start, end in self.bounds]
+        return [
+            (start, end, self.num_outside if start < self.num_prefix_tokens else self.num_shared)
+            for start, end in self.bounds
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +126,7 @@ class PackedContext:
 
     Args:
         lengths: tokens of each example, in order.
-        num_prefix_tokens: virtual tokens that stand at the head of the row, P or 0.
+        num_prefix_tokens: shared tokens that stand at the head of the row; see `Segments`.
         keys_values: a prefix of keys and values [1, K, P, E] of each layer, or None.
         backend: computes the attention of one layer.
         layers_seen: indices of the layers whose attention was computed here.
@@ -194,11 +203,14 @@ def attention(
     query, key = query.to(value), key.to(value)  # under autocast, rotation leaves them in float32
     if packed_context.kept is not None:
         packed_context.kept[module.layer_idx] = key, value
-    if packed_context.keys_values is None:
-        num_shared = packed_context.num_prefix_tokens
-        shared_key, shared_value = key[:, :, :num_shared], value[:, :, :num_shared]
-    else:
-        shared_key, shared_value = (tensor.to(key) for tensor in packed_context.keys_values[module.layer_idx])
+    num_in_row = packed_context.num_prefix_tokens
+    shared_key, shared_value = key[:, :, :num_in_row], value[:, :, :num_in_row]
+    if packed_context.keys_values is not None:
+        outside = [tensor.to(key) for tensor in packed_context.keys_values[module.layer_idx]]
+        own = (shared_key, shared_value)
+        shared_key, shared_value = (
+            torch.cat(pair, 2) if num_in_row else pair[0] for pair in zip(outside, own, strict=True)
+        )
     inputs = AttentionInputs(
         query=query,
         key=key,

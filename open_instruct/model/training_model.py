@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,7 +69,12 @@ class PackedModel(TrainingModel):
     attention_name = shared_prefix.NAME  # under which transformers knows the packed attention
 
     def __init__(
-        self, model: Any, soft_prompt: Callable[[], SoftPrompt | None], backend: Backend, head: str | None = "find"
+        self,
+        model: Any,
+        soft_prompt: Callable[[], SoftPrompt | None],
+        backend: Backend,
+        head: str | None = "find",
+        hard_prompt: Sequence[int] = (),
     ) -> None:
         """Wrap a model, which keeps its own attention until `activate`.
 
@@ -80,10 +85,13 @@ class PackedModel(TrainingModel):
             backend: computes attention; a value of `backends.BACKENDS`.
             head: which of `chunked_loss.head_forms` makes logits of the decoder's states. "find": try all of them.
                 None: the model's own forward makes them, for all labelled positions at once.
+            hard_prompt: tokens between the soft prompt and every example, also of the base; they are computed once a
+                row.
         """
         super().__init__(model)
         self.soft_prompt = soft_prompt
         self.backend = backend
+        self.hard_prompt = tuple(hard_prompt)
         self.head_name = self.find_head() if head == "find" else head
         self.head = self.head_forms()[self.head_name] if self.head_name else None
         self.windows: set[int] = set()  # that layers have called their attention with
@@ -191,15 +199,21 @@ class PackedModel(TrainingModel):
         """
         if self._own_attention is None:
             raise RuntimeError("this PackedModel is not active: call activate() first, or use it in a with statement")
-        num_prefix_tokens = 0  # those that stand in the row, which keys and values don't
-        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids + prompt.length}
+        num_prefix_tokens = num_hard = len(self.hard_prompt)  # that stand in the row, which keys and values don't
+        position_ids = position_ids + prompt.length + num_hard
+        if num_hard:
+            hard_prompt = torch.tensor([self.hard_prompt], device=input_ids.device)
+            hard_positions = torch.arange(num_hard, device=input_ids.device)[None] + prompt.length
+            input_ids = torch.cat([hard_prompt, input_ids], 1)
+            position_ids = torch.cat([hard_positions, position_ids], 1)
+        inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
         if prompt.embeddings is not None:
-            num_prefix_tokens = prompt.length
+            num_prefix_tokens += prompt.length
             embedded = self.causal.get_input_embeddings()(input_ids)
-            prefix_positions = torch.arange(num_prefix_tokens, device=position_ids.device)[None]
+            prefix_positions = torch.arange(prompt.length, device=position_ids.device)[None]
             inputs = {
                 "inputs_embeds": torch.cat([prompt.embeddings[None].to(embedded.dtype), embedded], 1),
-                "position_ids": torch.cat([prefix_positions, inputs["position_ids"]], 1),
+                "position_ids": torch.cat([prefix_positions, position_ids], 1),
             }
         num_positions, bound = sum(lengths) + num_prefix_tokens, longest_exact_row(self.causal.config)
         if bound and num_positions > bound:

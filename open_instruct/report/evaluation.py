@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
+from open_instruct.data.texts import plain
 from open_instruct.report import pictures
 from open_instruct.report.summary import shortened
 from open_instruct.report.tables import WRITING, cell
@@ -36,6 +37,9 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     if before := result.get("tokens_before"):
         lines.append("| tokens before a conversation | " + " | ".join(f"{before[name]:,}" for name in names) + " |")
+    if hard := result.get("hard_prompt_tokens"):
+        cells = " | ".join(f"{hard.get(name, 0):,}" for name in names)
+        lines.append(f"| tokens of the hard prompt | {cells} |")
     if size := result.get("bytes_before"):
         cells = " | ".join(f"{size[name] / 1e6:,.3g}" for name in names)
         lines.append(f"| their keys and values, MB a request | {cells} |")
@@ -63,10 +67,32 @@ def markdown(result: dict[str, Any]) -> str:
         for metric, figure in differences.items():
             low, high = figure["interval"]
             lines.append(f"| {metric} | {cell(figure, sign=True)} | {'yes' if low > 0 or high < 0 else 'no'} |")
+    lines += source_table(result.get("loss_by_source") or {}, names)
     for number, example in enumerate(result.get("examples", [])[:3], start=1):
         lines += ["", f"question {number}: {shortened(example['question'], 120)}"]
         lines += [f"- {name}: {shortened(text, 120)}" for name, text in example.items() if name != "question"]
     return "\n".join(lines)
+
+
+def source_table(by_source: dict[str, dict[str, Any]], names: list[str]) -> list[str]:
+    """Return the lines of a table: a row for each source, with the loss of each model and differences from the base.
+
+    Args:
+        by_source: of `evaluation.loss_by_source`; empty: no line is returned.
+        names: of the models, the base first.
+    """
+    if not by_source:
+        return []
+    base, *others = names
+    heads = ["source", "rows", *names, *(f"{name} less {base}" for name in others)]
+    lines = ["", "Loss of each source, nats per labelled token (differences on the same rows):", ""]
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for source, of_source in by_source.items():
+        cells = [plain(source).replace("|", "\\|"), f"{of_source['rows']:,}"]
+        cells += [cell(of_source["loss"][name]) for name in names]
+        cells += [cell(of_source["differences_from_base"][name], sign=True) for name in others]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def plot_compression(axes: Any, figures: dict[str, dict[str, Any]], before: dict[str, int]) -> None:

@@ -11,6 +11,9 @@ from matplotlib import pyplot as plt
 
 from open_instruct.report import pictures
 
+OF_SOURCE = "eval_loss/"  # begins the names of sources' held-out losses in metrics.jsonl
+MAX_SOURCES = 8  # that are drawn; more can't be told apart
+
 
 def plot_losses(rows: list[dict[str, Any]], base_loss: float | None, title: str, path: Path) -> None:
     """Write training loss, held-out loss and the base model's held-out loss over steps, as a PNG.
@@ -35,6 +38,10 @@ def plot_losses(rows: list[dict[str, Any]], base_loss: float | None, title: str,
         )
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
+    for name in list(dict.fromkeys(name for row in rows for name in row if name.startswith(OF_SOURCE)))[:MAX_SOURCES]:
+        of_source = [(row["step"], row[name]) for row in rows if name in row]
+        label = pictures.literal(f"held out, {name.removeprefix(OF_SOURCE)}")
+        axes.plot(*zip(*of_source, strict=True), ".:", linewidth=1, label=label)
     if base_loss is not None:
         axes.axhline(
             base_loss, color="black", linestyle="--", linewidth=1, label=f"held out, base model ({base_loss:.3f})"

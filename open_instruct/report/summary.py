@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+from open_instruct.data.texts import plain
 
 
 def hyperparameter_lines(title: str, values: dict[str, Any], origins: Mapping[str, str], sources: str) -> str:
@@ -19,6 +22,12 @@ def hyperparameter_lines(title: str, values: dict[str, Any], origins: Mapping[st
 def loss_text(value: float | None) -> str:
     """Return a loss as readable text."""
     return "not measured" if value is None else f"{value:.4f}"
+
+
+def sources_text(losses: Mapping[str, float], base: Mapping[str, float]) -> str:
+    """Return the held-out loss of each source and, in brackets, the base model's, to follow a line; "" of none."""
+    parts = [f"{plain(name)} {loss:.4f} ({base.get(name, math.nan):.4f})" for name, loss in losses.items()]
+    return f" | {', '.join(parts)}" if parts else ""
 
 
 def summary_lines(
@@ -40,11 +49,18 @@ def summary_lines(
         f"held-out loss       base {loss_text(summary['base_eval_loss'])} | "
         f"first {loss_text(summary['initial_eval_loss'])} | "
         f"final {loss_text(summary['final_eval_loss'])} nats per token",
+        *(
+            f"  {plain(name)}: base {loss_text(of_source['base_eval_loss'])} | "
+            f"first {loss_text(of_source['initial_eval_loss'])} | final {loss_text(of_source['final_eval_loss'])} "
+            f"({of_source['held_out_rows']:,} rows)"
+            for name, of_source in summary["by_source"].items()
+        ),
         f"trained parameters  {summary['trainable_parameters']:,} of {summary['total_parameters']:,} ({share:.3%})",
         f"{saved}        {summary['adapter_bytes'] / 1e3:,.1f} kB",
         f"time                {summary['wall_seconds']:.1f} s for {summary['steps']} steps, "
         f"{summary['tokens']:,} tokens ({summary['tokens_per_second']:,.0f} tokens/s), "
         f"peak memory {summary['peak_memory_mb']:,.0f} MB",
+        f"ended by            {summary['ended_by']}",
     ]
     if exact:
         lines.append(

@@ -11,6 +11,7 @@ from open_instruct.adapters.generation import greedy_answers
 from open_instruct.adapters.loaded import max_length
 from open_instruct.adapters.scoring import answer_losses
 from open_instruct.data import dataset
+from open_instruct.data.packing import behind_context
 from open_instruct.model.evaluation_mode import evaluating
 from open_instruct.study import other_text
 from open_instruct.study.config import Study
@@ -29,7 +30,7 @@ def measure_trial(study: Study, model: Any, tokenizer: Any, data: Data) -> dict[
     """
     held_out = data.held_out_answers  # by one rule, whatever a trial learns from
     assert held_out is not None
-    examples = [held_out[i] for i in range(len(held_out))]
+    examples = [behind_context({**held_out[i], "context": data.hard_prompt}, 0) for i in range(len(held_out))]
     choosing, test = split_rows(len(examples))
     longest = max(len(example["input_ids"]) for example in examples)
     with evaluating(model):

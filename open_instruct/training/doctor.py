@@ -7,9 +7,12 @@ trigger none (`tests/test_doctor.py`): the doctor prefers a missed problem to a 
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 from statistics import fmean, median
 
+from open_instruct.data.texts import plain
+from open_instruct.ranking import finite_or_inf
 from open_instruct.training.state import History
 
 MAX_CUT = 0.05  # share of the conversations that may be cut or dropped without a finding
@@ -89,7 +92,8 @@ class Doctor:
         """Check a held-out loss after `step` steps, and the virtual tokens' median length then."""
         self.history.evaluations.append((step, loss))
         findings = self._new(self._drift(prompt_norm, loss), self._order(), self._gap(), self._worse(loss))
-        return findings + self._new(self._too_low(step, loss), self._above_base(step, loss))
+        findings += self._new(self._too_low(step, loss), self._above_base(step, loss))
+        return findings + self._new(*self._rising_sources())
 
     def _labels(self) -> Finding | None:
         share = self.info.labelled_share
@@ -234,6 +238,27 @@ class Doctor:
             "the model memorises the training examples",
             "fewer --num_train_epochs, fewer --max_train_steps, or more data",
         )
+
+    def _rising_sources(self) -> list[Finding]:
+        """Name each source whose held-out loss rose while that of all rows fell."""
+        totals = {0: self.history.initial, **dict(self.history.evaluations)}
+        findings = []
+        for name, now in self.history.by_source[-1][1].items() if self.history.by_source else ():
+            measured = [(losses[name], step) for step, losses in self.history.by_source if name in losses]
+            lowest, then = min(measured, key=lambda item: finite_or_inf(item[0]))
+            last = self.history.by_source[-1][0]
+            if not (now > 1.1 * lowest + 0.02 and totals[last] < 0.98 * totals[then]):
+                continue
+            findings.append(
+                Finding(
+                    f"source {name}",
+                    f"the held-out loss of the source {plain(name)} rose from {lowest:.3f} after step {then} to "
+                    f"{now:.3f}, while that of all rows fell from {totals[then]:.3f} to {totals[last]:.3f}",
+                    "what the other sources teach is wrong for this one, or it is rare among the training rows",
+                    f"--source_weights {shlex.quote(plain(name))}=2, or fewer rows of the other sources",
+                )
+            )
+        return findings
 
     def _too_low(self, step: int, loss: float) -> Finding | None:
         done = step / self.info.num_steps

@@ -48,7 +48,7 @@ def plan_text(
     batching = forward.training
     steps = [plan.examples(step).tolist() for step in range(min(plan.num_steps, STEPS_MEASURED))]
     rows = [row for indices in steps for row in batching.micro_batches(indices, lengths, 0, 1)]
-    largest = max(batching.positions(row, lengths, settings.num_virtual_tokens) for row in rows)
+    largest = max(batching.positions(row, lengths, settings.forward.num_before) for row in rows)
     logit_rows = largest
     if isinstance(batching, Packing):
         trains_head = any(p.requires_grad for p in causal_of(model).get_output_embeddings().parameters())
@@ -69,7 +69,7 @@ def plan_text(
     )
     parts = ", ".join(f"{name} {value:,.1f}" for name, value in estimate.items() if name != "total")
     share = sizes["trainable_parameters"] / sizes["total_parameters"]
-    tokens, label_tokens = (x.mean() * plan.examples_per_step for x in (lengths, data.train.label_counts))
+    tokens, label_tokens = (plan.mean(x) * plan.examples_per_step for x in (lengths, data.train.label_counts))
     return "\n".join(
         [
             "plan (dry run: nothing is trained or written):",
@@ -105,5 +105,5 @@ def mask_bytes(forward: Forward, rows: list[list[int]], lengths: Any, settings: 
     if not forward.caches_masks:
         return 0
     different = {int(lengths[index]) for row in rows for index in row}
-    needed = sum(length * (length + settings.num_virtual_tokens) for length in different)
+    needed = sum(length * (length + settings.forward.num_before) for length in different)
     return min(needed * settings.compute_dtype.itemsize, attention_masks.MAX_CACHED_BYTES)

@@ -33,6 +33,7 @@ WINDOW_NAMES = ("sliding_window", "sliding_window_size", "window_size", "attenti
 
 # Largest difference of the probe's loss from the model's own, relative to its size. Attention to a neighbour or a wrong
 # position changes the loss by tenths; rounding in float32, in 16 bits and in quantised products by less than this.
+PROBED_TOKENS = 32  # of a hard prompt
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
@@ -51,10 +52,16 @@ class ForwardSettings:
     eval_batch_size: int
     gradient_checkpointing: bool
     compile_layers: bool
+    hard_prompt: tuple[int, ...] = ()  # tokens before every example, behind the virtual ones
+
+    @property
+    def num_before(self) -> int:
+        """Positions before every example: virtual tokens and hard prompt."""
+        return self.num_virtual_tokens + len(self.hard_prompt)
 
     @property
     def max_row_tokens(self) -> int:
-        """Largest number of tokens of a packed row, virtual tokens included.
+        """Largest number of tokens of a packed row, virtual tokens and hard prompt included.
 
         Unless it is set: enough to keep the machine busy and to hold the longest example, but no more than the padded
         micro-batch for which the user expects memory to suffice.
@@ -62,7 +69,7 @@ class ForwardSettings:
         if self.max_tokens_per_microbatch:
             return self.max_tokens_per_microbatch
         padded = self.train_batch_size * self.max_length
-        return min(padded, max(ROW_TOKENS, self.max_length)) + self.num_virtual_tokens
+        return min(padded, max(ROW_TOKENS, self.max_length)) + self.num_before
 
     def check_rows(self, longest: int) -> None:
         """Refuse rows that can't hold every example.
@@ -71,13 +78,14 @@ class ForwardSettings:
             InputError: the longest example, of `longest` tokens, does not fit.
         """
         bound = self.max_row_tokens
-        needed = longest + self.num_virtual_tokens
+        needed = longest + self.num_before
         if self.packing and needed > bound:
             virtual = f" and {self.num_virtual_tokens} virtual ones" if self.num_virtual_tokens else ""
+            virtual += f" and the hard prompt's {len(self.hard_prompt)}" if self.hard_prompt else ""
             raise InputError(
                 f"--max_tokens_per_microbatch {bound} can't hold the longest example, which has {longest} tokens"
                 f"{virtual}: raise it to {needed}, or cut examples with --max_seq_length "
-                f"{max(bound - self.num_virtual_tokens, 2)}"
+                f"{max(bound - self.num_before, 2)}"
             )
 
 
@@ -141,9 +149,11 @@ def choose_forward(
         if not reason:
             if engine == Feature.ZERO_3:
                 head = None  # each piece of the loss would gather it, and processes have different numbers of pieces
-            packed = PackedModel(model, partial(method.soft_prompt, model), backends.BACKENDS[name], head)
+            packed = PackedModel(
+                model, partial(method.soft_prompt, model), backends.BACKENDS[name], head, settings.hard_prompt
+            )
             bound = settings.max_row_tokens
-            rows = Packing(bound - settings.num_virtual_tokens)
+            rows = Packing(bound - settings.num_before)
             description = f"packed, rows of at most {bound:,} tokens, attention by {name}"
             ready = in_precision(packed, accelerator, dtype)
             return Forward(ready, rows, rows, f"packed, by {name}", description)
@@ -165,8 +175,8 @@ def choose_forward(
     why = f"the packed one would not be exact for this model: {reason}" if settings.packing else "PEFT's own"
     return Forward(
         in_precision(PaddedModel(model), accelerator, dtype),
-        Padding(settings.train_batch_size, pad_token_id),
-        Padding(settings.eval_batch_size, pad_token_id),
+        Padding(settings.train_batch_size, pad_token_id, settings.hard_prompt),
+        Padding(settings.eval_batch_size, pad_token_id, settings.hard_prompt),
         f"padded, by {causal_of(model).config._attn_implementation}",
         f"padded, {settings.train_batch_size} rows; {why}",
     )
@@ -197,7 +207,7 @@ def choose_packed(
     """
     device, causal = accelerator.device, causal_of(model)
     probe_device, shape = causal.device.type, backends.head_shape(causal.config)
-    size, longest = shape.size if shape else None, settings.max_length + settings.num_virtual_tokens
+    size, longest = shape.size if shape else None, settings.max_length + settings.num_before
     names = backends.backend_names(settings.attn_backend, device, dtype, settings.use_flash_attn, size)
     for name in names:
         problem = backends.trial(name, device, dtype, shape) if device.type != "cpu" else ""
@@ -209,7 +219,7 @@ def choose_packed(
             probed = name if probe_device == device.type else "blocked"
             try:
                 with autocast(probe_device, dtype):
-                    head, problem = probe(model, soft_prompt, probed, dtype, longest)
+                    head, problem = probe(model, soft_prompt, probed, dtype, longest, settings.hard_prompt)
             except CannotPack as obstacle:
                 structure = str(obstacle)
         if engines.is_sharded(engines.engine_of(accelerator)):
@@ -227,6 +237,7 @@ def probe(
     backend: str,
     dtype: torch.dtype,
     max_length: int = ROW_TOKENS,
+    hard_prompt: tuple[int, ...] = (),
 ) -> tuple[str | None, str]:
     """Find out whether the packed forward pass is exact for a model. Call it under the run's autocast.
 
@@ -238,7 +249,8 @@ def probe(
         soft_prompt: see `PackedModel`.
         backend: a key of BACKENDS.
         dtype: precision in which attention is computed.
-        max_length: positions of the longest example, the virtual tokens before it included.
+        max_length: positions of the longest example, all that stands before it included.
+        hard_prompt: see `PackedModel`; the probe takes its beginning.
 
     Returns:
         The form of the model's head (see `PackedModel`), and the reason against this back end; "" if there is none.
@@ -247,14 +259,14 @@ def probe(
         CannotPack: no back end would be exact.
         InputError: PEFT can't run this method on this model at all.
     """
-    causal, rows = causal_of(model), probe_rows(model)
+    causal, rows, beginning = causal_of(model), probe_rows(model), hard_prompt[:PROBED_TOKENS]
     with evaluating(model):
-        own = own_loss(model, rows)
+        own = own_loss(model, [packing.behind_context({**row, "context": beginning}, 0) for row in rows])
         if not getattr(causal, "_supports_attention_backend", False):
             kind = causal.config.model_type
             raise CannotPack(f"the attention of a {kind} model does not go through transformers' AttentionInterface")
         try:
-            packed = PackedModel(model, soft_prompt, backends.BACKENDS[backend])
+            packed = PackedModel(model, soft_prompt, backends.BACKENDS[backend], hard_prompt=beginning)
             with packed:
                 batch = packing.to_device(packing.pack(rows), causal.device)
                 with torch.no_grad():
@@ -348,8 +360,9 @@ def sensitivity(packed: PackedModel, batch: dict[str, Any]) -> tuple[float, floa
             (gradient,) = torch.autograd.grad(packed(**batch)[0], embeddings[-1:])
     finally:
         hook.remove()
-    first = batch["lengths"][0]
-    return gradient[0, :first].abs().max().item(), gradient[0, first:].abs().max().item()
+    start = len(packed.hard_prompt)
+    end = start + batch["lengths"][0]
+    return gradient[0, start:end].abs().max().item(), gradient[0, end:].abs().max().item()
 
 
 def switch_on(forward: Forward, gradient_checkpointing: bool, compile_layers: bool) -> None:

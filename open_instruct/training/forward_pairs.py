@@ -74,8 +74,8 @@ def choose_pair_forward(
     why = f"the packed one would not be exact for this model: {reason}" if settings.packing else "PEFT's own"
     return Forward(
         forward.in_precision(PaddedPairModel(model), accelerator, dtype),
-        PairPadding(settings.train_batch_size, pad_token_id, decoder_start),
-        PairPadding(settings.eval_batch_size, pad_token_id, decoder_start),
+        PairPadding(settings.train_batch_size, pad_token_id, decoder_start=decoder_start),
+        PairPadding(settings.eval_batch_size, pad_token_id, decoder_start=decoder_start),
         f"padded, by {base.config._attn_implementation}",
         f"padded, {settings.train_batch_size} pairs; {why}",
     )

@@ -43,6 +43,7 @@ OF_ONE_PROCESS = (
     "validation_file",
     "distill_context",
     "template",
+    "hard_prompt",
     "dataset_name",
     "dataset_mixer",
     "dataset_mixer_list",
@@ -80,7 +81,7 @@ def of_data(
     names = [
         item for item in names_with("on_resume", "same") if method in (FIELDS[item].metadata["methods"] or (method,))
     ]
-    chooses_best = flags.keep_best and data.held_out is not None
+    evaluations_count = (flags.keep_best or flags.patience is not None) and data.held_out is not None
     return {
         "method": method,
         "base model": loading.weights_key(settings.model.name, config),
@@ -89,16 +90,18 @@ def of_data(
         "adapter to continue": settings.adapter and adapter_key(settings.adapter),
         "training and held-out data": data.contents(),
         "context to distil": context and context.key,
+        "hard prompt": settings.data.hard_prompt and settings.data.hard_prompt.tokens.key,
         "examples": len(data.train),
         "examples_per_step": plan.examples_per_step,
+        "examples of the sources": plan.mixture and plan.mixture.key,
         "num_steps": plan.num_steps,
         **{item: getattr(flags, item) for item in names if item not in OF_THE_RECIPE},
         "num_virtual_tokens": settings.num_virtual_tokens,
         "dtype": str(settings.compute_dtype),
         "final_lr_ratio": flags.final_lr_ratio or 0.0,
         "split_seed": settings.data.seed,
-        # Evaluations choose the parameters that are saved.
-        "eval_steps": settings.eval_steps(plan) if chooses_best else None,
+        # Evaluations choose the parameters that are saved, and may end the run.
+        "eval_steps": settings.eval_steps(plan) if evaluations_count else None,
         # A loss that is summed over tokens is divided by the number of micro-batches.
         "micro-batches of a step": (
             flags.gradient_accumulation_steps * num_processes if flags.reduce_loss == "sum" else None

@@ -18,9 +18,12 @@ from open_instruct.data.bad_rows import BadRows
 from open_instruct.data.chat import Labels
 from open_instruct.data.context import ContextSource, ContextTokens
 from open_instruct.data.dataset import Examples
+from open_instruct.data.hard_prompt import HardPrompt
 from open_instruct.data.held_out_groups import hold_out_groups
 from open_instruct.data.reading import Row
 from open_instruct.data.rendering import Rendering
+from open_instruct.data.sources import MAX_MEASURED
+from open_instruct.data.texts import plain
 from open_instruct.errors import InputError
 
 DEFAULT_MAX_SEQ_LENGTH = 4096
@@ -51,6 +54,7 @@ class DataSettings:
     labels: Labels = "answers"  # what is learned, and measured on held-out rows
     context: ContextSource | None = None  # of the rows' own contexts, which are distilled
     rendering: Rendering | None = None  # makes conversations of named columns, with templates and exemplars
+    hard_prompt: HardPrompt | None = None  # stands before every example
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Data:
     held_out_answers: Examples | None
     overlap: duplicates.Overlap | None  # of the held-out rows with the training rows; None: none are held out
     rendering: Rendering | None = None  # with its exemplars; None: rows had a known form
+    hard_prompt: tuple[int, ...] = ()  # tokens that stand before every example, and are in none
 
     def fingerprints(self) -> dict[str, Any]:
         """Return what identifies the data in run.json and in checkpoints."""
@@ -119,7 +124,23 @@ class Data:
         """Return a line of statistics for each set."""
         held_out = self.held_out.describe("held out") if self.held_out else "held out: none (--validation_fraction 0)"
         bad = [f"{name}: {text}" for name, text in self.bad_rows().items()]
-        return "\n".join([self.train.describe("training"), held_out, *bad])
+        return "\n".join([self.train.describe("training"), held_out, *self.source_lines(), *bad])
+
+    def source_lines(self) -> list[str]:
+        """Return a line on the sources of the rows, where there are several."""
+        counts = {name: len(rows) for name, rows in self.train.sources.items()}
+        held_out = {name: len(rows) for name, rows in self.held_out.sources.items()} if self.held_out else {}
+        names = sorted({**counts, **held_out}, key=lambda name: -counts.get(name, 0))
+        if len(names) < 2:
+            return []
+        parts = [
+            f"{plain(name)} {counts.get(name, 0):,}" + (f" ({held_out.get(name, 0):,} held out)" if held_out else "")
+            for name in names[:MAX_MEASURED]
+        ]
+        rest = f", and {len(names) - MAX_MEASURED:,} more" if len(names) > MAX_MEASURED else ""
+        unmeasured = len(held_out) > MAX_MEASURED
+        note = f"; more than {MAX_MEASURED} are not measured one by one" if unmeasured else ""
+        return [f"sources: {', '.join(parts)}{rest}{note}"]
 
 
 def mixture_members(mixer: str | None, words: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
@@ -200,8 +221,11 @@ def load_data(settings: DataSettings, accelerator: Accelerator, tokenizer: PreTr
         held_out and held_out.by_answers(),
         overlap,
         settings.rendering,
+        settings.hard_prompt.tokens.ids if settings.hard_prompt else (),
     )
     accelerator.print(data.describe())
+    if settings.hard_prompt:
+        accelerator.print(settings.hard_prompt.describe())
     return data
 
 
@@ -250,6 +274,8 @@ def build_examples(
     source_key = f"{key} {settings.messages_key}" + (" without bad rows" if bad.skip else "")
     source_key += f" {context.key}" if context else ""
     source_key += f" {settings.rendering.key}" if settings.rendering else ""
+    num_left_out = settings.hard_prompt.tokens.num_shared if settings.hard_prompt else 0
+    source_key += f" without the first {num_left_out} tokens" if num_left_out else ""
     cache = settings.cache_dir if key else None
     contexts = ContextTokens(tokenizer) if context and context.is_by_row else None
     return dataset.build(
@@ -262,4 +288,5 @@ def build_examples(
         bad,
         contexts,
         settings.labels,
+        num_left_out,
     )

@@ -18,16 +18,18 @@ from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError, warn
 from open_instruct.methods import Method
 from open_instruct.model.weights import not_finite, some_of
+from open_instruct.report.summary import sources_text
 from open_instruct.training import checkpoint, engines, sharding
 from open_instruct.training.doctor import Doctor, Finding
-from open_instruct.training.evaluation import held_out_loss
+from open_instruct.training.ending import end_text, has_ended
+from open_instruct.training.evaluation import HeldOutLoss, held_out_loss
 from open_instruct.training.faults import is_out_of_memory, out_of_memory
 from open_instruct.training.forward import Forward
 from open_instruct.training.load_data import Data
 from open_instruct.training.preemption import Preempted, RunGuard
 from open_instruct.training.run_folder import CHECKPOINTS, RunFolder
 from open_instruct.training.state import TrainState, median_norm
-from open_instruct.training.tracking import Metrics
+from open_instruct.training.tracking import OF_SOURCE, Metrics
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class LoopSettings:
     checkpoint_every: int  # steps; 0: none
     keep_checkpoints: int  # -1: all
     keep_best: bool
+    patience: int | None = None  # evaluations in a row without a lower loss that end the run; None: all steps are made
     sum_loss: bool = False
     sync_each_batch: bool = False
     in_float16: bool = False  # the base computes in float16, so that small gradients would become 0
@@ -68,7 +71,9 @@ class TrainingJob:
 
 
 def fit(job: TrainingJob, state: TrainState) -> None:
-    """Measure the base and the start, then train from `state.step` to the plan's end. Updates `state`.
+    """Measure the base and the start, then train from `state.step` to the run's end. Updates `state`.
+
+    The end is the plan's, or an earlier one (--patience).
 
     Raises:
         InputError: loss or gradient stays infinite or NaN (the parameters are those of the last finite step), or memory
@@ -90,7 +95,9 @@ def fit(job: TrainingJob, state: TrainState) -> None:
         measure_start(job, state)
     job.model.train()
     job.guard.remember()  # from here on there is something to save
-    for step in range(state.step, plan.num_steps):
+    # Asked before the first step, too: the checkpoint may be that of the step that ended the run.
+    while not has_ended(state, plan.num_steps, settings.patience):
+        step = state.step
         step_started = time.perf_counter()
         indices = plan.examples(step)
         label_tokens = int(examples.label_counts[indices].sum())
@@ -136,6 +143,7 @@ def fit(job: TrainingJob, state: TrainState) -> None:
                 window_seconds, window_tokens = 0.0, 0
         if (settings.eval_steps and state.step % settings.eval_steps == 0) or is_last:
             evaluate_held_out(job, state)
+            is_last = has_ended(state, plan.num_steps, settings.patience)
         state.wall_seconds = seconds_before + time.perf_counter() - started
         is_due = settings.checkpoint_every and state.step % settings.checkpoint_every == 0
         is_preempted = totals[1].item() > 0 and not is_last
@@ -145,6 +153,8 @@ def fit(job: TrainingJob, state: TrainState) -> None:
         if is_preempted:
             raise Preempted(stopped_text(job, f"after step {state.step}"))
     state.wall_seconds = seconds_before + time.perf_counter() - started
+    if state.step < plan.num_steps:
+        metrics.print(f"ended by {end_text(state, plan.num_steps)}")
     if not state.best_is_earlier:
         check_trained_finite(job, state)
 
@@ -199,7 +209,8 @@ def measure_start(job: TrainingJob, state: TrainState) -> None:
     report(job, state, job.doctor.before())
     held_out = job.data.held_out
     if held_out and not job.method.trains_base:  # in full fine-tuning the start is the base
-        state.base_eval_loss, _ = loss_in_memory(job, state, adapter=False)
+        of_base = loss_in_memory(job, state, adapter=False)
+        state.base_eval_loss, state.history.base_by_source = of_base.loss, of_base.by_source
     evaluate_held_out(job, state)
 
 
@@ -207,21 +218,22 @@ def evaluate_held_out(job: TrainingJob, state: TrainState) -> None:
     """Measure the held-out loss, keep the parameters if it is the lowest, and report the doctor's findings."""
     if not job.data.held_out:
         return
-    loss, num_tokens = loss_in_memory(job, state)
-    state.record_eval(loss)
+    measured = loss_in_memory(job, state)
+    loss = measured.loss
+    state.record_eval(loss, measured.by_source)
     if job.settings.keep_best:
         state.keep_if_best(loss, job.forward.model.model, job.accelerator)
-    job.metrics.write({"step": state.step, "eval_loss": loss, "eval_tokens": num_tokens})
-    job.metrics.print(
-        f"step {state.step}/{job.plan.num_steps} | held-out loss {loss:.4f} (base model {state.base_eval_loss:.4f})"
-    )
+    by_source = {f"{OF_SOURCE}{name}": value for name, value in measured.by_source.items()}
+    job.metrics.write({"step": state.step, "eval_loss": loss, "eval_tokens": measured.num_tokens, **by_source})
+    line = f"step {state.step}/{job.plan.num_steps} | held-out loss {loss:.4f} (base model {state.base_eval_loss:.4f})"
+    job.metrics.print(line + sources_text(measured.by_source, state.history.base_by_source))
     if state.step:
         report(job, state, job.doctor.evaluation(state.step, loss, prompt_norm(job)))
     else:
         report(job, state, job.doctor.first(state.base_eval_loss or loss, loss))
 
 
-def loss_in_memory(job: TrainingJob, state: TrainState, adapter: bool = True) -> tuple[float, int]:
+def loss_in_memory(job: TrainingJob, state: TrainState, adapter: bool = True) -> HeldOutLoss:
     """Return `held_out_loss`, by shorter rows if memory runs out.
 
     Raises:

@@ -10,9 +10,12 @@ import torch
 from accelerate import Accelerator
 
 from open_instruct.data.context import Context, RowContexts
+from open_instruct.data.hard_prompt import KEY
 from open_instruct.data.plan import Plan
+from open_instruct.data.sources import mixture_of
 from open_instruct.errors import warn
 from open_instruct.flags import Flags
+from open_instruct.flags.combinations import parse_weights
 from open_instruct.methods import model_facts
 from open_instruct.model import memory
 from open_instruct.model.distillation import DistilledModel
@@ -38,7 +41,10 @@ from open_instruct.training import (
 )
 from open_instruct.training.continuing import adopt_adapter, copy_for_saving, put_adapter_on
 from open_instruct.training.doctor import Doctor
+from open_instruct.training.ending import check_patience, end_text
+from open_instruct.training.evaluation import source_summary
 from open_instruct.training.faults import explained_faults
+from open_instruct.training.hard_prompts import with_hard_prompt
 from open_instruct.training.load_data import Data, load_data
 from open_instruct.training.loop import TrainingJob, fit, stop_at_end
 from open_instruct.training.optimizer import make_optimizer
@@ -88,15 +94,17 @@ def run(
     accelerator.print(f"{method.title}: {described}")
 
     # Data
-    inputs = read_inputs(before, config, saved, accelerator)
+    tokenizer = base_model.load_base_tokenizer(before.tokenizer, before.adapter)
+    before = with_hard_prompt(before, config, tokenizer)
+    inputs = read_inputs(before, config, tokenizer, saved, accelerator)
     if inputs is None:
         return None
-    tokenizer, data, context, plan = inputs.tokenizer, inputs.data, inputs.context, inputs.plan
+    data, context, plan = inputs.data, inputs.context, inputs.plan
 
     # Model
     base = (bases.take if bases else base_model.load_base)(before.model, config, tokenizer, accelerator)
     num_questions = 0 if is_sharded or flags.dry_run else flags.num_sample_answers
-    questions = sample_answers.draw_questions(data.held_out_answers, tokenizer, num_questions, before.data.seed)
+    questions = sample_answers.draw_questions(data, tokenizer, num_questions, before.data.seed)
     with autocast(accelerator.device.type, before.compute_dtype):
         samples = sample_answers.ask_base(base, tokenizer, questions, before.answer_length)
 
@@ -144,7 +152,8 @@ def run(
         elif flags.resume_from_checkpoint:
             accelerator.print(f"no complete checkpoint in {before.output.checkpoints} yet: starting at step 0")
         state.identity = own
-        record = resolved.record(data, accelerator.num_processes, engine, saved) | output.environment()
+        hard = {KEY: before.data.hard_prompt.record()} if before.data.hard_prompt else {}
+        record = resolved.record(data, accelerator.num_processes, engine, saved) | hard | output.environment()
         folder = output.open_folder(before.output, accelerator, record, vectors, rates, saved)
         tracking.start_trackers(before.tracking, accelerator, resolved.values())
         metrics = tracking.Metrics(before.output.folder / tracking.METRICS, accelerator, plan.num_steps, state.step)
@@ -169,7 +178,6 @@ def run(
 class Inputs:
     """What a run reads before its model."""
 
-    tokenizer: Any
     data: Data
     context: Context | RowContexts | None
     plan: Plan
@@ -177,9 +185,9 @@ class Inputs:
 
 
 def read_inputs(
-    before: Settings, config: Any, saved: checkpoint.Checkpoint | None, accelerator: Accelerator
+    before: Settings, config: Any, tokenizer: Any, saved: checkpoint.Checkpoint | None, accelerator: Accelerator
 ) -> Inputs | None:
-    """Read tokenizer, examples and context, and compare them between processes and with the checkpoint.
+    """Read examples and context, and compare them between processes and with the checkpoint.
 
     Returns:
         None where the run only fills the token cache.
@@ -187,7 +195,6 @@ def read_inputs(
     Raises:
         InputError: they can't be used, or belong to another run.
     """
-    tokenizer = base_model.load_base_tokenizer(before.tokenizer, before.adapter)
     data = load_data(before.data, accelerator, tokenizer)
     if before.flags.cache_dataset_only:
         accelerator.print(data.cached())
@@ -195,7 +202,13 @@ def read_inputs(
     if before.flags.keep_best and (line := data.too_few()):
         accelerator.print(line)
     before.forward.check_rows(data.longest)
-    plan = before.plan(len(data.train), accelerator.num_processes)
+    flags = before.flags
+    weights = parse_weights(flags.source_weights) if flags.source_weights else None
+    mixture = mixture_of(data.train.sources, weights, flags.mixture_temperature, flags.seed)
+    plan = before.plan(len(data.train), accelerator.num_processes, mixture)
+    if mixture:
+        accelerator.print(mixture.describe())
+    check_patience(before.flags.patience, before.eval_steps(plan), plan.num_steps)
     context = distilling.context_of_run(before.data.context, data, tokenizer)
     distilling.check_room(context, data, config)
     if context:
@@ -204,7 +217,7 @@ def read_inputs(
     engines.check_agreement(accelerator, own)
     if saved:
         identity.check_resumed(saved, own)
-    return Inputs(tokenizer, data, context, plan, own)
+    return Inputs(data, context, plan, own)
 
 
 def save_result(
@@ -268,6 +281,8 @@ def save_result(
         warn(f"stopped by {job.guard.signal}: the sample answers are left out, everything else is saved")
     summary = {
         **state.summary(),
+        "by_source": source_summary(state, job.data.held_out),
+        "ended_by": end_text(state, job.plan.num_steps),
         **memory.counts(model),
         "adapter_bytes": num_bytes,
         "peak_memory_mb": tracking.peak_memory_mb(),

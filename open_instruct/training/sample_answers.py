@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.adapters.generation import check_generation, greedy_answers
-from open_instruct.data.dataset import Examples
 from open_instruct.errors import reason_of, warn
+from open_instruct.training.load_data import Data
 
 MAX_NEW_TOKENS = 256
 
@@ -26,13 +26,15 @@ class SampleQuestion:
 
 
 def draw_questions(
-    held_out: Examples | None, tokenizer: PreTrainedTokenizerBase, num_questions: int, seed: int
+    data: Data, tokenizer: PreTrainedTokenizerBase, num_questions: int, seed: int
 ) -> list[SampleQuestion]:
     """Draw held-out conversations by seed, and cut them before the assistant's last answer."""
+    held_out = data.held_out_answers
     if held_out is None:
         return []
     indices = np.random.default_rng([seed, 0xA5]).permutation(len(held_out))[:num_questions]
-    return [question_of(held_out[int(index)], tokenizer) for index in indices]
+    questions = [question_of(held_out[int(index)], tokenizer) for index in indices]
+    return [replace(question, prompt=[*data.hard_prompt, *question.prompt]) for question in questions]
 
 
 def question_of(example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> SampleQuestion:

@@ -22,10 +22,11 @@ from open_instruct.data.chat import PLAIN
 from open_instruct.data.context import source_of
 from open_instruct.data.plan import Plan
 from open_instruct.data.rendering_flags import OF_RENDERING, rendering_of
+from open_instruct.data.sources import Mixture
 from open_instruct.errors import InputError
 from open_instruct.flags import FIELDS, Flags, names_with
 from open_instruct.flags.declare import causal_only_problems
-from open_instruct.methods import METHODS, Feature, Method, ModelFacts, Recipe
+from open_instruct.methods import METHODS, Feature, Method, ModelFacts
 from open_instruct.model import loading
 from open_instruct.model.distillation import DistillationSettings
 from open_instruct.training.base_model import BaseModelSettings, TokenizerSettings, absolute
@@ -60,12 +61,12 @@ class Settings:
     output: OutputSettings
     tracking: TrackingSettings
 
-    def plan(self, num_examples: int, num_processes: int) -> Plan:
+    def plan(self, num_examples: int, num_processes: int, mixture: Mixture | None = None) -> Plan:
         """Return the plan: the examples of each step, and the number of steps."""
-        flags = self.flags
+        flags, num_examples = self.flags, mixture.num_examples if mixture else num_examples
         per_step = flags.per_device_train_batch_size * flags.gradient_accumulation_steps * num_processes
         num_steps = flags.max_train_steps or flags.num_train_epochs * -(-num_examples // per_step)
-        return Plan(num_examples, per_step, num_steps, flags.seed)
+        return Plan(num_examples, per_step, num_steps, flags.seed, mixture)
 
     def eval_steps(self, plan: Plan) -> int:
         """Return the steps between held-out evaluations; 0: none between start and end."""
@@ -194,6 +195,7 @@ class Resolved(Settings):
             checkpoint_every=plan.steps_per_epoch if checkpoint_every is None else checkpoint_every,
             keep_checkpoints=flags.keep_last_n_checkpoints,
             keep_best=flags.keep_best,
+            patience=flags.patience,
             sum_loss=flags.reduce_loss == "sum",
             sync_each_batch=flags.sync_each_batch,
             in_float16=self.compute_dtype == torch.float16,
@@ -261,6 +263,7 @@ def before_data(
         "the tokenizer": flags.tokenizer_name_or_path,
         "the configuration": flags.config_name,
         "the context": flags.distill_context,
+        "the hard prompt": flags.hard_prompt,
     }
     repository = flags.hf_repo_id or flags.run_name or f"{flags.exp_name}-{method.name}"
     if flags.hf_entity and "/" not in repository:
@@ -363,7 +366,7 @@ def with_recipe(settings: Settings, facts: ModelFacts, sharded: bool) -> Resolve
         origins["learning_rate"] = f"recipe × {flags.learning_rate_factor:g}"
     if method.init_flag and given[method.init_flag] is None and flags.prompt_tuning_init_text:
         values[method.init_flag], origins[method.init_flag] = "text", "flag prompt_tuning_init_text"
-    for name, value in recipe_values(method, recipe, sharded).items():
+    for name, value in recipe.values(method.init_flag, sharded).items():
         if given[name] is None and name not in values:
             values[name], origins[name] = value, "recipe"
     known = given | values
@@ -383,17 +386,3 @@ def with_recipe(settings: Settings, facts: ModelFacts, sharded: bool) -> Resolve
         ),
         recipe_sources=recipe.sources,
     )
-
-
-def recipe_values(method: Method, recipe: Recipe, sharded: bool) -> dict[str, Any]:
-    """Return a recipe's values by the names of their flags."""
-    values = {
-        "learning_rate": recipe.learning_rate,
-        "lr_scheduler_type": recipe.lr_scheduler_type,
-        "warmup_ratio": recipe.warmup_ratio,
-        "weight_decay": recipe.weight_decay,
-        "clip_grad_norm": recipe.clip_grad_norm,
-    }
-    if method.init_flag:
-        values[method.init_flag] = "text" if sharded and recipe.init == "screened" else recipe.init
-    return values

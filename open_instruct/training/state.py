@@ -26,6 +26,17 @@ class History:
     norms: list[float] = field(default_factory=list)  # gradient norm of each, before clipping
     evaluations: list[tuple[int, float]] = field(default_factory=list)  # (step, held-out loss)
     reported: list[str] = field(default_factory=list)  # names of findings
+    by_source: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # (step, held-out loss of each source)
+    base_by_source: dict[str, float] = field(default_factory=dict)  # held-out loss of the base model
+
+    @property
+    def num_without_better(self) -> int:
+        """Evaluations after the one with the lowest loss; one that is not finite is never the lowest."""
+        lowest, count = math.inf, 0
+        for _, loss in self.evaluations:
+            is_lower = finite_or_inf(loss) < lowest
+            lowest, count = (loss, 0) if is_lower else (lowest, count + 1)
+        return count
 
 
 def median_norm(vectors: torch.Tensor | None) -> float:
@@ -63,11 +74,14 @@ class TrainState:
         self.label_tokens += label_tokens
         self.train_seconds += seconds
 
-    def record_eval(self, loss: float) -> None:
+    def record_eval(self, loss: float, by_source: dict[str, float]) -> None:
         """Record a held-out loss. The first is that of the start, and of the base too where no base was measured."""
+        if by_source:
+            self.history.by_source.append((self.step, by_source))
         if self.step == 0:
             self.initial_eval_loss = loss
             self.base_eval_loss = loss if self.base_eval_loss is None else self.base_eval_loss
+            self.history.base_by_source = self.history.base_by_source or by_source
         self.final_eval_loss = loss
 
     def keep_if_best(self, loss: float, model: nn.Module, accelerator: Accelerator) -> None:
@@ -93,6 +107,11 @@ class TrainState:
         """Whether the parameters to save are not the last ones."""
         return self.best_step is not None and self.best_step < self.step
 
+    @property
+    def saved_step(self) -> int:
+        """Step whose parameters are saved."""
+        return self.best_step if self.best_step is not None and self.best_is_earlier else self.step
+
     def best_text(self) -> str:
         """Return a line that explains why the saved parameters are not the last ones."""
         return (
@@ -107,7 +126,7 @@ class TrainState:
             "initial_eval_loss": self.initial_eval_loss,
             "final_eval_loss": self.best_eval_loss if self.best_is_earlier else self.final_eval_loss,
             "last_eval_loss": self.final_eval_loss,
-            "saved_step": self.best_step if self.best_is_earlier else self.step,
+            "saved_step": self.saved_step,
             "findings": self.findings,
             "steps": self.step,
             "examples": self.examples,

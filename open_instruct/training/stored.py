@@ -18,7 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 
 from open_instruct.model.weights import not_finite, some_of
-from open_instruct.training.state import TrainState
+from open_instruct.training.state import History, TrainState
 
 MAX_COUNT = 2**62
 FINDING = {"step": int, "name": str, "seen": str, "cause": str, "remedy": str}
@@ -90,6 +90,7 @@ def train_state(values: Any) -> TrainState:
         "it holds more losses than steps": max(len(measured.losses), len(measured.norms)) > state.step,
         "it has losses without gradient norms": len(measured.losses) != len(measured.norms),
         "it was evaluated after its last step": any(step > state.step for step, _ in measured.evaluations),
+        "a loss of a source is malformed": not are_source_losses(measured),
         "its best step lies ahead": (state.best_step or 0) > state.step,
         "its best loss is not finite": not math.isfinite(state.best_eval_loss or 0.0),
         "a best step has no loss": (state.best_step is None) != (state.best_eval_loss is None),
@@ -105,6 +106,15 @@ def train_state(values: Any) -> TrainState:
 def is_finding(value: Any) -> bool:
     """Return whether a value is what the loss doctor reports."""
     return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in FINDING.items())
+
+
+def are_source_losses(history: History) -> bool:
+    """Return whether the losses of sources are numbers, each of an evaluation."""
+    evaluated = {0, *(step for step, _ in history.evaluations)}
+    by_name = [history.base_by_source, *(losses for _, losses in history.by_source)]
+    return all(step in evaluated for step, _ in history.by_source) and all(
+        type(loss) is float for losses in by_name for loss in losses.values()
+    )
 
 
 def history_of_old(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from open_instruct.files import json_text, write_text
 from open_instruct.training.state import TrainState
 
 METRICS = "metrics.jsonl"
+OF_SOURCE = "eval_loss/"  # begins the names of sources' held-out losses
 NUMBERS = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch")  # that plots and reports read
 
 
@@ -194,6 +195,6 @@ def row_of(line: bytes) -> dict[str, Any] | None:
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
     row = {name: math.nan if value is None else value for name, value in row.items()}
-    known = [row["step"], *(row[name] for name in NUMBERS if name in row)]
+    known = [row["step"], *(row[name] for name in row if name in NUMBERS or name.startswith(OF_SOURCE))]
     is_number = (type(number) is float or (type(number) is int and abs(number) < 2**62) for number in known)
     return row if all(is_number) else None
