@@ -8,7 +8,8 @@ Run from the repository root on an otherwise idle machine:
 The model has the shape of FLAN-T5-small (8 + 8 layers, hidden size 512, 6 heads, 32,128 tokens) and random weights.
 Each step has the same 16 pairs in both arms, and the losses are compared. The peer is `PeftModel` on right-padded
 pairs in micro-batches of 16, in the order drawn, with its own loss. Tokens are those of sources and targets. The floor
-is 4 × parameters that a token meets × tokens operations at the rate of a large matrix product measured here.
+is 4 × parameters that a token meets × tokens operations at the rate of a large matrix product measured here. The limit
+is how many times as many such operations padding costs: the ratio that leaving it out alone can reach.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def speed(name: str, steps: int, device: str) -> str:
     model, rng = make_model(method, virtual, device), np.random.default_rng(0)
     batching = PairPacking(ROW_TOKENS, 0, virtual if METHODS[method].prompt_kind == "embeddings" else 0)
     make_packed = partial(PackedPairModel, model, partial(METHODS[method].soft_prompt, model), None)
-    times, tokens, differences = [], [], []
+    times, tokens, padding, differences = [], [], [], []
     for repetition in range(steps + 1):
         pairs = draw(rng, lengths)
         expected, padded_seconds = timed(partial(padded_step, model, pairs, device), model, device)
@@ -118,8 +119,11 @@ def speed(name: str, steps: int, device: str) -> str:
         differences.append(abs(loss - expected) / expected)
         if repetition:  # the first is a warm-up
             times.append((padded_seconds, packed_seconds))
-            targets = sum(pair["spans"][1] - pair["spans"][0] for pair in pairs)
+            spans = [pair["spans"] for pair in pairs]
+            targets = sum(end - start for start, end in spans)
             tokens.append((sum(len(pair["input_ids"]) for pair in pairs) - targets, targets))
+            longest = max(start for start, _ in spans), max(end - start for start, end in spans)
+            padding.append((PAIRS * longest[0], PAIRS * longest[1]))
     assert max(differences) < 1e-5, differences
     padded, packed_seconds = np.median(np.array(times), 0)
     ratio = float(np.median([slow / fast for slow, fast in times]))
@@ -130,10 +134,14 @@ def speed(name: str, steps: int, device: str) -> str:
     )
     of_targets = decoder + base.lm_head.weight.numel()
     sources, targets = np.mean(np.array(tokens), 0)
-    floor = 4 * (encoder * sources + of_targets * targets) / product_rate("float32", device)
+    padded_sources, padded_targets = np.mean(np.array(padding), 0)
+    before_each = PAIRS * batching.num_virtual_tokens  # an encoder reads them with each source, padded or not
+    operations = encoder * (sources + before_each) + of_targets * targets
+    limit = (encoder * (padded_sources + before_each) + of_targets * padded_targets) / operations
+    floor = 4 * operations / product_rate("float32", device)
     return (
         f"| {name} | {padded:.2f} | {(sources + targets) / padded:,.0f} | {packed_seconds:.2f} "
-        f"| {(sources + targets) / packed_seconds:,.0f} | **{ratio:.2f}×** | {floor:.2f} "
+        f"| {(sources + targets) / packed_seconds:,.0f} | **{ratio:.2f}×** | {limit:.2f} | {floor:.2f} "
         f"| {packed_seconds / floor:.2f} | {padded / floor:.2f} | {max(differences):.0e} |"
     )
 
@@ -145,7 +153,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3, help="measured steps per row, after one to warm up")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args()
-    columns = ["steps of 16 pairs", "PEFT s", "tokens/s", "packed s", "tokens/s", "ratio", "floor s"]
+    columns = ["steps of 16 pairs", "PEFT s", "tokens/s", "packed s", "tokens/s", "ratio", "limit", "floor s"]
     columns += ["packed/floor", "PEFT/floor", "loss off"]
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for name in ROWS:
