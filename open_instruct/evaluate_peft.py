@@ -28,6 +28,7 @@ import open_instruct.quiet  # noqa: F401 - before the libraries that it silences
 from open_instruct.adapters import folders
 from open_instruct.adapters.answer_flags import add_answer_flags, wrong_mode
 from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS, check_regex, chosen_rows
+from open_instruct.adapters.full_models import parse_models
 from open_instruct.adapters.question_forms import FORM_FLAGS, add_form_flags
 from open_instruct.command_line import OneLineArgumentParser, add_engine_flag, add_model_flags, at_least, seed
 from open_instruct.data import reading
@@ -52,6 +53,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_model_flags(parser, dtype="auto")
     add_engine_flag(parser)
     add = parser.add_argument
+    add(
+        "--model",
+        action="append",
+        metavar="NAME=DIR",
+        help="full model, measured beside base and adapters; loaded alone; can be repeated",
+    )
     add("--file", metavar="FILE", help="questions with answers, in any form that training reads")
     add("--bad_rows", choices=["error", "skip"], default="error", help=BAD_ROWS)
     add(
@@ -104,6 +111,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--engine belongs to --file: drop it for --lm_eval_tasks")
     if args.lm_eval_tasks and any(getattr(args, name) is not None for name in FORM_FLAGS):
         parser.error("--columns, --template, --shots and --shots_file belong to --file: drop them for --lm_eval_tasks")
+    if args.model and (args.lm_eval_tasks or args.context or args.engine != "transformers"):
+        parser.error("--model goes with --file and transformers alone: drop --lm_eval_tasks, --context and --engine")
     if args.context and args.lm_eval_tasks:
         parser.error("--context belongs to --file: drop it for --lm_eval_tasks")
     if args.answer_regex:
@@ -122,7 +131,9 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
     if args.answers or args.blind_results:
         score_answers(args, held)
         return
-    folders.base_name(args.model_name_or_path, folders.parse_adapters(args.adapter), args.any_base)
+    adapters = folders.parse_adapters(args.adapter)
+    folders.base_name(args.model_name_or_path, adapters, args.any_base)
+    parse_models(args.model, [folder.name for folder in adapters])
     if args.file:
         reading.files_of(args.file)
     check_result_folder(args.output_dir, "evaluation")
@@ -161,6 +172,7 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
             args.seed,
             args.bad_rows,
             args.context,
+            args.model,
             args.columns,
             args.template,
             args.shots,

@@ -17,7 +17,7 @@ require_counts STEPS
 held_out="${VALIDATION_FILE:-data/sample/heldout.jsonl}"
 overwrite=()
 [[ -n "${OUTPUT_DIR:-}" ]] || overwrite=(--overwrite_output_dir)
-adapters=()
+trained=()
 for method in ${METHODS:-full lora prompt_tuning prefix_tuning}; do
     flags=()
     [[ "$method" == full ]] || flags=("--use_$method")
@@ -25,9 +25,9 @@ for method in ${METHODS:-full lora prompt_tuning prefix_tuning}; do
         --train_file "${TRAIN_FILE:-data/sample/train.jsonl}" --validation_file "$held_out" "${flags[@]}" \
         --max_train_steps "${STEPS:-300}" --logging_steps 50 --num_sample_answers 0 \
         --output_dir "$output/$method" "${overwrite[@]}" "$@"
-    [[ "$method" == full ]] || adapters+=(--adapter "$method=$output/$method")
+    kind=adapter
+    [[ "$method" != full ]] || kind=model
+    trained+=("--$kind" "$method=$output/$method")
 done
-if [[ -d "$output/full" ]]; then
-    python open_instruct/evaluate_peft.py --model_name_or_path "$output/full" --file "$held_out" --metrics loss rouge
-fi
-python open_instruct/evaluate_peft.py "${adapters[@]}" --file "$held_out" --metrics loss rouge
+python open_instruct/evaluate_peft.py --model_name_or_path "${MODEL:-assets/tiny-t5}" "${trained[@]}" \
+    --file "$held_out" --metrics loss rouge

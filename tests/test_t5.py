@@ -17,6 +17,7 @@ from open_instruct.adapters.prompt_tokens import NewTokens, grow_encoder
 from open_instruct.adapters.scoring import answer_losses
 from open_instruct.data import chat
 from open_instruct.data.pairs import tokenize_pairs
+from open_instruct.evaluate_peft import main as evaluate
 from open_instruct.finetune_peft import main as finetune
 from open_instruct.generate_peft import main as generate_main
 from open_instruct.inspect_peft import main as inspect_main
@@ -68,6 +69,30 @@ def test_every_method_learns_with_nothing_set(trained_pairs):
         ]
         assert [loss for loss, _ in found] == pytest.approx(alone, rel=1e-4)
         assert sum(alone) / sum(number for _, number in found) < summary["base_eval_loss"]
+
+
+def test_a_full_model_stands_beside_adapters_and_the_base(trained_pairs, tmp_path, capsys):
+    """One table on the same rows; each figure is that of the model measured alone."""
+    rows = ["--file", str(SAMPLE / "heldout.jsonl"), "--max_samples", "12", "--metrics", "loss", "exact_match"]
+    full, lora = trained_pairs["full"], trained_pairs["lora"]
+    together = ["--adapter", f"lora={lora}", "--model", f"full={full}", "--output_dir", str(tmp_path / "both")]
+    assert evaluate([*together, *rows]) == 0
+    alone = ["--model_name_or_path", str(full), "--output_dir", str(tmp_path / "alone")]
+    assert evaluate([*alone, *rows]) == 0
+    both, one = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("both", "alone"))
+    assert list(both["figures"]) == ["base", "lora", "full"] and both["models"] == {"full": str(full)}
+    assert both["figures"]["full"] == one["figures"]["base"]
+    assert both["differences_from_base"]["full"]["loss"]["value"] < 0
+    capsys.readouterr()
+    for word, reason in (
+        (f"lora={full}", "another model is named 'lora'"),
+        (str(full), "give NAME=DIR"),
+        (f"full={tmp_path / 'nowhere'}", "no such folder"),
+        (f"causal={TINY_MODEL}", "can't be compared"),
+    ):
+        assert evaluate(["--adapter", f"lora={lora}", "--model", word, *rows]) == 2
+        error = capsys.readouterr().err
+        assert reason in error and "Traceback" not in error
 
 
 def test_every_mergeable_adapter_answers_alike_in_plain_transformers(trained_pairs, tmp_path):
