@@ -46,7 +46,7 @@ def commands_of(section: str) -> list[tuple[str, list[str]]]:
 
 
 def test_every_command_of_the_page_is_found():
-    assert len(COMMAND.findall(PAGE)) == PAGE.count("    python ") == 21
+    assert len(COMMAND.findall(PAGE)) == PAGE.count("    python ") == 23
     assert set(SECTIONS) == set(CHECKS)
 
 

@@ -1,4 +1,4 @@
-"""Flags of open-instruct that have no effect, and are accepted so that its launch commands run."""
+"""Flags of open-instruct and of transformers' Trainer that have no effect, accepted so that launch commands run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ flag = partial(declare.flag, on_resume="free")  # what has no effect changes no 
 
 @dataclass(frozen=True)
 class AcceptedFlags:
-    """Flags of open-instruct that have no effect here; using one prints a warning with the reason."""
+    """Flags of open-instruct and Trainer that have no effect here; using one prints a warning with the reason."""
 
     low_cpu_mem_usage: bool = flag(False, "transformers 5 always loads this way")
     use_slow_tokenizer: bool = flag(False, "loss masks need the fast tokenizer's offsets")
@@ -35,6 +35,9 @@ class AcceptedFlags:
     gs_bucket_path: str | None = flag(None, "AI2's bucket")
     oe_eval_tasks: list[str] | None = flag(None, "belongs to Beaker evaluation jobs")
     oe_eval_max_length: int | None = flag(None, "belongs to Beaker evaluation jobs")
+    auto_find_batch_size: bool = flag(
+        False, "packed rows are as long as --max_tokens_per_microbatch allows, and are halved once when memory runs out"
+    )
     verbose: bool = flag(False, "metrics.jsonl always holds everything")
     load_balancing_loss: bool = flag(
         False,
