@@ -77,6 +77,14 @@ def three_mixtures_differ(folder: Path) -> None:
     assert len({measured[f"mixed-{share}"]["loss"]["value"] for share in (10, 30, 100)}) == 3
 
 
+def both_stand_behind_the_hard_prompt(folder: Path) -> None:
+    measured = json.loads((folder / "output" / "before-hard-measured" / "evaluation.json").read_text())
+    assert set(measured["hard_prompt_tokens"]) == {"base", "before-hard"}
+    assert measured["figures"]["base"]["loss"]["value"] != figures(folder, "mixtures")["base"]["loss"]["value"]
+    summary = json.loads((folder / "output" / "before-hard" / "summary.json").read_text())
+    assert len(summary["by_source"]) > 1
+
+
 def templates_help_the_base(folder: Path) -> None:
     rouge = {name: figures(folder, f"base-{name}")["base"]["rouge1"]["value"] for name in ("plain", "named", "shots")}
     assert rouge["plain"] < 0.8 and rouge["named"] == rouge["shots"] == 1
@@ -93,6 +101,7 @@ CHECKS = {
     "Several answers, concatenated and scored against one": concatenated_has_the_best_recall,
     "Base, full fine-tuning and PEFT, by ROUGE": three_models_have_rouge,
     "Three mixtures": three_mixtures_differ,
+    "One soft prompt for two data sets, before a hard prompt with exemplars": both_stand_behind_the_hard_prompt,
     "Templates on dialogue summaries": templates_help_the_base,
 }
 
