@@ -74,11 +74,13 @@ CASES = [
 ]
 
 
-def random_model(name: str) -> Any:
+def random_model(name: str, vocab_size: int = VOCAB) -> Any:
     """Return a tiny model of a real architecture, far from its small initial weights."""
     torch.manual_seed(0)
     kind, values = copy.deepcopy({**ARCHITECTURES, **PADDED_ONLY}[name])
-    config = AutoConfig.for_model(kind, vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2, **values)
+    for stack in [value for value in values.values() if isinstance(value, dict) and "vocab_size" in value]:
+        stack["vocab_size"] = vocab_size
+    config = AutoConfig.for_model(kind, vocab_size=vocab_size, pad_token_id=0, bos_token_id=1, eos_token_id=2, **values)
     model = AutoModelForSeq2SeqLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

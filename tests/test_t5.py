@@ -168,6 +168,28 @@ def test_prompts_grow_into_every_family(architecture, tmp_path):
     assert found[..., old:].max() <= 0
 
 
+@pytest.mark.parametrize("architecture", ["tied t5, wide heads", "umt5", "bart", "t5gemma"])
+def test_every_family_is_trained_used_and_merged(architecture, train, tmp_path):
+    """Heads that are not as wide as D / H, few positions, and a configuration for each stack are no obstacle."""
+    folder, words = tmp_path / "model", AutoTokenizer.from_pretrained(TINY_T5)
+    random_model(architecture, len(words)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    for method in ("prefix_tuning", "lora"):
+        run = train(method, f"--use_{method}", "--max_train_steps", "1", model=folder)
+        assert run.code == 0 and "packed pairs" in run.out, run.err
+        rows = ["--file", str(SAMPLE / "heldout.jsonl"), "--max_samples", "2", "--metrics", "loss"]
+        assert evaluate(["--adapter", str(run.folder), *rows]) == 0
+    assert merge(["--adapter", str(tmp_path / "lora"), "--output", str(tmp_path / "merged")]) == 0
+
+
+def test_a_row_longer_than_the_models_positions_is_refused(train, tmp_path):
+    folder, words = tmp_path / "model", AutoTokenizer.from_pretrained(TINY_T5)
+    random_model("bart", len(words)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    run = train("run", "--use_lora", "--max_tokens_per_microbatch", "300", model=folder)
+    assert run.code == 2 and "at most 256 positions" in run.err and "Traceback" not in run.err
+
+
 def test_what_can_not_be_merged_says_so(trained_pairs, tmp_path, capsys):
     prompt, prefix = trained_pairs["prompt_tuning"], trained_pairs["prefix_tuning"]
     for words, reason in (

@@ -25,6 +25,7 @@ from open_instruct.adapters.generation import check_generation
 from open_instruct.errors import InputError, input_faults, one_line, warn
 from open_instruct.limits import PATTERN_SECONDS, evaluating_input
 from open_instruct.methods import METHODS
+from open_instruct.methods.prefix_tuning import decoder_sizes
 from open_instruct.model import loading
 from open_instruct.model.configuration import parse_arguments
 from open_instruct.model.fit import try_out
@@ -185,7 +186,10 @@ def check_shape(folder: AdapterFolder, base: Any, shape: tuple[int, ...]) -> Non
     """
     config = base.config.get_text_config()
     width = config.hidden_size
-    if folder.prompt_kind == "keys_values":
+    if folder.prompt_kind == "keys_values" and base.config.is_encoder_decoder:
+        sizes = decoder_sizes(base)
+        width = 2 * sizes["num_layers"] * sizes["token_dim"]
+    elif folder.prompt_kind == "keys_values":
         num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = 2 * config.num_hidden_layers * num_heads * head_size

@@ -259,7 +259,10 @@ def merged_model(
         model = adapters.use(folders[0].name)
         assert isinstance(model, PeftModel)
         untie(adapters.base)
-        return model.merge_and_unload(safe_merge=True), []
+        is_tied = adapters.base.config.tie_word_embeddings
+        merged = model.merge_and_unload(safe_merge=True)
+        merged.config.tie_word_embeddings = is_tied  # PEFT 0.21 unties T5Gemma in name only
+        return merged, []
     if adapters.base.config.is_encoder_decoder:
         folder = folders[0]
         new = prompt_tokens.add_tokens(tokenizer, folder.name, folder.num_virtual_tokens)

@@ -56,6 +56,8 @@ class PrefixTuning(Method):
 
     def num_numbers(self, model: Any, settings: PrefixTuningSettings) -> int:
         """See `Method`: keys and values of each layer, with a network the layer that computes them too."""
+        if sizes := decoder_sizes(model):
+            return int(settings.num_virtual_tokens * 2 * sizes["num_layers"] * sizes["token_dim"])
         text = model.config.get_text_config()
         num_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         keys = num_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)

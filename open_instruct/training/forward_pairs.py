@@ -12,7 +12,7 @@ from open_instruct.data import packing
 from open_instruct.data.pairs import PairPacking, PairPadding, pack_pairs, pad_pairs
 from open_instruct.errors import BUGS, InputError, one_line
 from open_instruct.methods import Feature, Method
-from open_instruct.model.encoder_decoder import PackedPairModel, PaddedPairModel, decoder_start_of
+from open_instruct.model.encoder_decoder import PackedPairModel, PaddedPairModel, decoder_start_of, position_table
 from open_instruct.model.evaluation_mode import evaluating
 from open_instruct.model.precision import autocast
 from open_instruct.model.shared_prefix import CannotPack
@@ -55,7 +55,7 @@ def choose_pair_forward(
             with autocast(base.device.type, dtype):
                 packed, reason = try_packed(model, method, decoder_start, dtype)
         if packed is not None:
-            bound = settings.max_tokens_per_microbatch or ROW_TOKENS
+            bound = row_bound(base, settings.max_tokens_per_microbatch)
             before_each = settings.num_virtual_tokens if method.prompt_kind == "embeddings" else 0
             rows = PairPacking(bound, decoder_start, before_each)
             ready = forward.in_precision(packed, accelerator, dtype)
@@ -79,6 +79,28 @@ def choose_pair_forward(
         f"padded, by {base.config._attn_implementation}",
         f"padded, {settings.train_batch_size} pairs; {why}",
     )
+
+
+def row_bound(base: Any, wanted: int | None) -> int:
+    """Return how many tokens the sources and targets of a row have at most together.
+
+    Args:
+        base: the model.
+        wanted: value of --max_tokens_per_microbatch; None: as many as are useful.
+
+    Raises:
+        InputError: the model has fewer positions.
+    """
+    tables = [position_table(stack) for stack in (base.get_encoder(), base.get_decoder())]
+    positions = min((len(table[0]) - table[1] for table in tables if table), default=None)
+    if positions is None:
+        return wanted or ROW_TOKENS
+    if wanted and wanted > positions:
+        raise InputError(
+            f"--max_tokens_per_microbatch {wanted}: a row of this model has at most {positions} positions: lower it, "
+            "or use --packing False"
+        )
+    return min(wanted or ROW_TOKENS, positions)
 
 
 def try_packed(
