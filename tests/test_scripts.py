@@ -19,7 +19,7 @@ from tests.conftest import ROOT, TINY_MODEL
 
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), *ROOT.glob("scripts/slurm/*"), ROOT / ".ci" / "run"])
 SAMPLE = ROOT / "data" / "sample" / "train.jsonl"
-LAUNCHERS = [path for path in sorted(ROOT.glob("scripts/*finetune_*.sh")) if "\nlaunch " in path.read_text()]
+LAUNCHERS = [path for path in sorted(ROOT.glob("scripts/*finetune_*.sh")) if path.name != "test_finetune_t5.sh"]
 
 
 def composed(script: Path, *flags: str, **environment: str) -> list[str]:
