@@ -67,7 +67,8 @@ def summary(result: dict[str, Any], output: str) -> str:
         choice = f'chat_template_kwargs={{"adapter": "{name}"}}' if len(result["tokens"]) > 1 else "always"
         last = tokens["first"] + tokens["number"] - 1
         server = "; served by scripts/serve.sh" if tokens["kind"] == "keys_values" else ""
-        lines.append(f"  {name}: tokens {tokens['first']} to {last}, put first by the chat template ({choice}){server}")
+        how = f"put first by the {result['written_by']} ({choice}){server}"
+        lines.append(f"  {name}: tokens {tokens['first']} to {last}, {how}")
     if result["tokens"]:
         lines.append(
             f"  new tokens take {result['leaked_probability']:.0e} of the probability at most, "

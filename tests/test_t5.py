@@ -88,7 +88,7 @@ def test_a_full_model_stands_beside_adapters_and_the_base(trained_pairs, tmp_pat
         (f"lora={full}", "another model is named 'lora'"),
         (str(full), "give NAME=DIR"),
         (f"full={tmp_path / 'nowhere'}", "no such folder"),
-        (f"causal={TINY_MODEL}", "can't be compared"),
+        (f"words={ROOT / 'assets' / 'lookup-model'}", "can't be compared"),
     ):
         assert evaluate(["--adapter", f"lora={lora}", "--model", word, *rows]) == 2
         error = capsys.readouterr().err

@@ -17,7 +17,7 @@ from open_instruct.adapters.folders import BASE, parse_adapters
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.question_forms import form_of_questions
 from open_instruct.adapters.served import Served, load
-from open_instruct.data import questions
+from open_instruct.data import chat, questions
 from open_instruct.data.context import Context, context_of, read_context
 from open_instruct.data.questions import Question
 from open_instruct.data.rendering import Rendering
@@ -157,12 +157,11 @@ def measure(
     bounds = [max_length, *(loaded.max_length(config) for config in configs)]
     max_length = min((bound for bound in bounds if bound is not None), default=None)
     measured = {name: measure_one(served, name, before, asked, max_length, context) for name, before in models.items()}
-    ids = [questions.prompt_ids(served.tokenizer, question.messages) for question in rows] if full else []
+    labelled = labelled_tokens(served, rows) if full else []
     for name, source in full.items():
         alone = load(None, source, **options)
         if "loss" in asked.names:
-            own = [questions.prompt_ids(alone.tokenizer, question.messages) for question in rows]
-            full_models.check_same_tokens(name, own, ids)
+            full_models.check_same_tokens(name, labelled_tokens(alone, rows), labelled)
         measured[name] = measure_one(alone, BASE, None, asked, max_length)
     figures = {name: one.figures for name, one in measured.items()}
     differences = {name: answer_metrics.differences(figures[name], figures[BASE]) for name in measured if name != BASE}
@@ -196,6 +195,15 @@ def measure(
             for i, question in enumerate(rows[:20])
         ],
     }
+
+
+def labelled_tokens(served: Served, rows: Sequence[Question]) -> list[list[int]]:
+    """Return the tokens of each row that the loss is a mean over."""
+    messages = [[*question.messages, {"role": "assistant", "content": question.reference}] for question in rows]
+    ids, spans = chat.tokenize(served.tokenizer, messages, 1 << 30)
+    return [
+        [token for start, end in of_row for token in row[start:end]] for row, of_row in zip(ids, spans, strict=True)
+    ]
 
 
 def measure_one(

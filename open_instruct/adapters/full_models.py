@@ -34,13 +34,18 @@ def parse_models(words: Sequence[str] | None, taken: Sequence[str]) -> dict[str,
 
 
 def check_same_tokens(name: str, own: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> None:
-    """Refuse a loss per token where a model reads other tokens than the base.
+    """Refuse a loss per token where a model's answers are other tokens than the base's.
+
+    Args:
+        name: the model.
+        own: labelled tokens of each row, of the model.
+        wanted: the same of the base.
 
     Raises:
-        InputError: naming the model.
+        InputError: they differ.
     """
     if list(map(list, own)) != list(map(list, wanted)):
         raise InputError(
-            f"--model {name} writes other tokens than the base, or chats in another template, so their losses per "
-            "token can't be compared: leave loss out of --metrics, or give one template with --chat_template_name"
+            f"--model {name} writes answers in other tokens than the base, so losses per token can't be compared: "
+            "leave loss out of --metrics, or give one template with --chat_template_name"
         )

@@ -97,6 +97,7 @@ def merge(
             "base": name,
             "adapters": {folder.name: {"path": str(folder.path), "method": folder.title} for folder in folders},
             "tokens": {new.adapter: entry(new, working, prefixes.get(new.adapter)) for new in new_tokens},
+            "written_by": "tokenizer" if model.config.is_encoder_decoder else "chat template",
             "vocabulary_rows": model.get_input_embeddings().weight.shape[0],
             "rows_of_the_base": old_rows,
             "quantised_in_training": quantisation(folders, quantised_in_training),
