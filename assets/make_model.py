@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -106,6 +107,14 @@ def exact_match(
     return num_right / num_rows
 
 
+def warm_cosine(optimizer: torch.optim.Optimizer, num_steps: int, warmup: int = 100) -> LambdaLR:
+    """Return a schedule that rises for `warmup` steps and falls with a cosine to a hundredth."""
+    return LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_steps))) + 0.01),
+    )
+
+
 def main() -> None:
     """Train the tokenizer and the model, save both, and record what the model can do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,13 +143,7 @@ def main() -> None:
     )
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    warmup = 100
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(
-            (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(1.0, step / arguments.num_steps))) + 0.01
-        ),
-    )
+    schedule = warm_cosine(optimizer, arguments.num_steps)
     rows = pretraining_rows(tokenizer, arguments.rows_per_step, arguments.seed + 1)
     started = time.time()
     for step in range(1, arguments.num_steps + 1):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 from transformers.optimization import Adafactor
 
-from assets.make_model import train_tokenizer
+from assets.make_model import train_tokenizer, warm_cosine
 from assets.word_skills import SKILLS, named_conversation, pretraining_conversation, unnamed_conversation
 from open_instruct.data import chat
 from open_instruct.data.packing import IGNORE
@@ -112,10 +111,7 @@ def main() -> None:
     )
     model = T5ForConditionalGeneration(config)
     optimizer = Adafactor(model.parameters(), lr=arguments.learning_rate, relative_step=False, warmup_init=False)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * min(1.0, step / arguments.num_steps))) + 0.01),
-    )
+    schedule = warm_cosine(optimizer, arguments.num_steps)
     batches = pretraining_batches(plain, config, arguments.pairs_per_step, arguments.seed + 1)
     started, losses = time.time(), []
     for step in range(1, arguments.num_steps + 1):

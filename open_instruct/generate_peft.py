@@ -124,6 +124,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=seed, default=42, help="seed of the draws (default: 42)")
     args = parser.parse_args(argv)
+    problems = wrong_together(args)
+    if problems:
+        parser.error("; ".join(problems))
+    args.piece_tokens = args.piece_tokens or 512
+    return args
+
+
+def wrong_together(args: argparse.Namespace) -> list[str]:
+    """Return what is wrong with arguments that do not go together, a sentence each."""
     drawing = args.temperature != 1.0 or args.top_p != 1.0 or args.top_k or args.num_return_sequences > 1
     is_file = bool(args.input_file or args.self_study)
     checks = [
@@ -195,11 +204,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "--self_study writes conversations, without a system message: remove --system and --conversations",
         ),
     ]
-    problems = [text for wrong, text in checks if wrong]
-    if problems:
-        parser.error("; ".join(problems))
-    args.piece_tokens = args.piece_tokens or 512
-    return args
+    return [text for wrong, text in checks if wrong]
 
 
 def run(args: argparse.Namespace, held: ExitStack) -> None:

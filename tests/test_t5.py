@@ -83,10 +83,13 @@ def test_a_full_model_stands_beside_adapters_and_the_base(trained_pairs, tmp_pat
     assert list(both["figures"]) == ["base", "lora", "full"] and both["models"] == {"full": str(full)}
     assert both["figures"]["full"] == one["figures"]["base"]
     assert both["differences_from_base"]["full"]["loss"]["value"] < 0
+    (tmp_path / "hard").mkdir()
+    (tmp_path / "hard" / "run.json").write_text(json.dumps({"hard_prompt": {"content": "a text", "tokens": 2}}))
     capsys.readouterr()
     for word, reason in (
         (f"lora={full}", "another model is named 'lora'"),
         (str(full), "give NAME=DIR"),
+        (f"hard={tmp_path / 'hard'}", "trained behind a hard prompt"),
         (f"full={tmp_path / 'nowhere'}", "no such folder"),
         (f"words={ROOT / 'assets' / 'lookup-model'}", "can't be compared"),
     ):

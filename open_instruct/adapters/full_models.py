@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +30,23 @@ def parse_models(words: Sequence[str] | None, taken: Sequence[str]) -> dict[str,
             raise InputError(f"--model {word}: another model is named {name!r}: give another name")
         if source.startswith((".", "/", "~")) and not Path(source).is_dir():
             raise InputError(f"--model {word}: no such folder")
+        if stood_behind_hard_prompt(source):
+            raise InputError(
+                f"--model {word}: it was trained behind a hard prompt, which is put before adapters' questions only: "
+                "train an adapter behind it, or put the text into the questions and give answers with --answers"
+            )
         models[name] = source
     return models
+
+
+def stood_behind_hard_prompt(source: str) -> bool:
+    """Return whether the run.json beside a full model names a hard prompt; another tool's does not."""
+    path = Path(source, "run.json")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("hard_prompt") is not None
 
 
 def check_same_tokens(name: str, own: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from open_instruct.adapters import generation, loaded, vllm_engine
 from open_instruct.adapters.folders import BASE, AdapterFolder, base_name, parse_adapters
+from open_instruct.adapters.full_models import stood_behind_hard_prompt
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.loaded import Adapters
 from open_instruct.adapters.vllm_engine import VllmEngine
@@ -139,6 +140,8 @@ def load(
     folders = parse_adapters([adapter] if isinstance(adapter, str) else adapter)
     name = base_name(model_name_or_path, folders, any_base)
     check_biases(folders)
+    if stood_behind_hard_prompt(name):
+        warn(f"model {name} was trained behind a hard prompt, which does not stand before its questions here")
     if engine == "vllm":
         vllm_engine.check_engine(folders)
     tokenizer = loaded.tokenizer_for(name, folders, trust_remote_code)

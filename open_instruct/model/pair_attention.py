@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from open_instruct.model.attention_masks import visible_keys
 from open_instruct.model.evaluation_mode import evaluating
-from open_instruct.model.shared_prefix import HARMLESS, CannotPack
+from open_instruct.model.shared_prefix import CannotPack, unknown_arguments
 
 NAME = "packed_pairs"
 
@@ -83,8 +83,7 @@ def pair_attention(
     """
     if packed_pairs is None:
         raise CannotPack("its attention loses the rows' boundaries on the way to the layers")
-    unknown = sorted(name for name, given in others.items() if given is not None and name not in HARMLESS)
-    if unknown:
+    if unknown := unknown_arguments(others):
         raise CannotPack(f"its attention uses {', '.join(unknown)}")
     query, key = query.to(value), key.to(value)
     kind = packed_pairs.kinds.get(module)

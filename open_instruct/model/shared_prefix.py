@@ -157,6 +157,11 @@ class PackedContext:
         return self.segments_by_num_shared[num_shared]
 
 
+def unknown_arguments(others: dict[str, Any]) -> list[str]:
+    """Return the names of a model's further arguments that may say something about the scores."""
+    return sorted(name for name, given in others.items() if given is not None and name not in HARMLESS)
+
+
 @torch.compiler.disable
 def attention(
     module: Any,
@@ -194,7 +199,7 @@ def attention(
     """
     if packed_context is None:
         raise CannotPack("its attention loses the row's boundaries on the way to the layers")
-    unknown = sorted(name for name, given in others.items() if given is not None and name not in HARMLESS)
+    unknown = unknown_arguments(others)
     if unknown or dropout or others.get("is_causal") is False:
         raise CannotPack(f"its attention uses {', '.join(unknown) or ('dropout' if dropout else 'no causal order')}")
     packed_context.layers_seen.add(module.layer_idx)
