@@ -143,10 +143,13 @@ def add_flag(section: Any, item: Field[Any], kind: Any) -> None:
     default: Any = item.default if item.default_factory is MISSING else item.default_factory()
     also = "".join(f"; also --{alias}" for alias in item.metadata["aliases"])
     options: dict[str, Any] = {"help": item.metadata["description"].replace("%", "%%") + also, "default": default}
+    is_list = get_origin(kind) is list
+    kind = get_args(kind)[0] if is_list else kind
     if get_origin(kind) is Literal:
         options |= {"choices": get_args(kind), "type": str.lower}  # PEFT writes TEXT where this project writes text
-    elif get_origin(kind) is list:
-        options |= {"type": get_args(kind)[0], "nargs": "+", "metavar": "TEXT"}
+        options |= {"nargs": "+"} if is_list else {}
+    elif is_list:
+        options |= {"type": kind, "nargs": "+", "metavar": "TEXT"}
     elif kind is bool:
         options |= {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
     else:

@@ -65,7 +65,11 @@ PADDED_ONLY: dict[str, tuple[str, dict[str, Any]]] = {
                      "decoder": GEMMA},
     ),
 }  # fmt: skip
-METHOD_NAMES = ("full", "lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning")
+METHOD_NAMES = (
+    "full", "lora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuning", "prompt_tuning at decoder",
+    "p_tuning at decoder", "prefix_tuning at encoder", "prefix_tuning at cross",
+    "prefix_tuning at encoder decoder cross",
+)  # fmt: skip
 CASES = [
     (architecture, method)
     for architecture in ARCHITECTURES
@@ -93,9 +97,15 @@ def random_model(name: str, vocab_size: int = VOCAB) -> Any:
 
 def wrap(method_name: str, base: Any) -> tuple[Any, Any]:
     """Return (adapted model that is not at its neutral start, its method)."""
+    method_name, _, places = method_name.partition(" at ")
     method = METHODS[method_name]
     values = default_values(
-        num_virtual_tokens=5, prompt_tuning_init="random", prefix_init="random", lora_rank=4, lora_dropout=0.0
+        soft_prompt_at=places.split() or None,
+        num_virtual_tokens=5,
+        prompt_tuning_init="random",
+        prefix_init="random",
+        lora_rank=4,
+        lora_dropout=0.0,
     )
     words = {str(i): i for i in range(VOCAB)}
     tokenizer = SimpleNamespace(all_special_ids=[0], added_tokens_decoder={}, get_vocab=lambda: words)

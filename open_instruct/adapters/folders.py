@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from open_instruct.errors import InputError, input_faults, one_line, warn
 from open_instruct.files import check_path, check_readable
 from open_instruct.flags import FIELDS
-from open_instruct.methods import METHODS, Method, method_of_type
+from open_instruct.methods import METHODS, Method, method_of_type, placement
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -76,6 +76,11 @@ class AdapterFolder:
         return str(self.settings["peft_type"])
 
     @property
+    def is_own(self) -> bool:
+        """Whether it is a soft prompt in a format of our own, which plain PEFT refuses; see `methods.placement`."""
+        return self.peft_type in placement.PEFT_TYPES
+
+    @property
     def method(self) -> Method | None:
         """The method that makes such adapters; None where this project knows none."""
         return method_of_type(self.peft_type)
@@ -90,12 +95,17 @@ class AdapterFolder:
         from peft import PeftConfig
 
         with input_faults(f"adapter {self.name} ({self.path / CONFIG})", REPAIR):
+            if self.is_own:
+                from open_instruct.model.placed_prompts import config_of
+
+                return config_of(self.settings)
             return PeftConfig.from_pretrained(str(self.path))
 
     @property
     def title(self) -> str:
-        """The method's name in prose."""
-        return self.method.title if self.method else self.peft_type
+        """The method's name in prose, and the places of a soft prompt of our own."""
+        places = f" at {' and '.join(self.settings[placement.NAME])}" if self.is_own else ""
+        return self.method.title + places if self.method else self.peft_type
 
     @property
     def prompt_kind(self) -> str | None:
@@ -242,6 +252,8 @@ def read_settings(path: Path, source: str) -> dict[str, Any]:
     for name in TEXTS:
         if not isinstance(settings.get(name), (str, NoneType)):
             raise InputError(unreadable(source, f"its {name} is {settings[name]!r}, not a text"))
+    if reason := placement.bad_places(settings):
+        raise InputError(unreadable(source, reason))
     num_virtual_tokens = settings.get("num_virtual_tokens")
     method = method_of_type(settings["peft_type"])
     is_soft_prompt = method is not None and method.is_soft_prompt
@@ -360,7 +372,7 @@ def check_mergeable(folders: Sequence[AdapterFolder], output: str) -> None:
     if not folders:
         raise InputError("nothing to merge: give --adapter DIR")
     for folder in folders:
-        if folder.method is None or not folder.method.merges_into:
+        if folder.method is None or folder.is_own or not folder.method.merges_into:
             mergeable = ", ".join(
                 method.title for method in METHODS.values() if method.merges_into and not method.quantises_base
             )

@@ -19,6 +19,7 @@ from open_instruct.adapters.served import Served, load
 from open_instruct.data import questions, reading
 from open_instruct.errors import InputError, warn
 from open_instruct.model.encoder_decoder import decoder_start_of
+from open_instruct.model.placed_prompts import PlacedPromptModel
 from open_instruct.model.tokens import ordinary_tokens
 from open_instruct.model.weights import check_tensor_names, read_tensors
 
@@ -65,10 +66,11 @@ def inspect(
     served = load(adapter, model_name_or_path, **options)
     (folder,) = served.adapters.folders.values()
     check_prompt(folder)
-    if file and folder.prompt_kind == "keys_values" and served.adapters.base.config.is_encoder_decoder:
+    in_encoder = folder.prompt_kind == "embeddings" and not folder.is_own
+    if file and served.adapters.base.config.is_encoder_decoder and not in_encoder:
         raise InputError(
-            f"--file {file}: questions have no answers for a decoder's prefix to be attended from, so its attention "
-            "is not measured: remove --file"
+            f"--file {file}: attention is measured for soft prompts before an encoder's input, and this one is "
+            f"{folder.title}: remove --file"
         )
     result: dict[str, Any] = {
         "adapter": str(folder.path),
@@ -78,7 +80,7 @@ def inspect(
     model, base = served.adapters.use(folder.name), served.adapters.base
     prompts = [questions.prompt_ids(served.tokenizer, messages) for messages in conversations]
     if folder.prompt_kind == "keys_values":
-        result["prefix_norms"] = prefix_norms(model)
+        result |= prefix_norms(model)
         if prompts:
             result["base_norms"] = base_norms(base, prompts)
     else:
@@ -91,7 +93,7 @@ def inspect(
 
 def embedding_figures(served: Served, folder: AdapterFolder, num_neighbours: int) -> dict[str, Any]:
     """Return neighbours, norms, similarities and drift of a soft prompt of embeddings."""
-    vocabulary, ids = vocabulary_vectors(served.adapters.base, served.tokenizer)
+    vocabulary, ids = vocabulary_vectors(served.adapters.base, served.tokenizer, folder.is_own)
     end = served.adapters.models[folder.name].get_prompt(batch_size=1)[0].detach().float().cpu()
     figures: dict[str, Any] = {
         "norms": {"vocabulary": norms(vocabulary), "prompt": norms(end)},
@@ -114,10 +116,13 @@ def embedding_figures(served: Served, folder: AdapterFolder, num_neighbours: int
 
 
 @torch.no_grad()
-def vocabulary_vectors(base: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, list[int]]:
-    """Return the embeddings [V', D] of the tokens that stand for text, in the decoder's scale, and the tokens' ids."""
+def vocabulary_vectors(
+    base: Any, tokenizer: PreTrainedTokenizerBase, in_decoder: bool = False
+) -> tuple[torch.Tensor, list[int]]:
+    """Return the embeddings [V', D] of the tokens that stand for text, as its layers get them, and the tokens' ids."""
     ids = ordinary_tokens(tokenizer)
-    return base.get_input_embeddings()(torch.tensor(ids, device=base.device)).float().cpu(), ids
+    embeddings = (base.get_decoder() if in_decoder else base).get_input_embeddings()
+    return embeddings(torch.tensor(ids, device=base.device)).float().cpu(), ids
 
 
 def start_of(folder: AdapterFolder, shape: torch.Size) -> torch.Tensor | None:
@@ -278,14 +283,24 @@ def attention_mass(
     return {"mass": (total / num_positions).tolist(), "uniform": [uniform / num_positions]}
 
 
-def prefix_norms(model: Any) -> dict[str, list[float]]:
-    """Return the mean length of a prefix's keys and values in each layer, over heads and virtual tokens."""
-    cache = model.get_prompt(batch_size=1)
-    layers = (cache.self_attention_cache if model.config.is_encoder_decoder else cache).layers
-    return {
-        "keys": [layer.keys.float().norm(dim=-1).mean().item() for layer in layers],
-        "values": [layer.values.float().norm(dim=-1).mean().item() for layer in layers],
-    }
+def prefix_norms(model: Any) -> dict[str, Any]:
+    """Return the mean length of a prefix's keys and values in each layer, over heads and virtual tokens.
+
+    Returns:
+        prefix_norms: keys and values; prefix_layers: names of their layers, where there are several places.
+    """
+    names: list[str] = []
+    if isinstance(model, PlacedPromptModel):
+        places = model.prefixes()
+        names = [f"{place} {layer}" for place, pairs in places.items() for layer in range(len(pairs))]
+        layers = [pair for pairs in places.values() for pair in pairs]
+    else:
+        cache = model.get_prompt(batch_size=1)
+        cache = cache.self_attention_cache if model.config.is_encoder_decoder else cache
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+    lengths = [[part.float().norm(dim=-1).mean().item() for part in pair] for pair in layers]
+    keys, values = (list(part) for part in zip(*lengths, strict=True))
+    return {"prefix_norms": {"keys": keys, "values": values}, **({"prefix_layers": names} if names else {})}
 
 
 @torch.no_grad()

@@ -24,11 +24,13 @@ from open_instruct.adapters.folders import BASE, CONFIG, WEIGHTS, AdapterFolder,
 from open_instruct.adapters.generation import check_generation
 from open_instruct.errors import InputError, input_faults, one_line, warn
 from open_instruct.limits import PATTERN_SECONDS, evaluating_input
-from open_instruct.methods import METHODS
+from open_instruct.methods import METHODS, placement
+from open_instruct.methods.base import embedding_at
 from open_instruct.methods.prefix_tuning import decoder_sizes
 from open_instruct.model import loading
 from open_instruct.model.configuration import parse_arguments
 from open_instruct.model.fit import try_out
+from open_instruct.model.placed_prompts import load_placed, prefix_width
 from open_instruct.model.weights import check_tensor_names, misfit, read_tensors
 
 PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
@@ -110,7 +112,9 @@ def put_on(folder: AdapterFolder, base: Any, key: str) -> Any:
     Raises:
         InputError: it does not fit; both models are named.
     """
-    read_weights(folder, base)
+    weights = read_weights(folder, base)
+    if folder.is_own:
+        return load_placed(base, folder.config, weights, key).eval()
     check_patterns(folder, base)
     what = f"adapter {folder.name}, trained on {folder.trained_base or 'another model'},"
     remedy = f"give the base that it was trained on, not {name_of(base)}, or another copy of it"
@@ -186,7 +190,11 @@ def check_shape(folder: AdapterFolder, base: Any, shape: tuple[int, ...]) -> Non
     """
     config = base.config.get_text_config()
     width = config.hidden_size
-    if folder.prompt_kind == "keys_values" and base.config.is_encoder_decoder:
+    if folder.is_own:
+        places = getattr(folder.config, placement.NAME)
+        is_prefix = folder.prompt_kind == "keys_values"
+        width = prefix_width(base, places) if is_prefix else embedding_at(base, places).weight.shape[1]
+    elif folder.prompt_kind == "keys_values" and base.config.is_encoder_decoder:
         sizes = decoder_sizes(base)
         width = 2 * sizes["num_layers"] * sizes["token_dim"]
     elif folder.prompt_kind == "keys_values":

@@ -131,6 +131,16 @@ def unused_init_text(flags: Any) -> str | None:
     return f"the initialisation is {init}, which uses no text: choose text, or drop this flag"
 
 
+def bad_places(flags: Any) -> str | None:
+    """Refuse places at which this kind of soft prompt can't stand."""
+    places = flags.soft_prompt_at
+    if len(set(places)) < len(places):
+        return "a place stands there twice: name each once"
+    if not flags.use_prefix_tuning and (len(places) > 1 or "cross" in places):
+        return "embeddings stand before one input: give encoder or decoder, or choose --use_prefix_tuning"
+    return None
+
+
 def moving_first_token(flags: Any) -> str | None:
     """Refuse to freeze a virtual token that something else would move."""
     if flags.prefix_projection:

@@ -32,6 +32,7 @@ def flag(
     shown: bool = False,
     differs: str | None = None,
     causal_only: bool = False,
+    pairs_only: bool = False,
     optional_value: Any = None,
     form: Literal["name", "text", "json"] = "name",
     aliases: tuple[str, ...] = (),
@@ -57,6 +58,7 @@ def flag(
         in_study: "same": all trials of a fair study share it; "decided": the study sets it; "free": it may differ.
         shown: printed with its origin before the first step.
         causal_only: refused for an encoder–decoder.
+        pairs_only: refused for a causal language model.
         differs: why the default is not open-instruct's.
         optional_value: value if the flag is given without one.
         form: of a text. "name": one line; "text": any; "json": a JSON object, which a YAML file may give as a mapping.
@@ -145,16 +147,23 @@ def problems_of(flags: Any, fields: Iterable[Field[Any]], given: Mapping[str, st
     return problems
 
 
-def causal_only_problems(flags: Any, fields: Iterable[Field[Any]], given: Mapping[str, str]) -> list[str]:
-    """Return the given flags that an encoder–decoder has no use for.
+def wrong_model_problems(
+    flags: Any, fields: Iterable[Field[Any]], given: Mapping[str, str], makes_pairs: bool
+) -> list[str]:
+    """Return the given flags that have no meaning for this kind of model.
 
     Args:
         flags: the values.
         fields: declarations of the flags.
         given: the given flags, with their origin.
+        makes_pairs: the model is an encoder–decoder.
     """
+    kinds = ("encoder–decoders", "a causal language model"), ("causal language models", "an encoder–decoder")
+    meant, this = kinds[makes_pairs]
     return [
-        f"--{item.name} is for causal language models, and this is an encoder–decoder: remove it"
+        f"--{item.name} is for {meant}, and this is {this}: remove it"
         for item in fields
-        if item.metadata["causal_only"] and item.name in given and getattr(flags, item.name)
+        if item.metadata["causal_only" if makes_pairs else "pairs_only"]
+        and item.name in given
+        and getattr(flags, item.name)
     ]

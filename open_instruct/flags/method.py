@@ -10,6 +10,7 @@ from open_instruct.flags import lora as lora_checks
 from open_instruct.flags.declare import flag
 
 PROMPT_INITS = Literal["screened", "text", "sample_vocab", "random"]
+PLACES = Literal["encoder", "decoder", "cross"]
 PREFIX_INITS = Literal["screened", "text", "zero", "random"]
 SOFT_PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning")
 LORA = ("lora", "qlora")
@@ -81,6 +82,17 @@ class MethodFlags:
         shown=True,
         on_resume="same",
         at_most=MAX_SIZE,
+    )
+    soft_prompt_at: list[PLACES] | None = flag(
+        None,
+        "where the soft prompt of an encoder–decoder stands: before the input of the encoder (unset) or of the "
+        "decoder; or for prefix tuning before the keys of the decoder's self-attention (unset), of the encoder's, of "
+        "the attention across, or of several. What PEFT does not have is saved in a format of our own",
+        methods=SOFT_PROMPTS,
+        check=checks.bad_places,
+        shown=True,
+        on_resume="same",
+        pairs_only=True,
     )
     prompt_tuning_init: PROMPT_INITS | None = flag(
         None,

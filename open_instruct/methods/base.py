@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from open_instruct.errors import InputError, one_line
+from open_instruct.methods import placement
 from open_instruct.methods.facts import ModelFacts
 from open_instruct.methods.features import Feature
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from open_instruct.model.shared_prefix import SoftPrompt
+
+
+# A decoder never read anything before its answers: on a T5 the longer the prompt, the worse the start. Measured here.
+MAX_BEFORE_DECODER = 5
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,11 @@ class Method(ABC):
         return self.settings_class(**{item.name: values[item.name] for item in fields(self.settings_class)})
 
     def recommended_virtual_tokens(
-        self, context: int | None, max_seq_length: int | None, makes_pairs: bool = False
+        self,
+        context: int | None,
+        max_seq_length: int | None,
+        makes_pairs: bool = False,
+        places: Sequence[str] | None = None,
     ) -> int:
         """Return the length of a soft prompt in tokens: longer ones learn faster, so as long as is useful and fits.
 
@@ -115,8 +124,11 @@ class Method(ABC):
             max_seq_length: tokens that the user wants for a conversation; None: at most an eighth of the context goes
                 to the prompt.
             makes_pairs: the model is an encoder–decoder.
+            places: where the soft prompt stands in it; None: where PEFT puts it.
         """
         bound = (makes_pairs and self.max_virtual_tokens_of_pairs) or self.max_virtual_tokens
+        if places and self.prompt_kind == "embeddings" and "decoder" in places:
+            bound = MAX_BEFORE_DECODER
         if context is None:
             return bound
         return max(1, min(bound, context - max_seq_length if max_seq_length else context // 8))
@@ -264,8 +276,9 @@ class EmbeddingPrompt(Method):
         """Return the embeddings [P, D] from PEFT's own encoder."""
         from open_instruct.model.shared_prefix import SoftPrompt
 
+        config = model.active_peft_config
         embeddings = model.get_prompt(batch_size=1)[0]
-        return SoftPrompt(embeddings=embeddings, length=len(embeddings))
+        return SoftPrompt(embeddings=embeddings, length=len(embeddings), in_decoder=hasattr(config, placement.NAME))
 
     def prompt_vectors(self, model: Any) -> torch.Tensor:
         """See `Method`."""
@@ -282,15 +295,20 @@ def task_type(model: Any) -> Any:
     return TaskType.SEQ_2_SEQ_LM if model.config.is_encoder_decoder else TaskType.CAUSAL_LM
 
 
-def embedding_sizes(model: Any) -> dict[str, int]:
+def embedding_sizes(model: Any, places: Sequence[str] = ()) -> dict[str, int]:
     """Return the sizes that PEFT's prompts of embeddings need where each stack has a configuration of its own.
 
     PEFT finds none there. Only the first is used.
     """
     if getattr(model.config, "decoder", None) is None:
         return {}
-    size = int(model.config.get_text_config().hidden_size)
+    size = int(embedding_at(model, places).weight.shape[1])
     return {"token_dim": size, "num_layers": 1, "num_attention_heads": 1}
+
+
+def embedding_at(base: Any, places: Sequence[str] = ()) -> Any:
+    """Return the embeddings of the input before which a soft prompt stands; see `placement.own_places`."""
+    return (base.get_decoder() if places else base).get_input_embeddings()
 
 
 def unusual_linears(model: Any) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from open_instruct.methods import placement
 from open_instruct.methods.base import (
     EmbeddingPrompt,
     Recipe,
@@ -27,6 +28,7 @@ class PTuningSettings:
 
     num_virtual_tokens: int
     encoder_hidden_size: int | None  # None: the model's hidden size
+    soft_prompt_at: Sequence[str] | None = None  # None: before the encoder's input, where there is one
 
 
 class PTuning(EmbeddingPrompt):
@@ -34,7 +36,7 @@ class PTuning(EmbeddingPrompt):
 
     name, title = "p_tuning", "P-tuning"
     settings_class = PTuningSettings
-    peft_types = continues_from = ("P_TUNING",)
+    peft_types = continues_from = ("P_TUNING", placement.OWN_TYPES["P_TUNING"])
     max_virtual_tokens = 50
     max_virtual_tokens_of_pairs = 20
     network_remedy = "--use_prompt_tuning"
@@ -56,17 +58,19 @@ class PTuning(EmbeddingPrompt):
     def wrap(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PTuningSettings) -> nn.Module:
         """Put PEFT's P-tuning on, with an output layer scaled so that the prompt starts with the embeddings' spread."""
         import torch
-        from peft import PromptEncoderConfig, get_peft_model
 
-        config = PromptEncoderConfig(
+        places = placement.own_places(settings.soft_prompt_at, "encoder")
+        wrapped = placement.put_prompt_on(
+            model,
+            "P_TUNING",
+            places,
             task_type=task_type(model),
             num_virtual_tokens=settings.num_virtual_tokens,
             num_transformer_submodules=1,  # see prompt tuning
-            **embedding_sizes(model),
+            **embedding_sizes(model, places),
             encoder_reparameterization_type="MLP",
             encoder_hidden_size=settings.encoder_hidden_size or model.config.get_text_config().hidden_size,
         )
-        wrapped = get_peft_model(model, config)
         encoder = wrapped.prompt_encoder["default"]
         with torch.no_grad():
             last = encoder.mlp_head[-1]
@@ -89,8 +93,9 @@ class PTuning(EmbeddingPrompt):
         return wrapped
 
     def adopt(self, adapter: Mapping[str, Any], has_network: bool) -> dict[str, Any]:
-        """Return the sizes of prompt and network."""
+        """Return the sizes of prompt and network, and the place."""
         return {
+            **placement.adopted_places(adapter, "encoder"),
             "num_virtual_tokens": adapter.get("num_virtual_tokens"),
             "encoder_hidden_size": adapter.get("encoder_hidden_size"),
         }

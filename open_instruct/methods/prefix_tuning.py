@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from open_instruct.errors import InputError, one_line
+from open_instruct.methods import placement
 from open_instruct.methods.base import Method, Recipe, TrainedAdapter, load_network, task_type
 from open_instruct.methods.facts import DEFAULT_TEXT, ModelFacts, between, cached
 from open_instruct.methods.features import Feature
@@ -31,6 +32,7 @@ class PrefixTuningSettings:
     prefix_projection: bool
     encoder_hidden_size: int | None  # None: the model's hidden size
     prefix_freeze_first: bool = False
+    soft_prompt_at: Sequence[str] | None = None  # None: before the decoder's own keys
 
 
 class PrefixTuning(Method):
@@ -38,7 +40,7 @@ class PrefixTuning(Method):
 
     name, title = "prefix_tuning", "prefix tuning"
     settings_class = PrefixTuningSettings
-    peft_types = continues_from = ("PREFIX_TUNING",)
+    peft_types = continues_from = ("PREFIX_TUNING", placement.OWN_TYPES["PREFIX_TUNING"])
     prompt_kind = "keys_values"
     max_virtual_tokens = 50
     max_virtual_tokens_of_pairs = 10  # T5's scores are not scaled, so a long prefix drowns a short answer at first
@@ -56,6 +58,10 @@ class PrefixTuning(Method):
 
     def num_numbers(self, model: Any, settings: PrefixTuningSettings) -> int:
         """See `Method`: keys and values of each layer, with a network the layer that computes them too."""
+        if places := placement.own_places(settings.soft_prompt_at, "decoder"):
+            from open_instruct.model.placed_prompts import prefix_width
+
+            return settings.num_virtual_tokens * prefix_width(model, places)
         if sizes := decoder_sizes(model):
             return int(settings.num_virtual_tokens * 2 * sizes["num_layers"] * sizes["token_dim"])
         text = model.config.get_text_config()
@@ -70,7 +76,8 @@ class PrefixTuning(Method):
     def recipe(self, facts: ModelFacts, values: Mapping[str, Any]) -> Recipe:
         """Return a rate in proportion to the spread of the base's own keys, or a lower one for a network.
 
-        A decoder that reads an encoder starts from zeros: no text that it never wrote stands before its answers.
+        A decoder that reads an encoder starts from zeros: no text that it never wrote stands before its answers. In the
+        encoder and across, a text helps.
         """
         spread = facts.key_std if math.isfinite(facts.key_std) else 1.5
         if facts.makes_pairs:
@@ -79,7 +86,7 @@ class PrefixTuning(Method):
                 warmup_ratio=0.1,
                 sources="rate over keys' standard deviation measured here on a T5 of hidden size 128; for 2048 "
                 "and more a fifth of it, as for causal models",
-                init="zero",
+                init="screened" if placement.own_places(values["soft_prompt_at"], "decoder") else "zero",
             )
         projected = values["prefix_projection"]
         return Recipe(
@@ -96,23 +103,27 @@ class PrefixTuning(Method):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: PrefixTuningSettings
     ) -> nn.Module:
         """Put PEFT's prefix tuning on; `text` starts from the keys and values that the base computes for a text."""
-        from peft import PrefixTuningConfig, get_peft_model
-
         from open_instruct.model.tokens import text_tokens
 
+        places = placement.own_places(settings.soft_prompt_at, "decoder")
+        values: dict[str, Any] = {
+            "task_type": task_type(model),
+            "num_virtual_tokens": settings.num_virtual_tokens,
+            "init_weights": "zero" if settings.prefix_init == "zero" else None,
+        }
+        if places:
+            from open_instruct.model.placed_prompts import prefix_width
+
+            values |= {"num_layers": 1, "num_attention_heads": 1, "token_dim": prefix_width(model, places) // 2}
+        else:
+            width = settings.encoder_hidden_size or model.config.get_text_config().hidden_size
+            values |= {"prefix_projection": settings.prefix_projection, "encoder_hidden_size": width}
+            values |= decoder_sizes(model)
         start = None
         if settings.prefix_init in ("text", "screened") and model.device.type != "meta":
-            text = settings.prompt_tuning_init_text or DEFAULT_TEXT
-            start = keys_and_values(model, text_tokens(tokenizer, text, settings.num_virtual_tokens))
-        config = PrefixTuningConfig(
-            task_type=task_type(model),
-            num_virtual_tokens=settings.num_virtual_tokens,
-            prefix_projection=settings.prefix_projection,
-            encoder_hidden_size=settings.encoder_hidden_size or model.config.get_text_config().hidden_size,
-            init_weights="zero" if settings.prefix_init == "zero" else None,
-            **decoder_sizes(model),
-        )
-        wrapped = get_peft_model(model, config)
+            ids = text_tokens(tokenizer, settings.prompt_tuning_init_text or DEFAULT_TEXT, settings.num_virtual_tokens)
+            start = keys_and_values(model, ids, places)
+        wrapped = placement.put_prompt_on(model, "PREFIX_TUNING", places, **values)
         wrapped.prompt_encoder["default"].freezes_first = settings.prefix_freeze_first
         if start is not None:
             self.set_init(wrapped, start)
@@ -137,8 +148,11 @@ class PrefixTuning(Method):
         return wrapped
 
     def adopt(self, adapter: Mapping[str, Any], has_network: bool) -> dict[str, Any]:
-        """Return length, projection and, with a projection, the width of its network."""
-        values = {"num_virtual_tokens": adapter.get("num_virtual_tokens")}
+        """Return length, place, projection and, with a projection, the width of its network."""
+        values = {
+            "num_virtual_tokens": adapter.get("num_virtual_tokens"),
+            **placement.adopted_places(adapter, "decoder"),
+        }
         if adapter.get("prefix_projection") and has_network:
             values |= {"prefix_projection": True, "encoder_hidden_size": adapter.get("encoder_hidden_size")}
         return values
@@ -149,7 +163,7 @@ class PrefixTuning(Method):
 
     def start_of(self, model: Any, ids: list[int]) -> torch.Tensor:
         """Return keys and values, as PEFT's encoder holds them."""
-        return keys_and_values(model.get_base_model(), ids)
+        return keys_and_values(model.get_base_model(), ids, getattr(model.active_peft_config, placement.NAME, ()))
 
     def start_of_keys(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor | None:
         """See `Method`."""
@@ -159,30 +173,26 @@ class PrefixTuning(Method):
         """Return keys and values [1, K, P, E] of each layer, as PEFT puts them into its cache."""
         from open_instruct.model.shared_prefix import SoftPrompt
 
-        cache = model.get_prompt(batch_size=1)
         length = model.active_peft_config.num_virtual_tokens
+        frozen = getattr(model.prompt_encoder[model.active_adapter], "freezes_first", False)
+        if hasattr(model.active_peft_config, placement.NAME):
+            placed = model.prefixes().items()
+            return SoftPrompt(length, placed={at: frozen_first(pairs) if frozen else pairs for at, pairs in placed})
+        cache = model.get_prompt(batch_size=1)
         if model.config.is_encoder_decoder:
             cache = cache.self_attention_cache
         pairs = [(layer.keys, layer.values) for layer in cache.layers]
-        if getattr(model.prompt_encoder[model.active_adapter], "freezes_first", False):
-            pairs = [(without_gradient_of_first(keys), without_gradient_of_first(values)) for keys, values in pairs]
-        return SoftPrompt(keys_values=pairs, length=length)
+        return SoftPrompt(keys_values=frozen_first(pairs) if frozen else pairs, length=length)
 
 
 def decoder_sizes(model: Any) -> dict[str, int]:
     """Return an encoder–decoder's sizes for PEFT, which would take the encoder's, and heads as wide as D / H."""
     if not model.config.is_encoder_decoder:
         return {}
-    config = getattr(model.config, "decoder", None) or model.config
-    num_layers = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None)
-    num_heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
-    size = getattr(config, "d_kv", None) or getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    num_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    return {
-        "num_layers": num_layers or config.num_hidden_layers,
-        "num_attention_heads": num_heads,
-        "token_dim": num_heads * size,
-    }
+    from open_instruct.model.placed_prompts import stack_sizes
+
+    num_layers, num_heads, size = stack_sizes(model, "decoder")
+    return {"num_layers": num_layers, "num_attention_heads": num_heads, "token_dim": num_heads * size}
 
 
 def as_peft_reads(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -197,20 +207,34 @@ def as_peft_reads(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[tu
     return [taken.get(index, pairs[index]) for index in range(count)]
 
 
-def without_gradient_of_first(prefix: torch.Tensor) -> torch.Tensor:
-    """Return keys or values [1, K, P, E] whose gradient does not reach the first token."""
+def frozen_first(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return keys and values [1, K, P, E] whose gradient does not reach the first token."""
     import torch
 
-    return torch.cat([prefix[:, :, :1].detach(), prefix[:, :, 1:]], 2)
+    def frozen(part: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part[:, :, :1].detach(), part[:, :, 1:]], 2)
+
+    return [(frozen(keys), frozen(values)) for keys, values in pairs]
 
 
-def keys_and_values(base: PreTrainedModel, ids: list[int]) -> torch.Tensor:
+def keys_and_values(base: PreTrainedModel, ids: list[int], places: Sequence[str] = ()) -> torch.Tensor:
     """Return what a base computes for P tokens, as [P, 2 · L · K · E] in float32: the layout of PEFT's encoder.
+
+    Args:
+        base: the model.
+        ids: P tokens.
+        places: of our own; see `placement.own_places`. The layout is then that of `placed_prompts.flat`.
 
     Raises:
         InputError: the base keeps no keys and values for each layer.
     """
+    from open_instruct.model import placed_prompts
+
     try:
+        if places:
+            return placed_prompts.flat(placed_prompts.keys_and_values_at(base, ids, places))
         pairs = cached(base, ids)
         return embeddings_of_pairs(as_peft_reads(pairs) if base.config.is_encoder_decoder else pairs)
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:

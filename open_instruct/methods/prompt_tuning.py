@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from open_instruct.methods.base import EmbeddingPrompt, Recipe, TrainedAdapter, embedding_sizes, task_type
+from open_instruct.methods import placement
+from open_instruct.methods.base import (
+    EmbeddingPrompt,
+    Recipe,
+    TrainedAdapter,
+    embedding_at,
+    embedding_sizes,
+    task_type,
+)
 from open_instruct.methods.facts import DEFAULT_TEXT, ModelFacts
 
 if TYPE_CHECKING:
@@ -22,6 +30,7 @@ class PromptTuningSettings:
     num_virtual_tokens: int
     prompt_tuning_init: str
     prompt_tuning_init_text: str | None  # None: `DEFAULT_TEXT`
+    soft_prompt_at: Sequence[str] | None = None  # None: before the encoder's input, where there is one
 
 
 class PromptTuning(EmbeddingPrompt):
@@ -29,8 +38,12 @@ class PromptTuning(EmbeddingPrompt):
 
     name, title = "prompt_tuning", "prompt tuning"
     settings_class = PromptTuningSettings
-    peft_types = ("PROMPT_TUNING",)
-    continues_from = ("PROMPT_TUNING", "P_TUNING")  # P-tuning's vectors, without its network
+    peft_types = ("PROMPT_TUNING", placement.OWN_TYPES["PROMPT_TUNING"])
+    continues_from = (
+        *peft_types,
+        "P_TUNING",
+        placement.OWN_TYPES["P_TUNING"],
+    )  # P-tuning's vectors, without its network
     trains_prompt_directly = True
     max_virtual_tokens = 100
     max_virtual_tokens_of_pairs = 20  # before an encoder longer ones learn later: measured here on a T5
@@ -58,19 +71,21 @@ class PromptTuning(EmbeddingPrompt):
         PEFT samples from every row of the embedding matrix, unused and special ones included, and its `random` draws
         N(0, 1), some 50 times the spread of a large model's embeddings: the start from which the loss rises.
         """
-        from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
+        from peft import PromptTuningInit
 
         from open_instruct.model.tokens import random_tokens, text_tokens
 
-        num_tokens = settings.num_virtual_tokens
-        # Before an encoder's input alone: for encoder–decoders PEFT would make as many again, and not use them.
-        config = PromptTuningConfig(
+        num_tokens, places = settings.num_virtual_tokens, placement.own_places(settings.soft_prompt_at, "encoder")
+        # Before one input alone: for encoder–decoders PEFT would make as many again, and not use them.
+        wrapped = placement.put_prompt_on(
+            model,
+            "PROMPT_TUNING",
+            places,
             task_type=task_type(model),
             num_virtual_tokens=num_tokens,
             num_transformer_submodules=1,
-            **embedding_sizes(model),
+            **embedding_sizes(model, places),
         )
-        wrapped = get_peft_model(model, config)
         config = wrapped.peft_config["default"]
         if settings.prompt_tuning_init == "random":
             return wrapped
@@ -84,7 +99,7 @@ class PromptTuning(EmbeddingPrompt):
             config.tokenizer_name_or_path = tokenizer.name_or_path
         else:
             config.prompt_tuning_init = PromptTuningInit.SAMPLE_VOCAB
-        self.set_init(wrapped, embeddings_of(model, ids))
+        self.set_init(wrapped, self.start_of(wrapped, ids))
         return wrapped
 
     def wrap_trained(
@@ -101,18 +116,17 @@ class PromptTuning(EmbeddingPrompt):
         return wrapped
 
     def adopt(self, adapter: Mapping[str, Any], has_network: bool) -> dict[str, Any]:
-        """Return the length."""
-        return {"num_virtual_tokens": adapter.get("num_virtual_tokens")}
+        """Return length and place."""
+        return {
+            "num_virtual_tokens": adapter.get("num_virtual_tokens"),
+            **placement.adopted_places(adapter, "encoder"),
+        }
 
     def start_of(self, model: Any, ids: list[int]) -> torch.Tensor:
         """Return embeddings [P, D]."""
-        return embeddings_of(model.get_base_model(), ids)
+        import torch
 
-
-def embeddings_of(base: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """Return a base's embeddings [P, D] of P tokens, in float32."""
-    import torch
-
-    embedding = base.get_input_embeddings()
-    with torch.no_grad():
-        return embedding(torch.tensor(ids, device=embedding.weight.device)).float()
+        embedding = embedding_at(model.get_base_model(), getattr(model.active_peft_config, placement.NAME, ()))
+        with torch.no_grad():
+            values: torch.Tensor = embedding(torch.tensor(ids, device=embedding.weight.device)).float()
+        return values

@@ -1,7 +1,7 @@
 """Encoder–decoders: several pairs in one encoder row and one decoder row, and the padded reference.
 
-An encoder attends both ways, so a soft prompt of embeddings depends on its source and stands before each of them. A
-prefix of keys and values in the decoder's self-attention is shared by all. T5 adds a bias that knows only the distance
+A soft prompt of embeddings depends on its source, as an encoder attends both ways and a decoder reads the source: it
+stands before each example. A prefix of keys and values is shared by all. T5 adds a bias that knows only the distance
 of two tokens: made for the whole row, its block for one segment is that segment's own. Before a prefix it is computed
 from the same table. BART adds positions by the index in the row: its embeddings get the difference beforehand.
 
@@ -23,6 +23,7 @@ from open_instruct.errors import InputError
 from open_instruct.model.chunked_loss import Head
 from open_instruct.model.evaluation_mode import evaluating
 from open_instruct.model.pair_attention import NAME, PackedPairs, kinds_of, tables_of
+from open_instruct.model.placed_prompts import prefixes_by_layer
 from open_instruct.model.shared_prefix import CannotPack, SoftPrompt
 from open_instruct.model.training_model import PackedModel, TrainingModel
 
@@ -115,25 +116,29 @@ class PackedPairModel(PackedModel):
                 "this PackedPairModel is not active: call activate() first, or use it in a with statement"
             )
         prompt = self.soft_prompt() or SoftPrompt()
-        in_encoder = prompt.length if prompt.embeddings is not None else 0
+        before_source, before_target = (None, prompt.embeddings) if prompt.in_decoder else (prompt.embeddings, None)
         sources, read = [source for source, _ in lengths], [target for _, target in lengths]
+        virtual_sources, virtual_targets = (0 if part is None else len(part) for part in (before_source, before_target))
         row = PackedPairs(
-            bounds_of([source + in_encoder for source in sources]),
-            bounds_of(read),
+            bounds_of([source + virtual_sources for source in sources]),
+            bounds_of([target + virtual_targets for target in read]),
             self.kinds,
             self.tables,
             prompt.keys_values,
+            prefixes_by_layer(self.kinds, prompt.placed or {}),
         )
         encoder, decoder = self.causal.get_encoder(), self.causal.get_decoder()
-        embedded = encoder_inputs(encoder, input_ids, sources, prompt.embeddings)
-        states = encoder(**embedded, packed_pairs=row).last_hidden_state
-        in_decoder = prompt.length if prompt.keys_values is not None else 0
+        states = encoder(
+            **stack_inputs(encoder, input_ids, sources, prompt=before_source), packed_pairs=row
+        ).last_hidden_state
+        first = prompt.length if prompt.keys_values is not None else 0
+        segment = torch.repeat_interleave(torch.arange(1, len(read) + 1), torch.tensor(read)).to(target_positions)
         hidden = decoder(
-            **decoder_inputs(decoder, decoder_input_ids, read, in_decoder),
+            **stack_inputs(decoder, decoder_input_ids, read, first, before_target),
             encoder_hidden_states=states,
             packed_pairs=row,
             use_cache=False,
-        ).last_hidden_state[0, target_positions]
+        ).last_hidden_state[0, target_positions + virtual_targets * segment[target_positions]]
         if self.head is None:
             raise CannotPack("its logits are no known function of the decoder's states")
         return self.loss(hidden, targets), torch.tensor(len(targets), device=targets.device)
@@ -171,36 +176,28 @@ def told_positions(stack: Any, positions: torch.Tensor) -> dict[str, torch.Tenso
     return {"position_ids": positions[None]} if "position_ids" in signature(stack.forward).parameters else {}
 
 
-def encoder_inputs(
-    encoder: Any, ids: torch.Tensor, lengths: Sequence[int], prompt: torch.Tensor | None
+def stack_inputs(
+    stack: Any, ids: torch.Tensor, lengths: Sequence[int], first: int = 0, prompt: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return the encoder's input: ids as they are, or embeddings with a soft prompt [P, D] before each source."""
-    num_virtual = 0 if prompt is None else len(prompt)
-    positions = positions_of([num_virtual + length for length in lengths], 0, ids.device)
-    told = told_positions(encoder, positions)
-    if prompt is None and position_table(encoder) is None:
-        return {"input_ids": ids, **told}
-    embedded = encoder.get_input_embeddings()(ids)[0]
-    pieces = list(embedded.split(list(lengths)))
-    if prompt is not None:
-        pieces = [torch.cat([prompt.to(embedded.dtype), piece]) for piece in pieces]
-    return {"inputs_embeds": moved(encoder, torch.cat(pieces)[None], positions), **told}
-
-
-def decoder_inputs(decoder: Any, ids: torch.Tensor, lengths: Sequence[int], first: int) -> dict[str, torch.Tensor]:
-    """Return the decoder's input: ids as they are, or embeddings where positions are added by index.
+    """Return a stack's input: ids as they are, or embeddings where virtual tokens or positions are added.
 
     Args:
-        decoder: the stack.
+        stack: encoder or decoder.
         ids: [1, T]
         lengths: of the segments.
-        first: position of each segment's first token: that after the prefix.
+        first: position of each segment's first token: that after a prefix.
+        prompt: a soft prompt [P, D] that stands before each segment, or None.
     """
-    positions = positions_of(lengths, first, ids.device)
-    told = told_positions(decoder, positions)
-    if position_table(decoder) is None:
+    num_virtual = 0 if prompt is None else len(prompt)
+    positions = positions_of([num_virtual + length for length in lengths], first, ids.device)
+    told = told_positions(stack, positions)
+    if prompt is None and position_table(stack) is None:
         return {"input_ids": ids, **told}
-    return {"inputs_embeds": moved(decoder, decoder.get_input_embeddings()(ids), positions), **told}
+    embedded = stack.get_input_embeddings()(ids)[0]
+    if prompt is not None:
+        before = prompt.to(embedded.dtype)
+        embedded = torch.cat([part for piece in embedded.split(list(lengths)) for part in (before, piece)])
+    return {"inputs_embeds": moved(stack, embedded[None], positions), **told}
 
 
 class PaddedPairModel(TrainingModel):

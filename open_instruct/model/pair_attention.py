@@ -9,7 +9,7 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from open_instruct.model.attention_masks import visible_keys
 from open_instruct.model.evaluation_mode import evaluating
 from open_instruct.model.shared_prefix import CannotPack, unknown_arguments
 
 NAME = "packed_pairs"
+PLACED = "placed_prefix"  # attention of unpacked rows whose prefix is that of `placed_prompts`
+Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values [1, K, P, E]
 
 
 @dataclass
@@ -35,13 +38,15 @@ class PackedPairs:
         kinds: "encoder", "decoder" or "cross" of each attention; see `kinds_of`.
         biases: the attention that holds the table of distances, for each of the decoder's own; see `tables_of`.
         keys_values: a prefix [1, H, P, E] for the decoder's self-attention in each layer, or None.
+        placed: prefixes that any attention may have, at no distance; see `placed_prompts`.
     """
 
     sources: Sequence[tuple[int, int]]
     targets: Sequence[tuple[int, int]]
     kinds: dict[nn.Module, str]
     biases: dict[nn.Module, nn.Module] = field(default_factory=dict)
-    keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None
+    keys_values: Sequence[Pair] | None = None
+    placed: Mapping[nn.Module, Pair] = field(default_factory=dict)
 
 
 @torch.compiler.disable
@@ -107,8 +112,67 @@ def pair_attention(
         if hidden is not None:
             bias = value.new_zeros(1, 1, *hidden.shape) if bias is None else bias
             bias = bias.masked_fill(hidden, -torch.inf)
+        own_key, own_value, bias = behind(packed_pairs.placed.get(module), own_key, own_value, bias)
         outputs.append(attend(query[:, :, start:end], own_key, own_value, bias, dropout, scaling, softcap))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+@torch.compiler.disable
+def placed_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute the attention of one layer behind the prefix in its `placed_prefix`, as `transformers` calls it.
+
+    Args:
+        module: the layer's attention; a dict in its `seen_keys_values` gets this call's keys and values.
+        query: [B, H, T, E]
+        key: [B, K, S, E]; H is a multiple of K.
+        value: as `key`.
+        attention_mask: what is added to the scores, [B, 1, T, S] with the window; None: all is visible.
+        scaling: factor of the scores; None: 1/√E.
+        position_bias: what is added to the scores as well, [1 or B, H, T, S].
+        sliding_window: is in `attention_mask`.
+        softcap: scores s become c·tanh(s/c) before the bias is added.
+        dropout: of the attention's weights.
+        others: further arguments of the model; those that are not known to be harmless are refused.
+
+    Returns:
+        [B, T, H, E], and None instead of the attention weights.
+
+    Raises:
+        CannotPack: the layer uses something that is not computed here.
+    """
+    if unknown := unknown_arguments(others):
+        raise CannotPack(f"its attention uses {', '.join(unknown)}")
+    query, key = query.to(value), key.to(value)
+    if (seen := getattr(module, "seen_keys_values", None)) is not None:
+        seen[module] = key, value
+    bias = None if attention_mask is None else attention_mask[..., : key.shape[2]].to(value)
+    if position_bias is not None:
+        bias = position_bias.to(value) if bias is None else bias + position_bias.to(value)
+    key, value, bias = behind(getattr(module, "placed_prefix", None), key, value, bias)
+    return attend(query, key, value, bias, dropout, scaling, softcap).transpose(1, 2).contiguous(), None
+
+
+def behind(
+    prefix: Pair | None, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return keys and values [B, K, P + S, E] behind a prefix that every query sees, and the bias of their scores."""
+    if prefix is None:
+        return key, value, bias
+    before = [part.to(value).expand(len(key), -1, -1, -1) for part in prefix]
+    bias = None if bias is None else F.pad(bias, (before[0].shape[2], 0))
+    return torch.cat([before[0], key], 2), torch.cat([before[1], value], 2), bias
 
 
 def hidden_keys(
@@ -176,6 +240,8 @@ def prefix_bias(table: Any, length: int, num_queries: int, like: torch.Tensor) -
 
 AttentionInterface.register(NAME, pair_attention)
 AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+AttentionInterface.register(PLACED, placed_attention)
+AttentionMaskInterface.register(PLACED, eager_mask)
 
 
 def kinds_of(model: Any) -> dict[nn.Module, str]:

@@ -16,7 +16,7 @@ head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,11 +48,15 @@ class SoftPrompt:
         length: P, the number of virtual tokens.
         embeddings: [P, D], or None.
         keys_values: keys and values [1, K, P, E] of each layer, or None.
+        in_decoder: the embeddings stand before the decoder's input, not the encoder's.
+        placed: an encoder–decoder's keys and values by place; see `placed_prompts`.
     """
 
     length: int = 0
     embeddings: torch.Tensor | None = None
     keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None
+    in_decoder: bool = False
+    placed: Mapping[str, Sequence[tuple[torch.Tensor, torch.Tensor]]] | None = None
 
 
 @dataclass(frozen=True)

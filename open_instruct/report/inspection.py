@@ -54,9 +54,10 @@ def markdown(result: dict[str, Any], top: int | None = None) -> str:
             "|---" * 5 + "|",
         ]
         pairs = zip(result["prefix_norms"]["keys"], result["prefix_norms"]["values"], strict=True)
+        labels = result.get("prefix_layers")
         for layer, (key, value) in enumerate(pairs):
             of_base = f"{base['keys'][layer]:.3g} | {base['values'][layer]:.3g}" if base else "|"
-            lines.append(f"| {layer} | {key:.3g} | {value:.3g} | {of_base} |")
+            lines.append(f"| {labels[layer] if labels else layer} | {key:.3g} | {value:.3g} | {of_base} |")
     if "attention" in result:
         uniform = result["attention"]["uniform"][0]
         lines += ["", f"Attention to the virtual tokens (all positions alike would give {uniform:.1%}):", ""]

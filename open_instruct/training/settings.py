@@ -25,7 +25,7 @@ from open_instruct.data.rendering_flags import OF_RENDERING, rendering_of
 from open_instruct.data.sources import Mixture
 from open_instruct.errors import InputError
 from open_instruct.flags import FIELDS, Flags, names_with
-from open_instruct.flags.declare import causal_only_problems
+from open_instruct.flags.declare import wrong_model_problems
 from open_instruct.methods import METHODS, Feature, Method, ModelFacts
 from open_instruct.model import loading
 from open_instruct.model.distillation import DistillationSettings
@@ -91,8 +91,7 @@ class Settings:
             for feature, is_wanted in wanted.items()
             if feature and is_wanted and feature in obstacles
         ]
-        if self.tokenizer.makes_pairs:
-            problems += causal_only_problems(flags, FIELDS.values(), self.origins)
+        problems += wrong_model_problems(flags, FIELDS.values(), self.origins, self.tokenizer.makes_pairs)
         if is_sharded(engine):
             if flags.load_in_4bit or flags.load_in_8bit:
                 flag = "--load_in_4bit" if flags.load_in_4bit else "--load_in_8bit"
@@ -248,7 +247,9 @@ def before_data(
     makes_pairs, is_chosen = bool(config.is_encoder_decoder), "chat_template_name" in origins
     num_virtual_tokens = flags.num_virtual_tokens or 0
     if method.is_soft_prompt and not num_virtual_tokens:
-        num_virtual_tokens = method.recommended_virtual_tokens(context, flags.max_seq_length, makes_pairs)
+        num_virtual_tokens = method.recommended_virtual_tokens(
+            context, flags.max_seq_length, makes_pairs, flags.soft_prompt_at
+        )
         origins = {**origins, "num_virtual_tokens": "recipe"}
     length = conversation_length(context, num_virtual_tokens, flags.max_seq_length)
     seed = flags.seed if flags.split_seed is None else flags.split_seed
