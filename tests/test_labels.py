@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from open_instruct import study_peft
 from open_instruct.data import chat, packing
-from open_instruct.data.dataset import build, hold_out, new_counts, tokenize_all
+from open_instruct.data.dataset import build, hold_out
+from open_instruct.data.tokenising import new_counts, tokenize_all
 from open_instruct.errors import InputError
 from tests.conftest import TINY_MODEL, write_conversations
 

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from open_instruct.data import chat, duplicates, reading
-from open_instruct.data.dataset import build, hold_out, new_counts, tokenize_all
+from open_instruct.data.dataset import build, hold_out
 from open_instruct.data.held_out_groups import hold_out_groups
 from open_instruct.data.questions import read_questions
 from open_instruct.data.rendering import Exemplar, Rendering
 from open_instruct.data.rendering_flags import from_record, rendering_of
 from open_instruct.data.templates import Rendered, Template, read_templates
+from open_instruct.data.tokenising import new_counts, tokenize_all
 from open_instruct.errors import InputError
 from open_instruct.evaluate_peft import main as evaluate_main
 from open_instruct.generate_peft import main as generate_main
