@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from open_instruct.data.sources import tools_of
 from open_instruct.data.templates import is_before
 from open_instruct.errors import InputError
 from open_instruct.limits import SECONDS, evaluating_input
@@ -141,6 +143,8 @@ def render_texts(
 ) -> tuple[list[str], list[Spans]]:
     """Return the text of each conversation. All rendering of chat templates is done here, with limits.
 
+    The tools that a conversation offers are the template's variable `tools`.
+
     Args:
         tokenizer: gives the special tokens.
         batch: the conversations.
@@ -157,14 +161,21 @@ def render_texts(
     what = f"chat template {template[:30]!r}… with turns of {roles}"
     remedy = "mend it, use another with --chat_template_name, or change the rows"
     with evaluating_input(what, remedy, SECONDS + len(batch)):
-        texts, spans = render_jinja_template(
-            list(batch),
-            chat_template=template,
-            return_assistant_tokens_mask=marks_answers,
-            **{**special, **options},
-        )
+        texts: list[str] = []
+        spans: list[Spans] = []
+        for tools, group in groupby(batch, tools_of):  # one call takes one list of tools
+            some_texts, some_spans = render_jinja_template(
+                list(group),
+                tools=list(tools) or None,
+                chat_template=template,
+                return_assistant_tokens_mask=marks_answers,
+                **{**special, **options},
+            )
+            texts += some_texts
+            spans += some_spans
         for text, messages in zip(texts, batch, strict=True):
-            most = MOST_OWN_TEXT + MOST_FOR_EACH_CHARACTER * sum(len(str(message)) for message in messages)
+            length = sum(len(str(message)) for message in (*messages, *tools_of(messages)))
+            most = MOST_OWN_TEXT + MOST_FOR_EACH_CHARACTER * length
             if len(text) > most:
                 raise ValueError(f"it writes {len(text):,} characters")
             text.encode()  # half of a surrogate pair can't be tokenised

@@ -25,7 +25,7 @@ from open_instruct.data.tokenising import new_counts, tokenize_all
 from open_instruct.errors import InputError
 from open_instruct.files import sha256
 
-TOKENISATION_VERSION = 4  # raise it whenever the same conversation gives another row
+TOKENISATION_VERSION = 5  # raise it whenever the same conversation gives another row
 TOKENISERS = ("tokenizers", "transformers", "jinja2")  # packages that decide them, too
 
 
@@ -42,6 +42,7 @@ class Examples:
     num_truncated: int = 0  # conversations
     num_skipped: int = 0  # conversations without a label left
     bad_rows: str = ""  # how many rows were left out because they can't be used, and the first of them
+    by_template: str = ""  # lines on what the chat template leaves out
     table_content: str = ""  # hash of the table's values; empty: computed when it is needed
     entry: Path | None = None  # folder of the token cache that holds the table; None: it is in memory
     lengths: np.ndarray = field(init=False)  # [N]: tokens of each example
@@ -218,6 +219,7 @@ def build(
         counts["num_truncated"],
         counts["num_skipped"],
         counts["bad_rows"],
+        counts["by_template"],
         tokenised.content,
         tokenised.entry,
     )

@@ -16,6 +16,7 @@ from open_instruct.data.context import ContextTokens, split_context
 from open_instruct.data.pairs import fit_pair
 from open_instruct.data.sources import SOURCE
 from open_instruct.data.token_cache import schema_of
+from open_instruct.data.unwritten import Unwritten, unwritten
 from open_instruct.errors import InputError
 
 BATCH_ROWS = 1000
@@ -26,9 +27,9 @@ def new_counts() -> dict[str, Any]:
     """Return the counts of `tokenize_all` at zero.
 
     `first_label` is the tokens before the earliest answer, 0 if there is no answer; `bad_rows` a line about rows that
-    were left out.
+    were left out; `by_template` lines about what the chat template leaves out.
     """
-    return {"num_read": 0, "num_truncated": 0, "num_skipped": 0, "first_label": 0, "bad_rows": ""}
+    return {"num_read": 0, "num_truncated": 0, "num_skipped": 0, "first_label": 0, "bad_rows": "", "by_template": ""}
 
 
 def tokenize_all(
@@ -58,10 +59,10 @@ def tokenize_all(
     Raises:
         InputError: there were bad rows, and `bad` does not skip them.
     """
-    makes_pairs = chat.makes_pairs(tokenizer)
+    makes_pairs, left_out = chat.makes_pairs(tokenizer), Unwritten()
     with tqdm(desc="tokenising", unit=" rows", disable=None, delay=2) as progress:
         for batch in batches(named_conversations, BATCH_ROWS):
-            ids, spans, texts, named = tokenize_batch(batch, tokenizer, bad)
+            ids, spans, texts, named = tokenize_batch(batch, tokenizer, bad, left_out)
             schema = schema_of(contexts is not None, labels != "answers")
             rows: dict[str, list[Any]] = {name: [] for name in schema.names}
             for row_ids, row_spans, text, columns in zip(ids, spans, texts, named, strict=True):
@@ -93,24 +94,32 @@ def tokenize_all(
     if bad is not None:
         bad.check()
         counts["bad_rows"] = bad.summary()
+    counts["by_template"] = "\n".join(left_out.lines(f"of {counts['num_read']:,} conversations"))
 
 
 def tokenize_batch(
-    batch: list[tuple[str, list[dict[str, Any]]]], tokenizer: PreTrainedTokenizerBase, bad: BadRows | None
+    batch: list[tuple[str, list[dict[str, Any]]]],
+    tokenizer: PreTrainedTokenizerBase,
+    bad: BadRows | None,
+    left_out: Unwritten,
 ) -> tuple[list[list[int]], list[chat.Spans], list[str], list[dict[str, Any]]]:
     """Return the token ids of (source, messages) pairs, uncut, their answers' spans, texts of contexts, and more.
 
-    Rows that the chat template refuses are noted as bad, and left out.
+    Rows that the chat template refuses are noted as bad, and left out. What the template does not write is counted in
+    `left_out`.
     """
     split = [(source, *split_context(messages)) for source, messages in batch]
     try:
-        ids, spans = chat.tokenize(tokenizer, [messages for _, _, messages in split], NO_LIMIT)
+        every = [messages for _, _, messages in split]
+        ids, spans = chat.tokenize(tokenizer, every, NO_LIMIT)
+        left_out.add(unwritten(tokenizer, every))
         return ids, spans, [text for _, text, _ in split], [columns_of(row) for _, row in batch]
     except InputError:  # which rows they are is found out below
         ids, spans, texts, named = [], [], [], []
     for (source, text, messages), (_, whole) in zip(split, batch, strict=True):
         try:
             row_ids, row_spans = chat.tokenize(tokenizer, [messages], NO_LIMIT)
+            left_out.add(unwritten(tokenizer, [messages]))
         except InputError as error:
             refused = InputError(f"{source}: {error}")
             if bad is None:
