@@ -20,6 +20,7 @@ from open_instruct.data import chat, duplicates, token_cache
 from open_instruct.data.bad_rows import BadRows
 from open_instruct.data.context import ContextTokens
 from open_instruct.data.sources import NO_SOURCE, SOURCE
+from open_instruct.data.spans import Labels
 from open_instruct.data.token_cache import schema_of
 from open_instruct.data.tokenising import new_counts, tokenize_all
 from open_instruct.errors import InputError
@@ -169,7 +170,7 @@ def build(
     overwrite_cache: bool = False,
     bad: BadRows | None = None,
     contexts: ContextTokens | None = None,
-    labels: chat.Labels = "answers",
+    labels: Labels = "answers",
     num_left_out: int = 0,
 ) -> Examples:
     """Tokenise conversations, or memory-map the result of an earlier run with the same source, tokenizer and length.
@@ -205,6 +206,8 @@ def build(
         if counts["num_read"] == 0:
             raise InputError("the data holds no conversation: nothing can be trained on")
         none = f"none of the {counts['num_read']} conversations has a labelled token"
+        if counts["by_template"] and not counts["first_label"]:
+            raise InputError(f"{none}: {counts['by_template'].splitlines()[-1]}")
         if not counts["first_label"]:
             raise InputError(f"{none}: their answers are empty, or the chat template does not write them")
         raise InputError(

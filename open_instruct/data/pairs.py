@@ -18,8 +18,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data import chat, plan
-from open_instruct.data.chat import Messages, Spans
+from open_instruct.data.chat import Messages
 from open_instruct.data.packing import IGNORE, NO_LABELS, Packing, Padding
+from open_instruct.data.spans import Spans
 from open_instruct.data.tools import has_calls
 from open_instruct.errors import InputError
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -15,12 +16,25 @@ from open_instruct.data.bad_rows import BadRows
 from open_instruct.data.context import ContextTokens, split_context
 from open_instruct.data.pairs import fit_pair
 from open_instruct.data.sources import SOURCE
+from open_instruct.data.spans import Labels, Rewritten, Spans, learned_spans
 from open_instruct.data.token_cache import schema_of
 from open_instruct.data.unwritten import Unwritten, unwritten
 from open_instruct.errors import InputError
 
 BATCH_ROWS = 1000
 NO_LIMIT = 2**31  # tokens of a row: what is too long is cut, and counted, after it is tokenised
+
+
+@dataclass
+class LeftOut:
+    """What the chat template leaves out of conversations."""
+
+    unwritten: Unwritten = field(default_factory=Unwritten)
+    rewritten: Rewritten = field(default_factory=Rewritten)
+
+    def lines(self, what: str) -> list[str]:
+        """Return lines on it; `what` names the conversations, as "of 100 rows"."""
+        return [*self.unwritten.lines(what), *self.rewritten.lines(what)]
 
 
 def new_counts() -> dict[str, Any]:
@@ -39,7 +53,7 @@ def tokenize_all(
     counts: dict[str, Any],
     bad: BadRows | None = None,
     contexts: ContextTokens | None = None,
-    labels: chat.Labels = "answers",
+    labels: Labels = "answers",
     num_left_out: int = 0,
 ) -> Iterator[pa.Table]:
     """Yield tables of tokenised rows, batch by batch, and update `counts`.
@@ -59,7 +73,7 @@ def tokenize_all(
     Raises:
         InputError: there were bad rows, and `bad` does not skip them.
     """
-    makes_pairs, left_out = chat.makes_pairs(tokenizer), Unwritten()
+    makes_pairs, left_out = chat.makes_pairs(tokenizer), LeftOut()
     with tqdm(desc="tokenising", unit=" rows", disable=None, delay=2) as progress:
         for batch in batches(named_conversations, BATCH_ROWS):
             ids, spans, texts, named = tokenize_batch(batch, tokenizer, bad, left_out)
@@ -75,12 +89,12 @@ def tokenize_all(
                 for start in [max(start, 1) for start, end in row_spans if end > max(start, 1)][:1]:
                     counts["first_label"] = min(counts["first_label"] or start, start)
                 num_tokens = min(len(row_ids), max_length)
-                answers = chat.learned_spans("answers", row_spans, num_tokens)
+                answers = learned_spans("answers", row_spans, num_tokens)
                 if not any(end > max(start, 1) for start, end in answers):
                     counts["num_skipped"] += 1
                     continue
                 rows["input_ids"].append(row_ids[:max_length])
-                learned = answers if labels == "answers" else chat.learned_spans(labels, row_spans, num_tokens)
+                learned = answers if labels == "answers" else learned_spans(labels, row_spans, num_tokens)
                 rows["spans"].append([bound for span in learned for bound in span])
                 if labels != "answers":
                     rows["answers"].append([bound for span in answers for bound in span])
@@ -101,8 +115,8 @@ def tokenize_batch(
     batch: list[tuple[str, list[dict[str, Any]]]],
     tokenizer: PreTrainedTokenizerBase,
     bad: BadRows | None,
-    left_out: Unwritten,
-) -> tuple[list[list[int]], list[chat.Spans], list[str], list[dict[str, Any]]]:
+    left_out: LeftOut,
+) -> tuple[list[list[int]], list[Spans], list[str], list[dict[str, Any]]]:
     """Return the token ids of (source, messages) pairs, uncut, their answers' spans, texts of contexts, and more.
 
     Rows that the chat template refuses are noted as bad, and left out. What the template does not write is counted in
@@ -111,15 +125,13 @@ def tokenize_batch(
     split = [(source, *split_context(messages)) for source, messages in batch]
     try:
         every = [messages for _, _, messages in split]
-        ids, spans = chat.tokenize(tokenizer, every, NO_LIMIT)
-        left_out.add(unwritten(tokenizer, every))
+        ids, spans = tokenized(every, tokenizer, left_out)
         return ids, spans, [text for _, text, _ in split], [columns_of(row) for _, row in batch]
     except InputError:  # which rows they are is found out below
         ids, spans, texts, named = [], [], [], []
     for (source, text, messages), (_, whole) in zip(split, batch, strict=True):
         try:
-            row_ids, row_spans = chat.tokenize(tokenizer, [messages], NO_LIMIT)
-            left_out.add(unwritten(tokenizer, [messages]))
+            row_ids, row_spans = tokenized([messages], tokenizer, left_out)
         except InputError as error:
             refused = InputError(f"{source}: {error}")
             if bad is None:
@@ -131,6 +143,21 @@ def tokenize_batch(
         texts.append(text)
         named.append(columns_of(whole))
     return ids, spans, texts, named
+
+
+def tokenized(
+    batch: Sequence[chat.Messages], tokenizer: PreTrainedTokenizerBase, left_out: LeftOut
+) -> tuple[list[list[int]], list[Spans]]:
+    """Return the token ids of conversations, uncut, and their answers' spans; count only if all can be used.
+
+    Raises:
+        InputError: the chat template refuses one.
+    """
+    rewritten = Rewritten()
+    ids, spans = chat.tokenize(tokenizer, batch, NO_LIMIT, rewritten)
+    left_out.unwritten.add(unwritten(tokenizer, batch))
+    left_out.rewritten.add(rewritten)
+    return ids, spans
 
 
 def columns_of(messages: list[dict[str, Any]]) -> dict[str, Any]:

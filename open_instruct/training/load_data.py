@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data import dataset, duplicates, forms, reading
 from open_instruct.data.bad_rows import BadRows
-from open_instruct.data.chat import Labels
 from open_instruct.data.context import ContextSource, ContextTokens
 from open_instruct.data.dataset import Examples
 from open_instruct.data.hard_prompt import HardPrompt
@@ -23,6 +22,7 @@ from open_instruct.data.held_out_groups import hold_out_groups
 from open_instruct.data.reading import Row
 from open_instruct.data.rendering import Rendering
 from open_instruct.data.sources import MAX_MEASURED
+from open_instruct.data.spans import Labels
 from open_instruct.data.texts import plain
 from open_instruct.errors import InputError
 
