@@ -19,6 +19,7 @@ from open_instruct.model import backends, loading
 from open_instruct.model.attention_blocked import blocked
 from open_instruct.model.shared_prefix import AttentionInputs
 from open_instruct.training import forward
+from open_instruct.training.forward_settings import ForwardSettings
 from open_instruct.training.loop import loss_scale
 from tests.test_backends import random_inputs
 from tests.test_forward import choose, of_kind
@@ -181,7 +182,7 @@ def test_a_model_of_unusual_structure_is_padded_with_a_line(kind, monkeypatch):
     assert description.startswith("padded, 4 rows") and f"this llama model ({kind}: " in description
 
 
-def forward_settings(**changes: Any) -> forward.ForwardSettings:
+def forward_settings(**changes: Any) -> ForwardSettings:
     """The settings of tests/test_forward.py, with changes."""
     from tests.test_forward import changed
 
