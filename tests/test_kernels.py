@@ -138,7 +138,7 @@ def test_the_next_kernel_is_taken_with_a_line(monkeypatch, capsys):
     monkeypatch.setitem(backends.BACKENDS, "varlen", without_mask)
     model, method = wrap("lora", random_model("llama"))
     accelerator = Accelerator(cpu=True)
-    settings = SimpleNamespace(attn_backend=None, use_flash_attn=True, max_length=64, num_before=0, hard_prompt=())
+    settings = forward_settings(num_virtual_tokens=0)
     soft_prompt = partial(method.soft_prompt, model)
     chosen: Any = partial(forward.choose_packed, model, soft_prompt, settings, accelerator)
     assert chosen(torch.float32) == ("sdpa", "linear", "")
