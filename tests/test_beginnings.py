@@ -177,6 +177,7 @@ def test_rows_hold_more_examples_where_they_share():
 
 SYSTEM = "Put the words in the reverse order, one after the other, with one space between two of them, and no other. "
 SHORT = ["--max_train_steps", "4", "--eval_steps", "2", "--per_device_train_batch_size", "4", "--learning_rate", "1e-2"]
+SHORT += ["--prompt_tuning_init", "random"]
 
 
 def with_system(source: Path, target: Path, system: str) -> Path:
