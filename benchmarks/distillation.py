@@ -32,7 +32,7 @@ from open_instruct.data.packing import Packing
 from open_instruct.methods import METHODS
 from open_instruct.model.backends import blocked
 from open_instruct.model.distillation import DistillationSettings, DistilledModel
-from open_instruct.training.forward import ROW_TOKENS
+from open_instruct.training.forward_settings import ROW_TOKENS
 
 SHAPE = (256, 704, 4, 4, 4, 8_000)
 NUM_VIRTUAL_TOKENS = 128

@@ -219,7 +219,7 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
         from open_instruct.adapters.generation import Sampling
         from open_instruct.adapters.served import load
         from open_instruct.data.context import context_of, read_context
-        from open_instruct.data.questions import read_questions
+        from open_instruct.data.questions import key_of, read_questions, with_calls_written
 
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     rows, num_done = [], 0
@@ -234,7 +234,7 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
             "adapter": args.adapter or [],
             "model_name_or_path": args.model_name_or_path,
             "input_file": args.input_file,
-            "questions": hashlib.sha256(json.dumps([row.messages for row in rows]).encode()).hexdigest(),
+            "questions": hashlib.sha256(json.dumps([key_of(row.messages) for row in rows]).encode()).hexdigest(),
             "chat_template_name": args.chat_template_name,
             "dtype": args.dtype,
             "system": args.system,
@@ -261,6 +261,7 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
         args.engine,
     )
     before = context_of(text, served.tokenizer) if text else None
+    rows = with_calls_written(rows, served.tokenizer)
     if not args.output_file:
         say_as_it_is(adapters)
     if args.prompt:

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from open_instruct.data import chat
-from open_instruct.data.dataset import new_counts, tokenize_all
+from open_instruct.data.tokenising import new_counts, tokenize_all
 from open_instruct.errors import InputError
 from tests.conftest import TINY_MODEL
 

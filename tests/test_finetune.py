@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from open_instruct.data import chat, packing
-from open_instruct.data.dataset import new_counts, tokenize_all
 from open_instruct.data.reading import conversations, read_rows
+from open_instruct.data.tokenising import new_counts, tokenize_all
 from open_instruct.model.training_model import PaddedModel
 from tests import warm
 from tests.conftest import (

@@ -19,7 +19,7 @@ from open_instruct.methods import METHODS, Feature
 from open_instruct.model import backends
 from open_instruct.model.shared_prefix import Segments
 from open_instruct.training import forward
-from open_instruct.training.forward import ForwardSettings
+from open_instruct.training.forward_settings import ForwardSettings
 from open_instruct.training.settings import before_data
 from tests.conftest import ROOT, TINY_MODEL, method_flags, modest_flags, no_dropout, without_measurements
 from tests.tiny_models import COMMON, random_model, wrap

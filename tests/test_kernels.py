@@ -19,6 +19,7 @@ from open_instruct.model import backends, loading
 from open_instruct.model.attention_blocked import blocked
 from open_instruct.model.shared_prefix import AttentionInputs
 from open_instruct.training import forward
+from open_instruct.training.forward_settings import ForwardSettings
 from open_instruct.training.loop import loss_scale
 from tests.test_backends import random_inputs
 from tests.test_forward import choose, of_kind
@@ -137,7 +138,7 @@ def test_the_next_kernel_is_taken_with_a_line(monkeypatch, capsys):
     monkeypatch.setitem(backends.BACKENDS, "varlen", without_mask)
     model, method = wrap("lora", random_model("llama"))
     accelerator = Accelerator(cpu=True)
-    settings = SimpleNamespace(attn_backend=None, use_flash_attn=True, max_length=64, num_before=0, hard_prompt=())
+    settings = forward_settings(num_virtual_tokens=0)
     soft_prompt = partial(method.soft_prompt, model)
     chosen: Any = partial(forward.choose_packed, model, soft_prompt, settings, accelerator)
     assert chosen(torch.float32) == ("sdpa", "linear", "")
@@ -181,7 +182,7 @@ def test_a_model_of_unusual_structure_is_padded_with_a_line(kind, monkeypatch):
     assert description.startswith("padded, 4 rows") and f"this llama model ({kind}: " in description
 
 
-def forward_settings(**changes: Any) -> forward.ForwardSettings:
+def forward_settings(**changes: Any) -> ForwardSettings:
     """The settings of tests/test_forward.py, with changes."""
     from tests.test_forward import changed
 

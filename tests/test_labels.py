@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from open_instruct import study_peft
 from open_instruct.data import chat, packing
-from open_instruct.data.dataset import build, hold_out, new_counts, tokenize_all
+from open_instruct.data.dataset import build, hold_out
+from open_instruct.data.spans import Labels
+from open_instruct.data.tokenising import new_counts, tokenize_all
 from open_instruct.errors import InputError
 from tests.conftest import TINY_MODEL, write_conversations
 
@@ -22,7 +24,7 @@ OWN_TEMPLATE = (
     "{% if add_generation_prompt %}[assistant]\n{% endif %}"
 )
 TEMPLATES = [*chat.CHAT_TEMPLATES, "own"]
-RULES: list[chat.Labels] = ["answers", "last", "all"]
+RULES: list[Labels] = ["answers", "last", "all"]
 WORDS = st.sampled_from(["horse", "apple  fig", "été ☂ 漢字", "a\n\nb", "Reverse.", "0"])
 CONVERSATIONS = st.builds(
     lambda system, turns, open_end: [

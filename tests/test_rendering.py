@@ -16,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from open_instruct.data import chat, duplicates, reading
-from open_instruct.data.dataset import build, hold_out, new_counts, tokenize_all
+from open_instruct.data import duplicates, reading
+from open_instruct.data.dataset import build, hold_out
 from open_instruct.data.held_out_groups import hold_out_groups
 from open_instruct.data.questions import read_questions
 from open_instruct.data.rendering import Exemplar, Rendering
 from open_instruct.data.rendering_flags import from_record, rendering_of
+from open_instruct.data.spans import own_spans
 from open_instruct.data.templates import Rendered, Template, read_templates
+from open_instruct.data.tokenising import new_counts, tokenize_all
 from open_instruct.errors import InputError
 from open_instruct.evaluate_peft import main as evaluate_main
 from open_instruct.generate_peft import main as generate_main
@@ -555,4 +557,4 @@ def test_questions_without_a_form_are_read_as_before(tmp_path):
     rows = [{"prompt": row["dialogue"], "completion": row["summary"]} for row in dialogues(3)]
     (first, *_) = read_questions(str(write_rows(tmp_path / "rows.jsonl", rows)), answered=True)
     assert first.reference == rows[0]["completion"] and not isinstance(first.messages[0]["content"], Rendered)
-    assert chat.own_spans(first.messages, [(1, 2), (3, 4)]) == [(1, 2), (3, 4)]
+    assert own_spans(first.messages, [(1, 2), (3, 4)]) == [(1, 2), (3, 4)]

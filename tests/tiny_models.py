@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -115,9 +116,11 @@ def padded_token_losses(model: Any, rows: list[dict[str, Any]]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def packed_token_losses(model: PackedModel, rows: list[dict[str, Any]]) -> torch.Tensor:
+def packed_token_losses(
+    model: PackedModel, rows: list[dict[str, Any]], collate: Callable[[Any], dict[str, Any]] = packing.pack
+) -> torch.Tensor:
     """Return the same, from one packed row."""
-    batch, seen, head = packing.pack(rows), [], model.head
+    batch, seen, head = collate(rows), [], model.head
     model.eval().head = lambda hidden: seen.append(head(hidden)) or seen[-1]
     model(**batch)
     model.head = head

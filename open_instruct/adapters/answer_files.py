@@ -219,7 +219,7 @@ def question_and_turn(source: str, row: dict[str, Any]) -> tuple[list[dict[str, 
     else:
         return [], None
     if messages[-1]["role"] == "assistant":
-        return messages[:-1], str(messages[-1]["content"])
+        return messages[:-1], str(messages[-1]["content"] or "")
     return messages, None
 
 

@@ -17,6 +17,8 @@ from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.served import Served
 from open_instruct.data.context import Context
 from open_instruct.data.questions import Question, prompt_ids
+from open_instruct.data.sources import Conversation, with_messages
+from open_instruct.data.tools import TOOLS
 from open_instruct.errors import InputError, input_faults
 from open_instruct.files import check_path, write_json
 from open_instruct.locks import LOCK, locked
@@ -135,7 +137,11 @@ def answer_file(
                 by_adapter = {name: answers[name][i] for name in names}
                 if as_conversations:
                     turn = {"role": "assistant", "content": by_adapter[names[0]][0]}
-                    conversation = {"number": start + i, "messages": [*question.messages, turn]}
+                    conversation = {
+                        "number": start + i,
+                        "messages": [*question.messages, turn],
+                        **tools_entry(question),
+                    }
                     file.write(json.dumps(conversation, ensure_ascii=False) + "\n")
                     continue
                 row: dict[str, Any] = {"number": start + i, "messages": question.messages, "answers": by_adapter}
@@ -143,6 +149,7 @@ def answer_file(
                     row[combine] = combined(combine, by_adapter)
                 if question.reference is not None:
                     row["reference"] = question.reference
+                row |= tools_entry(question)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -159,7 +166,7 @@ def answer_one(
         InputError: the question fills the model's context, or the chat template refuses it.
     """
     name = (served.names or [BASE])[0]
-    prompt = prompt_ids(served.tokenizer, with_system([{"role": "user", "content": question}], system))
+    prompt = prompt_ids(served.tokenizer, with_system(Conversation([{"role": "user", "content": question}]), system))
     if context:
         prompt = context.before(prompt)[0]
     max_length = served.max_length(name)
@@ -182,8 +189,13 @@ def combined(how: str, answers: dict[str, list[str]]) -> str:
     return Counter(texts).most_common(1)[0][0] if how == "vote" else "\n".join(texts)
 
 
-def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
+def with_system(messages: Sequence[dict[str, Any]], system: str | None) -> Sequence[dict[str, Any]]:
     """Return a conversation with a system message: its own, or else the given one."""
     if not system or messages[0]["role"] == "system":
         return messages
-    return [{"role": "system", "content": system}, *messages]
+    return with_messages(messages, [{"role": "system", "content": system}, *messages])
+
+
+def tools_entry(question: Question) -> dict[str, Any]:
+    """Return the entry of a line that holds the tools of a question's row, if it has some."""
+    return {TOOLS: list(question.messages.tools)} if question.messages.tools else {}

@@ -21,6 +21,7 @@ from open_instruct.data import chat, questions
 from open_instruct.data.context import Context, context_of, read_context
 from open_instruct.data.questions import Question
 from open_instruct.data.rendering import Rendering
+from open_instruct.data.tools import has_calls
 from open_instruct.errors import InputError
 from open_instruct.model import loading
 from open_instruct.model.backends import head_shape
@@ -105,14 +106,15 @@ def evaluate(
     full = full_models.parse_models(model, [folder.name for folder in folders])
     form = form_of_questions(folders, columns, template, shots, shots_file, seed, answered=True)
     rows = chosen_questions(file, max_samples, seed, bad_rows, form)
-    if answer_regex and "exact_match" in names:  # checked before the model is loaded
-        references = [str(question.reference) for question in rows]
+    if answer_regex and "exact_match" in names:  # checked before the model is loaded; what a call says is known then
+        references = [str(question.reference) for question in rows if not has_calls(question.turn or {})]
         answer_metrics.exact_matches(references, references, answer_regex, normaliser)
     text = read_context(context, "--context") if context else None
     served = load(adapter, model_name_or_path, **options)
     before = context_of(text, served.tokenizer) if text else None
     if before and served.hard_prompts:
         raise InputError("--context is for adapters without a hard prompt, and these were trained behind one: drop it")
+    rows = questions.with_calls_written(rows, served.tokenizer)
     asked = Asked(rows, names, answer_regex, normaliser, max_new_tokens, batch_size, seed)
     result = measure(served, asked, before, full, **options)
     return result | {"questions": form and form.describe()}
@@ -199,8 +201,7 @@ def measure(
 
 def labelled_tokens(served: Served, rows: Sequence[Question]) -> list[list[int]]:
     """Return the tokens of each row that the loss is a mean over."""
-    messages = [[*question.messages, {"role": "assistant", "content": question.reference}] for question in rows]
-    ids, spans = chat.tokenize(served.tokenizer, messages, 1 << 30)
+    ids, spans = chat.tokenize(served.tokenizer, [question.answered for question in rows], 1 << 30)
     return [
         [token for start, end in of_row for token in row[start:end]] for row, of_row in zip(ids, spans, strict=True)
     ]

@@ -51,8 +51,7 @@ def loss_statistics(
     Raises:
         InputError: nothing is labelled within `max_length` tokens.
     """
-    messages = [[*question.messages, {"role": "assistant", "content": question.reference}] for question in rows]
-    ids, spans = chat.tokenize(served.tokenizer, messages, max_length or 1 << 30)
+    ids, spans = chat.tokenize(served.tokenizer, [question.answered for question in rows], max_length or 1 << 30)
     if before:
         behind = [before.before(row, row_spans) for row, row_spans in zip(ids, spans, strict=True)]
         model = served.adapters.use(BASE if name == IN_CONTEXT else name)

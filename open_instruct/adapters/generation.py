@@ -213,10 +213,9 @@ def taught_end(tokenizer: PreTrainedTokenizerBase) -> str:
     It is found by rendering a sample conversation. It is "" if the template writes nothing there, or can't be rendered.
     """
     try:
-        (text,), (spans,) = chat.render(tokenizer, [chat.PROBE])
+        labelled = chat.learned_probe(tokenizer)
     except InputError:
         return ""
-    labelled = text[slice(*spans[-1])] if spans else ""
     return labelled.partition("answer")[2].strip()
 
 

@@ -58,11 +58,11 @@ def inspect(
     Raises:
         InputError: the adapter is no soft prompt, or wrong input.
     """
-    conversations = []
+    rows_asked: list[questions.Question] = []
     if file:
         form = form_of_questions(parse_adapters([adapter]), columns, template, shots, shots_file)
         every = questions.questions(reading.read_files(reading.files_of(file)), rendering=form)
-        conversations = [question.messages for question in itertools.islice(every, rows)]
+        rows_asked = list(itertools.islice(every, rows))
     served = load(adapter, model_name_or_path, **options)
     (folder,) = served.adapters.folders.values()
     check_prompt(folder)
@@ -78,7 +78,8 @@ def inspect(
         "virtual_tokens": folder.num_virtual_tokens,
     }
     model, base = served.adapters.use(folder.name), served.adapters.base
-    prompts = [questions.prompt_ids(served.tokenizer, messages) for messages in conversations]
+    asked = questions.with_calls_written(rows_asked, served.tokenizer)
+    prompts = [questions.prompt_ids(served.tokenizer, question.messages) for question in asked]
     if folder.prompt_kind == "keys_values":
         result |= prefix_norms(model)
         if prompts:

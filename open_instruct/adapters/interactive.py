@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -90,7 +90,7 @@ def going_on() -> Iterator[None]:
         print(one_line(error))
 
 
-def answer_turn(served: Served, name: str, messages: list[dict[str, Any]], sampling: Sampling) -> str:
+def answer_turn(served: Served, name: str, messages: Sequence[dict[str, Any]], sampling: Sampling) -> str:
     """Answer a conversation, and print the answer as it comes.
 
     Raises:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from open_instruct.adapters.folders import BASE
-from open_instruct.data.chat import Spans
 from open_instruct.data.packing import IGNORE, to_device
 from open_instruct.data.pairs import pad_pairs
+from open_instruct.data.spans import Spans
 from open_instruct.model.encoder_decoder import decoder_start_of
 
 LOGITS_AT_ONCE = 1 << 28  # elements: half a gigabyte in bfloat16

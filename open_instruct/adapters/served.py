@@ -19,6 +19,7 @@ from open_instruct.data import chat
 from open_instruct.data.context import Context
 from open_instruct.data.hard_prompt import hard_prompt_of
 from open_instruct.data.questions import prompt_ids
+from open_instruct.data.sources import Conversation
 from open_instruct.errors import InputError, warn
 from open_instruct.quiet import silence_transformers
 
@@ -85,7 +86,7 @@ class Served:
 
     def answers(
         self,
-        questions: Sequence[str | list[dict[str, Any]]],
+        questions: Sequence[str | Sequence[dict[str, Any]]],
         adapter: str | None = None,
         sampling: Sampling | None = None,
         batch_size: int = 32,
@@ -93,7 +94,8 @@ class Served:
         """Answer questions.
 
         Args:
-            questions: texts of the user, or conversations as lists of {"role", "content"}.
+            questions: texts of the user, or conversations as lists of {"role", "content"}; as a
+                `data.sources.Conversation`, one has tools, too.
             adapter: name; unset: the first adapter, or the base where there is none.
             sampling: how answers are drawn; unset: greedy.
             batch_size: most answers computed at once.
@@ -105,7 +107,9 @@ class Served:
             InputError: there is no adapter of that name, or the chat template refuses a conversation.
         """
         name = adapter or (self.names[0] if self.names else BASE)
-        conversations = [[{"role": "user", "content": item}] if isinstance(item, str) else item for item in questions]
+        conversations = [
+            Conversation([{"role": "user", "content": item}]) if isinstance(item, str) else item for item in questions
+        ]
         prompts = [prompt_ids(self.tokenizer, messages) for messages in conversations]
         return [answers for _, answers in sorted(self.stream(prompts, name, sampling or Sampling(), batch_size))]
 

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from open_instruct.data.sources import tools_of
+from open_instruct.data.spans import NOT_LEARNED, Rewritten, Spans, own_spans, token_spans
 from open_instruct.data.templates import is_before
+from open_instruct.data.tools import has_calls
 from open_instruct.errors import InputError
 from open_instruct.limits import SECONDS, evaluating_input
 from open_instruct.small_files import read_text
 
 Messages = Sequence[dict[str, Any]]
-Spans = list[tuple[int, int]]
-Labels = Literal["answers", "last", "all"]  # what is learned of a conversation
 PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+# For templates that begin answers with a thought.
+THINKING_PROBE = [PROBE[0], {"role": "assistant", "content": "<think>\nthought\n</think>\n\nanswer"}]
 # Characters that a template may write: a long system message of its own, and its marks around each turn and word.
 MOST_OWN_TEXT = 1_000_000
 MOST_FOR_EACH_CHARACTER = 100
@@ -110,13 +114,21 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str, add_bos: bo
     if makes_pairs(tokenizer):  # it writes sources, which need no answer in them
         render_texts(tokenizer, [PROBE[:1]], add_generation_prompt=True)
         return
+    rewritten = Rewritten()
     try:
-        (text,), (spans,) = render(tokenizer, [PROBE])
+        (text,), _ = render(tokenizer, [PROBE], rewritten)
+        learned = learned_probe(tokenizer)
     except InputError as error:
         raise InputError(f"chat template {name}: {error}") from None
     if not text.strip():
         raise InputError(f"chat template {name} writes nothing for a conversation: mend it, or use another")
-    if not any(PROBE[1]["content"] in text[start:end] for start, end in spans):
+    if not learned and rewritten.num_left_out:
+        raise InputError(
+            f"chat template {name} rewrites earlier turns when a conversation continues, a question even when it is "
+            "answered, so no answer can be told from its question: add {% generation %} to it, or use "
+            "--chat_template_name tulu"
+        )
+    if not learned:
         raise InputError(
             f"chat template {name} writes no answer of the assistant that could be learned: mend it, or use another"
         )
@@ -141,6 +153,8 @@ def render_texts(
 ) -> tuple[list[str], list[Spans]]:
     """Return the text of each conversation. All rendering of chat templates is done here, with limits.
 
+    The tools that a conversation offers are the template's variable `tools`.
+
     Args:
         tokenizer: gives the special tokens.
         batch: the conversations.
@@ -157,14 +171,21 @@ def render_texts(
     what = f"chat template {template[:30]!r}… with turns of {roles}"
     remedy = "mend it, use another with --chat_template_name, or change the rows"
     with evaluating_input(what, remedy, SECONDS + len(batch)):
-        texts, spans = render_jinja_template(
-            list(batch),
-            chat_template=template,
-            return_assistant_tokens_mask=marks_answers,
-            **{**special, **options},
-        )
+        texts: list[str] = []
+        spans: list[Spans] = []
+        for tools, group in groupby(batch, tools_of):  # one call takes one list of tools
+            some_texts, some_spans = render_jinja_template(
+                list(group),
+                tools=list(tools) or None,
+                chat_template=template,
+                return_assistant_tokens_mask=marks_answers,
+                **{**special, **options},
+            )
+            texts += some_texts
+            spans += some_spans
         for text, messages in zip(texts, batch, strict=True):
-            most = MOST_OWN_TEXT + MOST_FOR_EACH_CHARACTER * sum(len(str(message)) for message in messages)
+            length = sum(len(str(message)) for message in (*messages, *tools_of(messages)))
+            most = MOST_OWN_TEXT + MOST_FOR_EACH_CHARACTER * length
             if len(text) > most:
                 raise ValueError(f"it writes {len(text):,} characters")
             text.encode()  # half of a surrogate pair can't be tokenised
@@ -186,46 +207,98 @@ def check_question(tokenizer: PreTrainedTokenizerBase) -> None:
             raise
 
 
-def render(tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages]) -> tuple[list[str], list[Spans]]:
+def render(
+    tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages], rewritten: Rewritten | None = None
+) -> tuple[list[str], list[Spans]]:
     """Return the text of each conversation, and the character spans [start, end) of the assistant's turns.
 
-    A template with a `generation` block marks the spans itself. Any other must extend a conversation without changing
-    what stands before; then the spans are the differences between its prefixes.
+    A template with a `generation` block marks the spans itself. Else they are found by `spans_by_prefix`.
+
+    Args:
+        tokenizer: with its chat template.
+        batch: the conversations.
+        rewritten: counts the answers that are not as they were asked for.
 
     Raises:
-        InputError: as `render_texts`; or the template has no `generation` block and rewrites earlier turns.
+        InputError: as `render_texts`.
     """
     if re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
         return render_texts(tokenizer, batch, marks_answers=True)
     texts, _ = render_texts(tokenizer, batch)
-    return texts, [spans_by_prefix(tokenizer, messages, text) for messages, text in zip(batch, texts, strict=True)]
+    rewritten = rewritten or Rewritten()
+    return texts, [
+        spans_by_prefix(tokenizer, messages, text, rewritten) for messages, text in zip(batch, texts, strict=True)
+    ]
 
 
-def spans_by_prefix(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> Spans:
-    """Return the character spans of the assistant's turns, from the end of the prompt to the end of the turn.
+def spans_by_prefix(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str, rewritten: Rewritten) -> Spans:
+    """Return the character span of each of the assistant's turns, from the end of its prompt to the end of the turn.
 
-    Raises:
-        InputError: the template rewrites earlier turns when the conversation continues.
+    When a turn is asked for, the model sees a prompt and is to write what follows it in the conversation up to the end
+    of the turn. A template may write both otherwise when other turns follow, as those that drop earlier thoughts, end
+    the last turn in a way of its own, or put tools before the last question. Learned is what stands in the whole text
+    as the model is to write it, behind the prompt that it then sees: all of a turn; or, where a turn only ends
+    otherwise, its content; or nothing, for which NOT_LEARNED stands. Turns that are not the row's own are left out.
+
+    Args:
+        tokenizer: with its chat template.
+        messages: the conversation.
+        text: the same as the template writes it.
+        rewritten: counts what is not learned whole.
     """
-    spans = []
+    spans, own = [], Rewritten()
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or is_before(message):
             continue
         (prompt,), _ = render_texts(tokenizer, [messages[:index]], add_generation_prompt=True)
         (until,), _ = render_texts(tokenizer, [messages[: index + 1]])
-        if not until.startswith(prompt) or not text.startswith(until):
-            raise InputError(
-                "this chat template rewrites earlier turns when the conversation continues, so the loss mask can't "
-                "be derived: add {% generation %} to it, or use --chat_template_name tulu"
-            )
-        spans.append((len(prompt), len(until)))
+        start, content = len(prompt), str(message["content"] or "").strip()
+        if until.startswith(prompt) and text.startswith(until):
+            spans.append((start, len(until)))
+            continue
+        common = text[: next((i for i, pair in enumerate(zip(until, text, strict=False)) if pair[0] != pair[1]), None)]
+        found = common.find(content, start)
+        # What a call is written as is not known: only text is looked for.
+        if common.startswith(prompt) and content and found >= start and not has_calls(message):
+            spans.append((start, found + len(content)))
+            own.num_shortened += 1
+        else:
+            spans.append(NOT_LEARNED)
+            own.num_left_out += 1
+    own.num_conversations = int(own.num_shortened + own.num_left_out > 0)
+    rewritten.add(own)
     return spans
 
 
+def learned_probe(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what is learned of the answer of a sample conversation, "" if nothing is.
+
+    Raises:
+        InputError: as `render_texts`.
+    """
+    for probe in (PROBE, THINKING_PROBE):
+        (text,), (spans,) = render(tokenizer, [probe])
+        learned = text[slice(*spans[-1])] if spans else ""
+        if PROBE[1]["content"] in learned:
+            return learned
+    return ""
+
+
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, batch: Sequence[Messages], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[Messages],
+    max_length: int,
+    rewritten: Rewritten | None = None,
 ) -> tuple[list[list[int]], list[Spans]]:
     """Return the token ids of each conversation, cut at `max_length`, and the token spans [start, end) to be learned.
+
+    The span of an answer that is not learned is NOT_LEARNED, which is empty.
+
+    Args:
+        tokenizer: with its chat template.
+        batch: the conversations.
+        max_length: tokens kept of each.
+        rewritten: see `render`.
 
     Raises:
         InputError: the chat template can't hold a conversation, for example a system message, or two turns of one role.
@@ -234,7 +307,7 @@ def tokenize(
         from open_instruct.data.pairs import tokenize_pairs
 
         return tokenize_pairs(tokenizer, batch, max_length)
-    texts, character_spans = render(tokenizer, batch)
+    texts, character_spans = render(tokenizer, batch, rewritten)
     encoded = tokenizer(
         texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )
@@ -244,44 +317,3 @@ def tokenize(
         for messages, offsets, spans_of_text in zip(batch, encoded["offset_mapping"], character_spans, strict=True)
     ]
     return ids, spans
-
-
-def own_spans(messages: Messages, answers: Spans) -> Spans:
-    """Return the spans of a conversation's own answers: exemplars before it are not learned."""
-    return answers[-1:] if any(is_before(message) for message in messages) else answers
-
-
-def learned_spans(labels: Labels, answers: Spans, num_tokens: int) -> Spans:
-    """Return the token spans [start, end) that are learned of a conversation cut at `num_tokens`.
-
-    Args:
-        labels: "answers": all of the assistant's turns; "last": the last one, an empty span where it is cut away;
-            "all": every token but the first, which nothing predicts.
-        answers: spans of the assistant's turns in the whole conversation, at least one.
-        num_tokens: tokens that are kept.
-    """
-    if labels == "all":
-        return [(1, num_tokens)]
-    if labels == "last":
-        start, end = answers[-1]
-        return [(min(start, num_tokens), min(end, num_tokens))]
-    return [(start, min(end, num_tokens)) for start, end in answers if start < num_tokens]
-
-
-def token_spans(offsets: Sequence[tuple[int, int]], character_spans: Spans) -> Spans:
-    """Return the token spans [start, end) of the tokens that have a character in a character span.
-
-    Args:
-        offsets: the characters [start, end) of each token, in order.
-        character_spans: the spans, in order and without overlap.
-    """
-    spans, position = [], 0  # one pass: no token is looked at for a span before those of an earlier one
-    for start, end in character_spans:
-        while position < len(offsets) and offsets[position][1] <= start:
-            position += 1
-        first = position
-        while position < len(offsets) and offsets[position][0] < end:
-            position += 1
-        if position > first:
-            spans.append((first, position))
-    return spans

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data import chat, forms
-from open_instruct.data.chat import Spans
+from open_instruct.data.spans import Spans
 from open_instruct.data.texts import plain
 from open_instruct.errors import InputError
 from open_instruct.small_files import read_text

@@ -5,32 +5,29 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data import chat, duplicates, token_cache
 from open_instruct.data.bad_rows import BadRows
-from open_instruct.data.context import ContextTokens, split_context
-from open_instruct.data.pairs import fit_pair
+from open_instruct.data.context import ContextTokens
 from open_instruct.data.sources import NO_SOURCE, SOURCE
+from open_instruct.data.spans import Labels
 from open_instruct.data.token_cache import schema_of
+from open_instruct.data.tokenising import new_counts, tokenize_all
 from open_instruct.errors import InputError
 from open_instruct.files import sha256
 
-TOKENISATION_VERSION = 4  # raise it whenever the same conversation gives another row
+TOKENISATION_VERSION = 5  # raise it whenever the same conversation gives another row
 TOKENISERS = ("tokenizers", "transformers", "jinja2")  # packages that decide them, too
-BATCH_ROWS = 1000
-NO_LIMIT = 2**31  # tokens of a row: what is too long is cut, and counted, after it is tokenised
 
 
 @dataclass
@@ -46,6 +43,7 @@ class Examples:
     num_truncated: int = 0  # conversations
     num_skipped: int = 0  # conversations without a label left
     bad_rows: str = ""  # how many rows were left out because they can't be used, and the first of them
+    by_template: str = ""  # lines on what the chat template leaves out
     table_content: str = ""  # hash of the table's values; empty: computed when it is needed
     entry: Path | None = None  # folder of the token cache that holds the table; None: it is in memory
     lengths: np.ndarray = field(init=False)  # [N]: tokens of each example
@@ -172,7 +170,7 @@ def build(
     overwrite_cache: bool = False,
     bad: BadRows | None = None,
     contexts: ContextTokens | None = None,
-    labels: chat.Labels = "answers",
+    labels: Labels = "answers",
     num_left_out: int = 0,
 ) -> Examples:
     """Tokenise conversations, or memory-map the result of an earlier run with the same source, tokenizer and length.
@@ -208,6 +206,8 @@ def build(
         if counts["num_read"] == 0:
             raise InputError("the data holds no conversation: nothing can be trained on")
         none = f"none of the {counts['num_read']} conversations has a labelled token"
+        if counts["by_template"] and not counts["first_label"]:
+            raise InputError(f"{none}: {counts['by_template'].splitlines()[-1]}")
         if not counts["first_label"]:
             raise InputError(f"{none}: their answers are empty, or the chat template does not write them")
         raise InputError(
@@ -222,124 +222,10 @@ def build(
         counts["num_truncated"],
         counts["num_skipped"],
         counts["bad_rows"],
+        counts["by_template"],
         tokenised.content,
         tokenised.entry,
     )
-
-
-def new_counts() -> dict[str, Any]:
-    """Return the counts of `tokenize_all` at zero.
-
-    `first_label` is the tokens before the earliest answer, 0 if there is no answer; `bad_rows` a line about rows that
-    were left out.
-    """
-    return {"num_read": 0, "num_truncated": 0, "num_skipped": 0, "first_label": 0, "bad_rows": ""}
-
-
-def tokenize_all(
-    named_conversations: Iterable[tuple[str, list[dict[str, Any]]]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    counts: dict[str, Any],
-    bad: BadRows | None = None,
-    contexts: ContextTokens | None = None,
-    labels: chat.Labels = "answers",
-    num_left_out: int = 0,
-) -> Iterator[pa.Table]:
-    """Yield tables of tokenised rows, batch by batch, and update `counts`.
-
-    Rows without an answer that can be predicted are left out.
-
-    Args:
-        named_conversations: (source, messages) pairs.
-        tokenizer: a fast tokenizer with its chat template set.
-        max_length: tokens of a conversation kept.
-        counts: result of `new_counts`.
-        bad: takes the errors of single rows; None: the first one is raised.
-        contexts: see `build`.
-        labels: see `build`.
-        num_left_out: see `build`.
-
-    Raises:
-        InputError: there were bad rows, and `bad` does not skip them.
-    """
-    makes_pairs = chat.makes_pairs(tokenizer)
-    with tqdm(desc="tokenising", unit=" rows", disable=None, delay=2) as progress:
-        for batch in batches(named_conversations, BATCH_ROWS):
-            ids, spans, texts, named = tokenize_batch(batch, tokenizer, bad)
-            schema = schema_of(contexts is not None, labels != "answers")
-            rows: dict[str, list[Any]] = {name: [] for name in schema.names}
-            for row_ids, row_spans, text, columns in zip(ids, spans, texts, named, strict=True):
-                if num_left_out:
-                    row_ids = row_ids[num_left_out:]
-                    row_spans = [(max(start - num_left_out, 0), end - num_left_out) for start, end in row_spans]
-                counts["num_truncated"] += len(row_ids) > max_length
-                if makes_pairs:
-                    row_ids, row_spans = fit_pair(row_ids, row_spans, max_length)
-                for start in [max(start, 1) for start, end in row_spans if end > max(start, 1)][:1]:
-                    counts["first_label"] = min(counts["first_label"] or start, start)
-                num_tokens = min(len(row_ids), max_length)
-                answers = chat.learned_spans("answers", row_spans, num_tokens)
-                if not any(end > max(start, 1) for start, end in answers):
-                    counts["num_skipped"] += 1
-                    continue
-                rows["input_ids"].append(row_ids[:max_length])
-                learned = answers if labels == "answers" else chat.learned_spans(labels, row_spans, num_tokens)
-                rows["spans"].append([bound for span in learned for bound in span])
-                if labels != "answers":
-                    rows["answers"].append([bound for span in answers for bound in span])
-                if contexts:
-                    rows["context"].append(contexts.of(text))
-                for name, value in columns.items():
-                    rows[name].append(value)
-            counts["num_read"] += len(ids)
-            yield pa.table(rows, schema=schema)
-            progress.update(len(batch))
-    if bad is not None:
-        bad.check()
-        counts["bad_rows"] = bad.summary()
-
-
-def tokenize_batch(
-    batch: list[tuple[str, list[dict[str, Any]]]], tokenizer: PreTrainedTokenizerBase, bad: BadRows | None
-) -> tuple[list[list[int]], list[chat.Spans], list[str], list[dict[str, Any]]]:
-    """Return the token ids of (source, messages) pairs, uncut, their answers' spans, texts of contexts, and more.
-
-    Rows that the chat template refuses are noted as bad, and left out.
-    """
-    split = [(source, *split_context(messages)) for source, messages in batch]
-    try:
-        ids, spans = chat.tokenize(tokenizer, [messages for _, _, messages in split], NO_LIMIT)
-        return ids, spans, [text for _, text, _ in split], [columns_of(row) for _, row in batch]
-    except InputError:  # which rows they are is found out below
-        ids, spans, texts, named = [], [], [], []
-    for (source, text, messages), (_, whole) in zip(split, batch, strict=True):
-        try:
-            row_ids, row_spans = chat.tokenize(tokenizer, [messages], NO_LIMIT)
-        except InputError as error:
-            refused = InputError(f"{source}: {error}")
-            if bad is None:
-                raise refused from None
-            bad.reject(refused)
-            continue
-        ids += row_ids
-        spans += row_spans
-        texts.append(text)
-        named.append(columns_of(whole))
-    return ids, spans, texts, named
-
-
-def columns_of(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what a table holds of a row besides tokens: its source, and the hashes of its conversation."""
-    exact, normalised = duplicates.hashes_of(messages)
-    return {SOURCE: getattr(messages, "source", ""), duplicates.EXACT: exact, duplicates.NORMALISED: normalised}
-
-
-def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yield lists of up to `size` items."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from open_instruct.data.sources import tools_of
 from open_instruct.data.templates import Rendered
 from open_instruct.errors import InputError
 
@@ -53,11 +54,11 @@ def conversation_text(messages: Sequence[dict[str, Any]]) -> str:
     """Return a conversation as one text: roles, contents, and whatever else its messages hold.
 
     Of a question that a template made, it is the row's own values: the same row is equal under every template, and
-    behind every exemplar.
+    behind every exemplar. The tools that the row offers are part of it.
     """
     parts = []
     for message in messages:
-        content = message["content"]
+        content = "" if message["content"] is None else message["content"]
         if isinstance(content, Rendered):
             if content.own is None:
                 continue
@@ -67,6 +68,8 @@ def conversation_text(messages: Sequence[dict[str, Any]]) -> str:
             others = {key: value for key, value in message.items() if key not in ("role", "content")}
             others = {key: value for key, value in others.items() if value is not None}  # Arrow fills what is missing
             parts += [json.dumps(others, sort_keys=True, default=str)] if others else []
+    if tools := tools_of(messages):
+        parts.append(json.dumps(tools, sort_keys=True, default=str))
     return BETWEEN.join(parts)
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from open_instruct.data.texts import kind_of, plain, shown
+from open_instruct.data.tools import CALLS, RESULT_ROLES, has_calls, without_nulls
 from open_instruct.errors import InputError
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant", *RESULT_ROLES)
 KNOWN_FORMS = (
     "messages: [{role, content}, …]; conversations: [{from, value}, …]; prompt and completion; "
     "instruction, input and output"
@@ -129,9 +130,14 @@ def turns(value: Any, role: str) -> list[Any]:
 def check_message(source: str, message: dict[str, Any]) -> dict[str, Any]:
     """Return one message, checked; content that is a list of text parts is joined.
 
+    Its other entries stay as they are, for the chat template, but for nulls, which a table fills in where an entry is
+    missing. An assistant that calls tools may say nothing; its content is then the row's, or null.
+
     Raises:
         InputError: the role is unknown, or the content is no text.
     """
+    message = {key: value for key, value in message.items() if value is not None}
+    message |= {key: without_nulls(message[key]) for key in CALLS if key in message}
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise InputError(f"{source} has role {shown(role)}: known roles are {', '.join(ROLES)}")
@@ -142,7 +148,10 @@ def check_message(source: str, message: dict[str, Any]) -> dict[str, Any]:
         )
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         content = "".join(part_text(f"{source} ({role})", part) for part in content)
-    if not isinstance(content, str) or not content.strip():
+    may_be_empty = role in RESULT_ROLES or has_calls(message)
+    if content is None and has_calls(message):
+        return {**message, "content": None}
+    if not isinstance(content, str) or not (content.strip() or may_be_empty):
         raise InputError(f"{source} ({role}) has content that is {kind_of(content)}: give it text, or remove the row")
     if not content.isascii():
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -138,27 +138,38 @@ class Padding:
 
 @dataclass(frozen=True)
 class Packing:
-    """One row of up to `max_tokens` tokens, not counting virtual ones and a hard prompt's."""
+    """One row of up to `max_tokens` tokens, not counting virtual ones, a hard prompt's and shared ones.
+
+    Args:
+        max_tokens: see above.
+        beginning: tokens that every example begins with, which stand in the row once; see `beginnings`.
+    """
 
     max_tokens: int
+    beginning: tuple[int, ...] = field(default=(), kw_only=True)
 
     def micro_batches(self, indices: Sequence[int], lengths: np.ndarray, rank: int, num_ranks: int) -> list[list[int]]:
         """See `Batching`."""
-        return plan.balanced_rows(indices, lengths, self.max_tokens, rank, num_ranks)
+        return plan.balanced_rows(indices, lengths - len(self.beginning), self.max_tokens, rank, num_ranks)
 
     def positions(self, chosen: Sequence[int], lengths: np.ndarray, num_before: int) -> int:
         """See `Batching`."""
-        return sum(int(lengths[i]) for i in chosen) + num_before
+        num_shared = len(self.beginning)
+        return sum(int(lengths[i]) - num_shared for i in chosen) + num_shared + num_before
 
     def halved(self, indices: Sequence[int], lengths: np.ndarray) -> Packing | None:
         """See `Batching`. The longest example of the data set must fit."""
-        longest_row = max(int(lengths[row].sum()) for row in self.micro_batches(indices, lengths, 0, 1))
-        bound = max(longest_row // 2, int(lengths.max()))
+        own = lengths - len(self.beginning)
+        longest_row = max(int(own[row].sum()) for row in self.micro_batches(indices, lengths, 0, 1))
+        bound = max(longest_row // 2, int(own.max()))
         return replace(self, max_tokens=bound) if bound < longest_row else None
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return one packed row; see `pack`."""
-        return pack(examples or NO_LABELS)
+        """Return one packed row, see `pack`; and as `beginning` [S] the tokens that it shares, if there are some."""
+        if not self.beginning or not examples:
+            return pack(examples or NO_LABELS)
+        row = pack([behind_beginning(example, self.beginning) for example in examples])
+        return {**row, "beginning": torch.tensor(self.beginning)}
 
 
 @dataclass(frozen=True)
@@ -175,6 +186,14 @@ class PackingBehindContexts(Packing):
         whole = pack([behind_context(example, self.num_shared) for example in examples or NO_LABELS])
         del whole["targets"]
         return {**super().collate(examples), **{f"teacher_{name}": value for name, value in whole.items()}}
+
+
+def behind_beginning(example: dict[str, Any], beginning: tuple[int, ...]) -> dict[str, Any]:
+    """Return an example {"input_ids", "spans"} without the tokens that it shares with all others."""
+    ids, num_shared = example["input_ids"], len(beginning)
+    spans = [bound - num_shared for bound in example["spans"]]
+    assert tuple(ids[:num_shared]) == beginning and all(bound > 0 for bound in spans), "an example begins otherwise"
+    return {"input_ids": ids[num_shared:], "spans": spans}
 
 
 def behind_context(example: dict[str, Any], num_shared: int) -> dict[str, Any]:

@@ -18,8 +18,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data import chat, plan
-from open_instruct.data.chat import Messages, Spans
+from open_instruct.data.chat import Messages
 from open_instruct.data.packing import IGNORE, NO_LABELS, Packing, Padding
+from open_instruct.data.spans import Spans
+from open_instruct.data.tools import has_calls
 from open_instruct.errors import InputError
 
 # Entry of tokenizer_config.json: how many tokens of a merged soft prompt the tokenizer writes before each text.
@@ -55,6 +57,8 @@ def tokenize_pairs(
     lasts = [max((i for i, message in enumerate(one) if message["role"] == "assistant"), default=0) for one in batch]
     if not all(lasts):
         raise InputError("a conversation has no answer after a question")
+    if any(has_calls(one[last]) for one, last in zip(batch, lasts, strict=True)):
+        raise InputError("an answer calls tools, and an encoder–decoder learns the text of answers alone: remove it")
     sources = source_ids(tokenizer, [one[:last] for one, last in zip(batch, lasts, strict=True)])
     answers = [str(one[last]["content"]) for one, last in zip(batch, lasts, strict=True)]
     targets = tokenizer(text_target=answers, verbose=False)["input_ids"]

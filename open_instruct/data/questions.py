@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +13,10 @@ from open_instruct.data.bad_rows import BadRows, note
 from open_instruct.data.pairs import source_ids
 from open_instruct.data.reading import Row
 from open_instruct.data.rendering import Rendering
-from open_instruct.data.sources import source_in
+from open_instruct.data.sources import Conversation, source_in, with_messages
+from open_instruct.data.tokenising import NO_LIMIT
+from open_instruct.data.tools import has_calls
+from open_instruct.data.unwritten import Unwritten, unwritten
 from open_instruct.errors import InputError, warn
 
 
@@ -22,14 +25,30 @@ class Question:
     """A conversation up to the turn that is to be answered."""
 
     source: str  # file and line of the row, for errors
-    messages: list[dict[str, Any]]
-    reference: str | None  # the turn itself, where the row has it
-    named_source: str = ""  # in the row's column `source`
+    messages: Conversation
+    reference: str | None  # text of the turn itself, where the row has it
+    turn: dict[str, Any] | None = None  # the same as a message
+
+    @property
+    def named_source(self) -> str:
+        """Return the text in the row's column `source`."""
+        return self.messages.source
 
     @property
     def text(self) -> str:
         """Return the last message, for tables."""
-        return str(self.messages[-1]["content"])
+        return str(self.messages[-1]["content"] or "")
+
+    @property
+    def answered(self) -> Conversation:
+        """Return the conversation with the turn.
+
+        Raises:
+            InputError: the row has none.
+        """
+        if self.turn is None:
+            raise InputError(f"{self.source}: no answer: give rows that end with the assistant's turn")
+        return with_messages(self.messages, [*self.messages, self.turn])
 
 
 def questions(
@@ -58,16 +77,18 @@ def questions(
                 (messages,) = rendering.conversations(source, row, answered and bool(rendering.columns))
             else:
                 messages = forms.to_messages(source, row, key, answered=False)
+            conversation = Conversation(messages, source_in(row), reading.offered_tools(source, row, rendering))
         except InputError as error:
             note(None if is_first and reading.is_of_all(error, bad) else bad, error)
             continue
         is_first = False
         if bad is not None:
             bad.keep()
-        if messages[-1]["role"] == "assistant":
-            yield Question(source, messages[:-1], str(messages[-1]["content"]), source_in(row))
+        last = conversation[-1]
+        if last["role"] == "assistant":
+            yield Question(source, conversation[:-1], str(last["content"] or ""), last)
         else:
-            yield Question(source, messages, None, source_in(row))
+            yield Question(source, conversation, None)
 
 
 def read_questions(
@@ -105,7 +126,37 @@ def read_questions(
     return rows
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
+def key_of(messages: Conversation) -> Any:
+    """Return what tells a question from others, as JSON: its messages, and the tools that it offers, if any."""
+    return [messages, messages.tools] if messages.tools else messages
+
+
+def with_calls_written(rows: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+    """Return questions whose references hold their calls of tools, as the chat template writes them.
+
+    A warning says where the template writes no tools, or no calls.
+
+    Raises:
+        InputError: the template can't hold a conversation.
+    """
+    counts, written = Unwritten(), []
+    for question in rows:
+        try:
+            counts.add(unwritten(tokenizer, [question.answered if question.turn else question.messages]))
+            if question.turn and has_calls(question.turn):
+                (ids,), (spans,) = chat.tokenize(tokenizer, [question.answered], NO_LIMIT)
+                start, end = spans[-1]
+                text = tokenizer.decode(ids[start:end], skip_special_tokens=True).strip()
+                question = replace(question, reference=text)
+        except InputError as error:
+            raise InputError(f"{question.source}: {error}") from None
+        written.append(question)
+    for line in counts.lines(f"of {len(rows):,} rows"):
+        warn(line)
+    return written
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> list[int]:
     """Return the token ids of a conversation that the assistant is to continue, as in training.
 
     Raises:

@@ -16,6 +16,7 @@ from open_instruct.data.kinds import BYTE_ORDER_MARK, TABLE_SUFFIXES, file_kind,
 from open_instruct.data.sources import Conversation, source_in
 from open_instruct.data.templates import MissingField
 from open_instruct.data.texts import shown
+from open_instruct.data.tools import TOOLS, Tools, tools_in
 from open_instruct.errors import InputError, input_faults
 
 if TYPE_CHECKING:  # it imports transformers, for which a first answer must not wait
@@ -248,6 +249,7 @@ def conversations(
     for source, row in rows:
         try:
             made = rendering.conversations(source, row) if rendering else [forms.to_messages(source, row, key)]
+            tools = offered_tools(source, row, rendering)
             if context:
                 made = [context.with_context(source, row, messages) for messages in made]
         except InputError as error:
@@ -256,7 +258,16 @@ def conversations(
         is_first = False
         if bad is None or bad.keep():
             for messages in made:
-                yield source, Conversation(messages, source_in(row))
+                yield source, Conversation(messages, source_in(row), tools)
+
+
+def offered_tools(source: str, row: dict[str, Any], rendering: Rendering | None) -> Tools:
+    """Return the schemas of a row's tools; none where a template writes its column `tools` itself.
+
+    Raises:
+        InputError: the column holds something else.
+    """
+    return () if rendering and TOOLS in rendering.fields else tools_in(source, row)
 
 
 def is_of_all(error: InputError, bad: BadRows | None) -> bool:

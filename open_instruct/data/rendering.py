@@ -23,6 +23,7 @@ from open_instruct.data import duplicates, forms
 from open_instruct.data.reading import Row
 from open_instruct.data.templates import MissingField, Rendered, Template
 from open_instruct.data.texts import kind_of, plain
+from open_instruct.data.tools import TOOLS, has_calls, tools_in
 from open_instruct.errors import InputError
 
 PROMPT, ANSWER, SYSTEM = "prompt", "answer", "system"  # names that --columns gives a meaning
@@ -243,6 +244,8 @@ class Rendering:
                 f"{source}: its turns are {', '.join(turn['role'] for turn in turns)[:80]}: templates and exemplars "
                 "are for rows of one question and one answer"
             )
+        if any(map(has_calls, turns)):
+            raise InputError(f"{source}: its answer calls tools: templates and exemplars are for answers of text alone")
         others = {name: value for name, value in row.items() if name not in (*OF_ANSWERS, self.messages_key)}
         answer = turns[1]["content"] if len(turns) == 2 else None
         return Parts({**others, PROMPT: turns[0]["content"]}, system, answer)
@@ -269,7 +272,7 @@ class Rendering:
         """Return the same with exemplars from rows, which are drawn by their hashes: their order changes nothing.
 
         Args:
-            rows: those from which they are taken. Rows that can't be used are left out.
+            rows: those from which they are taken. Rows that can't be used, or offer tools, are left out.
             what: the rows, for errors.
 
         Raises:
@@ -282,6 +285,8 @@ class Rendering:
         for source, row in rows:
             try:
                 parts = self.parts(source, row, True)
+                if TOOLS not in self.fields and tools_in(source, row):
+                    raise InputError(f"{source}: it offers tools, which no other row's text would describe")
                 for template in self.templates or [None]:
                     self.question(source, parts.values, template)
             except InputError as error:

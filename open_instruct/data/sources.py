@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 
 from open_instruct.data.texts import plain
+from open_instruct.data.tools import Tools
 from open_instruct.errors import InputError
 
 SOURCE = "source"  # column of rows, and of tokenised data
@@ -25,12 +26,41 @@ MAX_MEASURED = 30  # sources whose losses are measured one by one: each needs mi
 
 
 class Conversation(list[dict[str, Any]]):
-    """The messages of a row, and the source that the row names; "" where it names none."""
+    """The messages of a row, with what else the row says of them. A slice keeps it.
 
-    def __init__(self, messages: Iterable[dict[str, Any]], source: str) -> None:
+    Attributes:
+        source: that the row names; "" where it names none.
+        tools: schemas of the tools that the row offers, for the chat template.
+    """
+
+    def __init__(self, messages: Iterable[dict[str, Any]], source: str = "", tools: Tools = ()) -> None:
         """Take a row's messages."""
         super().__init__(messages)
         self.source = source
+        self.tools = tools
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Conversation: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> dict[str, Any] | Conversation:
+        """Return a message, or some of them as a conversation."""
+        if isinstance(index, slice):
+            return Conversation(super().__getitem__(index), self.source, self.tools)
+        return super().__getitem__(index)
+
+
+def with_messages(conversation: Sequence[dict[str, Any]], messages: Iterable[dict[str, Any]]) -> Conversation:
+    """Return a conversation with other messages; its source and its tools stay."""
+    return Conversation(messages, getattr(conversation, "source", ""), tools_of(conversation))
+
+
+def tools_of(messages: Sequence[dict[str, Any]]) -> Tools:
+    """Return the schemas of the tools that a conversation offers; a plain list of messages offers none."""
+    tools: Tools = getattr(messages, "tools", ())
+    return tools
 
 
 def source_in(row: Mapping[str, Any]) -> str:

@@ -38,6 +38,7 @@ SOURCE_FIELD = pa.field(SOURCE, pa.string())  # "" where the row names none
 ANSWERS_FIELD = pa.field("answers", pa.list_(pa.int32()))  # spans of the assistant's turns, where others are learned
 
 COUNTED = ("num_read", "num_truncated", "num_skipped", "first_label")
+SAID = ("bad_rows", "by_template")
 REMEDY = "free some space, name another folder with --dataset_local_cache_dir, or pass --dataset_skip_cache"
 
 
@@ -152,7 +153,7 @@ def read(entry: Path, schema: pa.Schema = SCHEMA) -> Tokenised | None:
             table = pa.ipc.open_stream(pa.memory_map(str(entry / TOKENS))).read_all()
             if table.schema != schema:
                 raise ValueError(f"{TOKENS} holds other columns")
-            counts = {name: int(known[name]) for name in COUNTED} | {"bad_rows": str(known["bad_rows"])}
+            counts = {name: int(known[name]) for name in COUNTED} | {name: str(known[name]) for name in SAID}
             return Tokenised(table, counts, str(known["content"]), entry)
     except InputError as error:
         warn(str(error))

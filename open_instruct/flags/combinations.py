@@ -194,6 +194,12 @@ def needs_packing(flags: Any) -> str | None:
     return None if flags.packing else "it belongs to the packed forward pass: remove it, or drop --packing False"
 
 
+def bad_share(flags: Any) -> str | None:
+    """Refuse a setting of what examples share where nothing is shared."""
+    given = next((name for name in DISTILLED if getattr(flags, name)), None)
+    return needs_packing(flags) or (given and f"it has no effect with --{given}: remove it")
+
+
 def unused_patience(flags: Any) -> str | None:
     """Refuse to wait for a held-out loss that is not measured while a run trains."""
     if not flags.validation_file and not flags.validation_fraction:

@@ -157,6 +157,14 @@ class OptimizationFlags:
         on_resume="free",
         at_most=10**9,
     )
+    share_beginning: bool = flag(
+        True,
+        "compute once a packed row what all examples begin with, as a common system message: 32 tokens or more, none "
+        "of them learned; False: with each example",
+        check=checks.bad_share,
+        on_resume="free",
+        causal_only=True,
+    )
     attn_backend: ATTENTION_BACKENDS | None = flag(
         None,
         "attention of packed rows; unset: blocked on CPU, else the first that runs of flash_attn, varlen (16 bits on "

@@ -111,6 +111,7 @@ class DistilledModel(PackedModel):
         lengths: tuple[int, ...],
         target_positions: torch.Tensor,
         targets: torch.Tensor,
+        beginning: torch.Tensor | None = None,
         **behind_contexts: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the summed loss in nats, and the number of labelled tokens; see `PackedModel.forward`.
@@ -121,8 +122,10 @@ class DistilledModel(PackedModel):
             lengths: of the examples.
             target_positions: of the labelled tokens.
             targets: the labelled tokens.
+            beginning: None, as nothing is shared here but the context.
             behind_contexts: where examples have contexts of their own, the row with these; see `PackingBehindContexts`.
         """
+        assert beginning is None
         row = input_ids, position_ids, lengths, target_positions
         count = torch.tensor(len(targets), device=targets.device)
         if self.measure == "student":

@@ -156,23 +156,26 @@ class PackedModel(TrainingModel):
         lengths: tuple[int, ...],
         target_positions: torch.Tensor,
         targets: torch.Tensor,
+        beginning: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the summed loss of a batch of `packing.Packing`, and the number of its labelled tokens.
 
         Args:
-            input_ids: [1, T], the examples one after another, without virtual tokens.
+            input_ids: [1, T], the examples one after another, without virtual tokens and without `beginning`.
             position_ids: [1, T], from 0 for each example.
             lengths: tokens of each example.
             target_positions: [N], for each labelled token the index into input_ids of the position whose hidden state
                 predicts it, which is the one before it.
             targets: [N], the labelled tokens.
+            beginning: [S], tokens that all examples begin with; None: none are shared.
 
         Raises:
             RuntimeError: the model is not active.
             InputError: the row is longer than this model can be packed.
             CannotPack: the model computes something that packed attention would get wrong.
         """
-        outputs = self.outputs(input_ids, position_ids, lengths, target_positions, self.soft_prompt() or SoftPrompt())
+        prompt = self.soft_prompt() or SoftPrompt()
+        outputs = self.outputs(input_ids, position_ids, lengths, target_positions, prompt, beginning=beginning)
         return self.loss(outputs, targets), torch.tensor(len(targets), device=targets.device)
 
     def outputs(
@@ -183,6 +186,7 @@ class PackedModel(TrainingModel):
         positions: torch.Tensor,
         prompt: SoftPrompt,
         kept: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
+        beginning: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return what a row gives at some positions: states [N, D] that `head` takes, or logits [N, V] without one.
 
@@ -193,19 +197,21 @@ class PackedModel(TrainingModel):
             positions: [N], indices into input_ids.
             prompt: what stands before every example.
             kept: see `PackedContext`.
+            beginning: see `forward`.
 
         Raises:
             See `forward`.
         """
         if self._own_attention is None:
             raise RuntimeError("this PackedModel is not active: call activate() first, or use it in a with statement")
-        num_prefix_tokens = num_hard = len(self.hard_prompt)  # that stand in the row, which keys and values don't
-        position_ids = position_ids + prompt.length + num_hard
-        if num_hard:
-            hard_prompt = torch.tensor([self.hard_prompt], device=input_ids.device)
-            hard_positions = torch.arange(num_hard, device=input_ids.device)[None] + prompt.length
-            input_ids = torch.cat([hard_prompt, input_ids], 1)
-            position_ids = torch.cat([hard_positions, position_ids], 1)
+        texts = [torch.tensor(self.hard_prompt, device=input_ids.device)] if self.hard_prompt else []
+        texts += [] if beginning is None else [beginning]
+        num_prefix_tokens = num_text = sum(map(len, texts))  # that stand in the row, which keys and values don't
+        position_ids = position_ids + prompt.length + num_text
+        if num_text:
+            text_positions = torch.arange(num_text, device=input_ids.device)[None] + prompt.length
+            input_ids = torch.cat([*(text[None] for text in texts), input_ids], 1)
+            position_ids = torch.cat([text_positions, position_ids], 1)
         inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
         if prompt.embeddings is not None:
             num_prefix_tokens += prompt.length

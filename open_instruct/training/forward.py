@@ -25,68 +25,15 @@ from open_instruct.model.shared_prefix import CannotPack, SoftPrompt
 from open_instruct.model.training_model import PackedModel, PaddedModel, TrainingModel, causal_of
 from open_instruct.training import engines
 from open_instruct.training.faults import is_out_of_memory
-
-ROW_TOKENS = 4096  # tokens that keep a GPU busy, and make 200 virtual tokens 5 % of a row
+from open_instruct.training.forward_settings import ROW_TOKENS, ForwardSettings
 
 # Under which configurations name the positions that a token sees. (Llama 4's chunks: `longest_exact_row`.)
 WINDOW_NAMES = ("sliding_window", "sliding_window_size", "window_size", "attention_window_size", "local_attention")
 
 # Largest difference of the probe's loss from the model's own, relative to its size. Attention to a neighbour or a wrong
 # position changes the loss by tenths; rounding in float32, in 16 bits and in quantised products by less than this.
-PROBED_TOKENS = 32  # of a hard prompt
+PROBED_TOKENS = 32  # of a hard prompt, and of what all examples begin with
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-
-
-@dataclass(frozen=True)
-class ForwardSettings:
-    """Plain values that decide how micro-batches are computed."""
-
-    packing: bool
-    packing_requested: bool  # --packing was given, so falling back to padding is an error
-    max_tokens_per_microbatch: int | None
-    attn_backend: str | None
-    use_flash_attn: bool
-    max_length: int  # tokens of a conversation
-    num_virtual_tokens: int
-    train_batch_size: int
-    eval_batch_size: int
-    gradient_checkpointing: bool
-    compile_layers: bool
-    hard_prompt: tuple[int, ...] = ()  # tokens before every example, behind the virtual ones
-
-    @property
-    def num_before(self) -> int:
-        """Positions before every example: virtual tokens and hard prompt."""
-        return self.num_virtual_tokens + len(self.hard_prompt)
-
-    @property
-    def max_row_tokens(self) -> int:
-        """Largest number of tokens of a packed row, virtual tokens and hard prompt included.
-
-        Unless it is set: enough to keep the machine busy and to hold the longest example, but no more than the padded
-        micro-batch for which the user expects memory to suffice.
-        """
-        if self.max_tokens_per_microbatch:
-            return self.max_tokens_per_microbatch
-        padded = self.train_batch_size * self.max_length
-        return min(padded, max(ROW_TOKENS, self.max_length)) + self.num_before
-
-    def check_rows(self, longest: int) -> None:
-        """Refuse rows that can't hold every example.
-
-        Raises:
-            InputError: the longest example, of `longest` tokens, does not fit.
-        """
-        bound = self.max_row_tokens
-        needed = longest + self.num_before
-        if self.packing and needed > bound:
-            virtual = f" and {self.num_virtual_tokens} virtual ones" if self.num_virtual_tokens else ""
-            virtual += f" and the hard prompt's {len(self.hard_prompt)}" if self.hard_prompt else ""
-            raise InputError(
-                f"--max_tokens_per_microbatch {bound} can't hold the longest example, which has {longest} tokens"
-                f"{virtual}: raise it to {needed}, or cut examples with --max_seq_length "
-                f"{max(bound - self.num_before, 2)}"
-            )
 
 
 @dataclass(frozen=True)
@@ -153,10 +100,13 @@ def choose_forward(
                 model, partial(method.soft_prompt, model), backends.BACKENDS[name], head, settings.hard_prompt
             )
             bound = settings.max_row_tokens
-            rows = Packing(bound - settings.num_before)
-            description = f"packed, rows of at most {bound:,} tokens, attention by {name}"
+            training, evaluation = (
+                Packing(bound - settings.num_before - len(beginning), beginning=beginning)
+                for beginning in (settings.beginning, settings.held_out_beginning)
+            )
+            description = f"packed, rows of at most {bound:,} tokens, attention by {name}{settings.describe_shared()}"
             ready = in_precision(packed, accelerator, dtype)
-            return Forward(ready, rows, rows, f"packed, by {name}", description)
+            return Forward(ready, training, evaluation, f"packed, by {name}", description)
         if settings.packing_requested:
             raise InputError(f"--packing is not possible ({reason}): use --packing False")
     elif causal_of(model).device.type != "meta":
@@ -219,7 +169,8 @@ def choose_packed(
             probed = name if probe_device == device.type else "blocked"
             try:
                 with autocast(probe_device, dtype):
-                    head, problem = probe(model, soft_prompt, probed, dtype, longest, settings.hard_prompt)
+                    shared = settings.hard_prompt + settings.beginning
+                    head, problem = probe(model, soft_prompt, probed, dtype, longest, shared)
             except CannotPack as obstacle:
                 structure = str(obstacle)
         if engines.is_sharded(engines.engine_of(accelerator)):

@@ -19,7 +19,8 @@ from open_instruct.model.shared_prefix import CannotPack
 from open_instruct.model.training_model import causal_of
 from open_instruct.training import engines, forward
 from open_instruct.training.faults import is_out_of_memory
-from open_instruct.training.forward import Forward, ForwardSettings
+from open_instruct.training.forward import Forward
+from open_instruct.training.forward_settings import ForwardSettings
 
 # T5 makes a bias for each two tokens of a row: at 1,024 and 12 heads 50 MB in float32.
 ROW_TOKENS = 1024

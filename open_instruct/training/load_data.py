@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from open_instruct.data import dataset, duplicates, forms, reading
 from open_instruct.data.bad_rows import BadRows
-from open_instruct.data.chat import Labels
 from open_instruct.data.context import ContextSource, ContextTokens
 from open_instruct.data.dataset import Examples
 from open_instruct.data.hard_prompt import HardPrompt
@@ -23,6 +22,7 @@ from open_instruct.data.held_out_groups import hold_out_groups
 from open_instruct.data.reading import Row
 from open_instruct.data.rendering import Rendering
 from open_instruct.data.sources import MAX_MEASURED
+from open_instruct.data.spans import Labels
 from open_instruct.data.texts import plain
 from open_instruct.errors import InputError
 
@@ -75,16 +75,24 @@ class Data:
 
     def bad_rows(self) -> dict[str, str]:
         """Return, for run.json, a line about the rows of each set that were left out because they can't be used."""
-        sets = {"training": self.train, "held out": self.held_out}
-        if self.held_out and self.held_out.fingerprint == self.train.fingerprint:  # a part of the same file
-            del sets["held out"]
-        return {name: examples.bad_rows for name, examples in sets.items() if examples and examples.bad_rows}
+        return {name: examples.bad_rows for name, examples in self.files().items() if examples.bad_rows}
+
+    def by_template(self) -> dict[str, list[str]]:
+        """Return, for run.json, lines on what the chat template leaves out of each set."""
+        return {name: each.by_template.splitlines() for name, each in self.files().items() if each.by_template}
+
+    def files(self) -> dict[str, Examples]:
+        """Return the sets that were read from different files, by name."""
+        if self.held_out and self.held_out.fingerprint != self.train.fingerprint:
+            return {"training": self.train, "held out": self.held_out}
+        return {"training": self.train}
 
     def record(self) -> dict[str, Any]:
         """Return the entries of run.json about the data."""
         return {
             "data": self.fingerprints(),
             "bad_rows": self.bad_rows(),
+            "by_template": self.by_template(),
             "held_out_duplicates": self.overlap and self.overlap.counts(),
             "rendering": self.rendering and self.rendering.record(),
         }
@@ -124,6 +132,7 @@ class Data:
         """Return a line of statistics for each set."""
         held_out = self.held_out.describe("held out") if self.held_out else "held out: none (--validation_fraction 0)"
         bad = [f"{name}: {text}" for name, text in self.bad_rows().items()]
+        bad += [f"{name}: {line}" for name, lines in self.by_template().items() for line in lines]
         return "\n".join([self.train.describe("training"), held_out, *self.source_lines(), *bad])
 
     def source_lines(self) -> list[str]:

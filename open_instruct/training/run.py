@@ -120,7 +120,8 @@ def run(
         starts = start.init_candidates(method, resolved.method_settings, model, tokenizer, text)
     pad = tokenizer.pad_token_id
     choose = forward_pairs.choose_pair_forward if config.is_encoder_decoder else forward.choose_forward
-    chosen = choose(model, method, before.forward, accelerator, before.compute_dtype, pad)
+    passes = before.forward.with_beginnings(data.train, data.held_out)
+    chosen = choose(model, method, passes, accelerator, before.compute_dtype, pad)
     chosen = distilling.distilled(chosen, before.distillation, context, accelerator, before.compute_dtype)
     engines.check_agreement(accelerator, {"attention": chosen.attention})
     accelerator.print(f"forward pass: {chosen.description}")

@@ -33,7 +33,7 @@ from open_instruct.training.base_model import BaseModelSettings, TokenizerSettin
 from open_instruct.training.checkpoint import Checkpoint
 from open_instruct.training.doctor import RunInfo
 from open_instruct.training.engines import ProcessSettings, is_sharded
-from open_instruct.training.forward import ForwardSettings
+from open_instruct.training.forward_settings import ForwardSettings
 from open_instruct.training.load_data import Data, DataSettings, conversation_length, mixture_members
 from open_instruct.training.loop import LoopSettings
 from open_instruct.training.optimizer import OptimizerSettings
@@ -328,6 +328,8 @@ def before_data(
             eval_batch_size=flags.per_device_eval_batch_size or flags.per_device_train_batch_size,
             gradient_checkpointing=flags.gradient_checkpointing,
             compile_layers=flags.compile,
+            # Not where rows stand behind contexts of their own, or an encoder reads their beginning with the rest.
+            share_beginning=flags.share_beginning and not distilled and not makes_pairs,
         ),
         distillation=DistillationSettings(*how) if distilled else None,
         output=OutputSettings(
