@@ -138,7 +138,7 @@ class PlacedPromptModel(PeftModelForSeq2SeqLM):
     @property
     def is_prefix(self) -> bool:
         """Whether the soft prompt consists of keys and values."""
-        return bool(self.active_peft_config.peft_type == "PREFIX_TUNING")
+        return isinstance(self.active_peft_config, PlacedPrefixConfig)
 
     @contextmanager
     def placed(self) -> Iterator[None]:
