@@ -6,7 +6,6 @@ Several adapters of any methods share one base in memory; one is active at a tim
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,15 +22,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from open_instruct.adapters.folders import BASE, CONFIG, WEIGHTS, AdapterFolder, BaseChanges, quantisation
 from open_instruct.adapters.generation import check_generation
 from open_instruct.errors import InputError, input_faults, one_line, warn
-from open_instruct.limits import PATTERN_SECONDS, evaluating_input
-from open_instruct.methods import METHODS
+from open_instruct.methods import METHODS, PEFT_LAYERS, peft_configuration
 from open_instruct.methods.prefix_tuning import decoder_sizes
 from open_instruct.model import loading
 from open_instruct.model.configuration import parse_arguments
 from open_instruct.model.fit import try_out
-from open_instruct.model.weights import check_tensor_names, misfit, read_tensors
-
-PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
+from open_instruct.model.weights import check_tensor_names, misfit, missing_parts, read_tensors
 
 
 class Adapters:
@@ -56,7 +52,8 @@ class Adapters:
         plain_first = sorted(folders, key=lambda folder: not (folder.method and folder.method.wants_plain_layers))
         for folder in plain_first:
             if folder.method is None:
-                known = ", ".join(sorted({kind for method in METHODS.values() for kind in method.peft_types}))
+                methods = (*METHODS.values(), *PEFT_LAYERS.values())
+                known = ", ".join(sorted({kind for method in methods for kind in method.peft_types}))
                 raise InputError(
                     f"adapter {folder.name} is {folder.title}, which can't be used here: known are {known}"
                 )
@@ -122,7 +119,7 @@ def put_on(folder: AdapterFolder, base: Any, key: str) -> Any:
             str(folder.path), key, key_mapping=getattr(base, "_checkpoint_conversion_mapping", {})
         )
     if not folder.prompt_kind:  # of soft prompts, `read_weights` has compared names
-        problem = misfit(report.missing_keys, report.unexpected_keys)
+        problem = misfit(missing_parts(model, report.missing_keys), report.unexpected_keys)
         if problem:
             raise InputError(f"{what} does not fit the base {name_of(base)} ({problem}): {remedy}")
     return model.eval()
@@ -160,20 +157,8 @@ def check_patterns(folder: AdapterFolder, base: Any) -> None:
     Raises:
         InputError: naming one.
     """
-    patterns = [
-        folder.settings.get(name)
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
-    ]
-    for name in ("rank_pattern", "alpha_pattern"):
-        by_layer = folder.settings.get(name)
-        patterns += list(by_layer) if isinstance(by_layer, dict) else []
-    for pattern in patterns:
-        if isinstance(pattern, str):
-            what, remedy = f"adapter {folder.name}: pattern {pattern[:80]!r} of its {CONFIG}", "repair it"
-            with evaluating_input(what, remedy, PATTERN_SECONDS):
-                compiled = re.compile(pattern)
-                for name, _ in base.named_modules():
-                    compiled.fullmatch(name)
+    names = [name for name, _ in base.named_modules()]
+    peft_configuration.check_expressions(folder.settings, names, f"adapter {folder.name}: {CONFIG}")
 
 
 def check_shape(folder: AdapterFolder, base: Any, shape: tuple[int, ...]) -> None:

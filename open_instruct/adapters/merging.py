@@ -20,7 +20,7 @@ from open_instruct.adapters.generation import greedy_answers, turn_ends
 from open_instruct.adapters.loaded import Adapters
 from open_instruct.adapters.prompt_tokens import NewTokens
 from open_instruct.data.chat import render_texts
-from open_instruct.errors import InputError, warn
+from open_instruct.errors import InputError, input_faults, warn
 from open_instruct.files import flush, write_json
 from open_instruct.model import loading
 from open_instruct.model.encoder_decoder import decoder_start_of
@@ -261,7 +261,8 @@ def merged_model(
         assert isinstance(model, PeftModel)
         untie(adapters.base)
         is_tied = adapters.base.config.tie_word_embeddings
-        merged = model.merge_and_unload(safe_merge=True)
+        with input_faults(f"adapter {folders[0].name} ({method.title})", "it can't be merged here; serve it with PEFT"):
+            merged = model.merge_and_unload(safe_merge=True)
         merged.config.tie_word_embeddings = is_tied  # PEFT 0.21 unties T5Gemma in name only
         return merged, []
     if adapters.base.config.is_encoder_decoder:

@@ -66,6 +66,13 @@ class MethodFlags:
         in_study="decided",
         on_resume="content",
     )
+    peft_config: str | None = flag(
+        None,
+        "JSON file with a PEFT configuration (peft_type and its fields, as in adapter_config.json), for the methods of "
+        "PEFT that have no flag of their own: OFT, BOFT, MiSS, SHiRA, C3A, RoAd, LoKr … (docs/peft.md)",
+        chooses="peft",
+        on_resume="content",
+    )
     adapter_name_or_path: str | None = flag(
         None,
         "trained adapter in PEFT's format whose training continues; unset: a new adapter. Its method, size and base "
