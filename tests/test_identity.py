@@ -69,6 +69,7 @@ OTHER = {
     "lora_layers": ["0-1"],
     "init_lora_weights": ["gaussian"],
     "modules_to_save": ["lm_head"],
+    "new_tokens": ["<tool>"],
     "distill_context": ["{context}"],
     "distill_column": ["note"],
     "distill_weight": ["0.5"],

@@ -289,6 +289,8 @@ def untie(base: Any) -> None:
     """Give the head a weight of its own where it shares the embedding's, and an adapter changes one of the two."""
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     adapted = [layer for layer in (embedding, head) if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    if any(getattr(getattr(layer, "token_adapter", None), "tied_adapter", None) for layer in adapted):
+        return  # rows of tokens, which PEFT trains in both at once
     if adapted and base.config.get_text_config().tie_word_embeddings:
         while head is not None and not isinstance(head, torch.nn.Linear):
             head = getattr(head, "base_layer", None) or getattr(head, "original_module", None)

@@ -234,6 +234,16 @@ class MethodFlags:
         methods=LORA,
         on_resume="same",
     )
+    new_tokens: list[str] | None = flag(
+        None,
+        "tokens that are added to the tokenizer and trained beside LoRA: TOKEN, whose embedding starts as the mean of "
+        "all, or TOKEN=TEXT, whose embedding starts as the mean of the text's tokens",
+        methods=LORA,
+        check=lora_checks.bad_new_tokens,
+        in_study="same",
+        on_resume="same",
+        causal_only=True,
+    )
     vera_rank: int = flag(
         256,
         "rank of VeRA's shared random matrices",

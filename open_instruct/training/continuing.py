@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from open_instruct.adapters import folders
 from open_instruct.adapters.folders import AdapterFolder, BaseChanges
-from open_instruct.adapters.loaded import check_patterns, needed_packages, read_weights
+from open_instruct.adapters.loaded import check_patterns, needed_packages, new_tokens_of, read_weights
 from open_instruct.errors import BUGS, InputError, input_faults, one_line, warn
 from open_instruct.flags import Flags, check_flags
 from open_instruct.methods import METHODS, Method, method_of
@@ -55,6 +55,11 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
         for name in ("load_in_4bit", "load_in_8bit"):
             if folder.trained_on(name) and name not in origins:
                 values[name] = True
+    if new_tokens_of(folder):
+        raise InputError(
+            f"--adapter_name_or_path {folder.path} has new tokens, which can't be trained on: merge it with "
+            "merge_peft.py, and train on the result"
+        )
     given = BaseChanges(flags.model_revision, absolute(flags.config_name), flags.additional_model_arguments)
     values |= base_values(given, folder)
     if folder.peft_type not in method.continues_from:

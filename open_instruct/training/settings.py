@@ -227,6 +227,7 @@ def base_model_settings(flags: Flags) -> BaseModelSettings:
         use_liger_kernel=flags.use_liger_kernel,
         allow_pickle=flags.allow_pickle,
         trust_remote_code=flags.trust_remote_code,
+        new_tokens=tuple(flags.new_tokens or ()),
     )
 
 
@@ -285,6 +286,7 @@ def before_data(
             chat_template_name=flags.chat_template_name if is_chosen or not makes_pairs else PLAIN,
             add_bos=flags.add_bos,
             makes_pairs=makes_pairs,
+            new_tokens=model.new_tokens,
         ),
         data=DataSettings(
             train_files=tuple(flags.train_file or ()),
