@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from open_instruct.methods import METHODS, Feature
+from open_instruct.methods import METHODS, PEFT_LAYERS, Feature
 from open_instruct.methods.lora import VARIANT_OBSTACLES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,14 +26,19 @@ def render() -> str:
         "| method | " + " | ".join(map(str, Feature)) + " |",
         "|---" * (len(Feature) + 1) + "|",
     ]
-    for method in METHODS.values():
+    quantised = [method for method in PEFT_LAYERS.values() if Feature.FOUR_BITS not in method.obstacles]
+    others = next(method for method in PEFT_LAYERS.values() if method not in quantised)
+    rows = {method.title: method.obstacles for method in METHODS.values()}
+    rows[f"{', '.join(method.title for method in quantised)} ([peft.md](peft.md))"] = quantised[0].obstacles
+    rows["PEFT's other layer methods ([peft_methods.md](peft_methods.md))"] = others.obstacles
+    for title, obstacles in rows.items():
         cells = []
         for feature in Feature:
-            reason = method.obstacles.get(feature)
+            reason = obstacles.get(feature)
             if reason and reason not in reasons:
                 reasons.append(reason)
             cells.append(f"no ({reasons.index(reason) + 1})" if reason else "yes")
-        lines.append(f"| {method.title} | " + " | ".join(cells) + " |")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
     lines += ["", *(f"{number}. {reason}." for number, reason in enumerate(reasons, start=1)), ""]
     lines += ["Flags of LoRA that narrow its row ([lora.md](lora.md)):", ""]
     for words, _, features, reason in VARIANT_OBSTACLES:

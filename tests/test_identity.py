@@ -58,6 +58,7 @@ OTHER = {
     "tokenizer_name": ["{folder}/tokenizer"],
     "chat_template_name": ["zephyr"],
     "adapter_name_or_path": ["{folder}/adapter"],
+    "peft_config": ["{folder}/peft.json"],
     "prompt_tuning_init_text": ["text"],
     "num_train_epochs": ["1"],
     "max_train_steps": ["2"],
@@ -68,6 +69,7 @@ OTHER = {
     "lora_layers": ["0-1"],
     "init_lora_weights": ["gaussian"],
     "modules_to_save": ["lm_head"],
+    "new_tokens": ["<tool>"],
     "distill_context": ["{context}"],
     "distill_column": ["note"],
     "distill_weight": ["0.5"],
@@ -117,6 +119,7 @@ def given(tmp_path_factory) -> SimpleNamespace:
     change_json(folder / "model" / "config.json", rms_norm_eps=0.25)
     change_json(folder / "tokenizer" / "tokenizer_config.json", eos_token="<pad>")
     (folder / "template.txt").write_text("Say {prompt}\n---\nSing {prompt}\n")
+    (folder / "peft.json").write_text('{"peft_type": "OFT"}')
     context = folder / "context.txt"
     context.write_text("narrow dry old open")
     spoken = folder / "spoken.jsonl"

@@ -6,7 +6,6 @@ Several adapters of any methods share one base in memory; one is active at a tim
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,20 +19,18 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from open_instruct.adapters.folders import BASE, CONFIG, WEIGHTS, AdapterFolder, BaseChanges, quantisation
+from open_instruct.adapters.folders import BASE, CONFIG, REPAIR, WEIGHTS, AdapterFolder, BaseChanges, quantisation
 from open_instruct.adapters.generation import check_generation
 from open_instruct.errors import InputError, input_faults, one_line, warn
-from open_instruct.limits import PATTERN_SECONDS, evaluating_input
-from open_instruct.methods import METHODS, placement
+from open_instruct.methods import METHODS, PEFT_LAYERS, peft_configuration, placement
 from open_instruct.methods.base import embedding_at
 from open_instruct.methods.prefix_tuning import decoder_sizes
 from open_instruct.model import loading
 from open_instruct.model.configuration import parse_arguments
 from open_instruct.model.fit import try_out
+from open_instruct.model.new_tokens import grow_vocabulary, sources_of
 from open_instruct.model.placed_prompts import load_placed, prefix_width
-from open_instruct.model.weights import check_tensor_names, misfit, read_tensors
-
-PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
+from open_instruct.model.weights import check_tensor_names, misfit, missing_parts, read_tensors
 
 
 class Adapters:
@@ -58,7 +55,8 @@ class Adapters:
         plain_first = sorted(folders, key=lambda folder: not (folder.method and folder.method.wants_plain_layers))
         for folder in plain_first:
             if folder.method is None:
-                known = ", ".join(sorted({kind for method in METHODS.values() for kind in method.peft_types}))
+                methods = (*METHODS.values(), *PEFT_LAYERS.values())
+                known = ", ".join(sorted({kind for method in methods for kind in method.peft_types}))
                 raise InputError(
                     f"adapter {folder.name} is {folder.title}, which can't be used here: known are {known}"
                 )
@@ -126,7 +124,7 @@ def put_on(folder: AdapterFolder, base: Any, key: str) -> Any:
             str(folder.path), key, key_mapping=getattr(base, "_checkpoint_conversion_mapping", {})
         )
     if not folder.prompt_kind:  # of soft prompts, `read_weights` has compared names
-        problem = misfit(report.missing_keys, report.unexpected_keys)
+        problem = misfit(missing_parts(model, report.missing_keys), report.unexpected_keys)
         if problem:
             raise InputError(f"{what} does not fit the base {name_of(base)} ({problem}): {remedy}")
     return model.eval()
@@ -164,20 +162,8 @@ def check_patterns(folder: AdapterFolder, base: Any) -> None:
     Raises:
         InputError: naming one.
     """
-    patterns = [
-        folder.settings.get(name)
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules")
-    ]
-    for name in ("rank_pattern", "alpha_pattern"):
-        by_layer = folder.settings.get(name)
-        patterns += list(by_layer) if isinstance(by_layer, dict) else []
-    for pattern in patterns:
-        if isinstance(pattern, str):
-            what, remedy = f"adapter {folder.name}: pattern {pattern[:80]!r} of its {CONFIG}", "repair it"
-            with evaluating_input(what, remedy, PATTERN_SECONDS):
-                compiled = re.compile(pattern)
-                for name, _ in base.named_modules():
-                    compiled.fullmatch(name)
+    names = [name for name, _ in base.named_modules()]
+    peft_configuration.check_expressions(folder.settings, names, f"adapter {folder.name}: {CONFIG}")
 
 
 def check_shape(folder: AdapterFolder, base: Any, shape: tuple[int, ...]) -> None:
@@ -295,6 +281,52 @@ def shared_changes(folders: Sequence[AdapterFolder]) -> BaseChanges:
     return first
 
 
+def new_tokens_of(folder: AdapterFolder) -> tuple[str, ...]:
+    """Return the value of --new_tokens in the run that trained an adapter.
+
+    Raises:
+        InputError: the record of the run is damaged.
+    """
+    entry = folder.record.get("flags", {}).get("new_tokens")
+    words = (entry.get("value") if isinstance(entry, dict) else entry) or []
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        path = folder.path / "run.json"
+        raise InputError(f"adapter {folder.name}: {path} can't be used (its new_tokens are {words!r}): {REPAIR}")
+    return tuple(words)
+
+
+def trained_tokens(folder: AdapterFolder) -> list[int]:
+    """Return the ids of the tokens whose rows an adapter trains (PEFT's `trainable_token_indices`), sorted."""
+    indices = folder.settings.get("trainable_token_indices") or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    with input_faults(f"adapter {folder.name} ({folder.path / CONFIG})", REPAIR):
+        return sorted({int(index) for ids in lists for index in ids})
+
+
+def grow_for(model: Any, folders: Sequence[AdapterFolder]) -> None:
+    """Give a base the rows of new tokens that adapters train, as they were before training.
+
+    Raises:
+        InputError: adapters have different new tokens, which one tokenizer can't have, or they can't be added.
+    """
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    new = [(new_tokens_of(folder), trained_tokens(folder)) for folder in folders]
+    new = [(words, [index for index in ids if words or index >= num_rows]) for words, ids in new]
+    if not any(ids for _, ids in new):
+        return
+    first, (words, ids) = folders[0], new[0]
+    for folder, other in zip(folders, new, strict=True):
+        if other != (words, ids):
+            raise InputError(
+                f"adapters {first.name} and {folder.name} were trained with different new tokens, and share one "
+                "tokenizer here: use them one at a time"
+            )
+    sources: dict[int, list[int]] = {index: [] for index in ids}
+    if words:
+        sources = sources_of(loading.load_tokenizer(str(first.path)), words)
+    grow_vocabulary(model, sources)
+
+
 def runnable(text: str | None) -> str | None:
     """Return the arguments of a base without a FlashAttention that was there in training and is not here."""
     arguments = parse_arguments(text)
@@ -344,6 +376,7 @@ def load_adapted_base(
     model = loading.load_model(
         name, config, precision, attention, quantise, allow_pickle, arguments=arguments, **options
     )
+    grow_for(model, folders)
     if not quantise:
         model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model.config.use_cache = True

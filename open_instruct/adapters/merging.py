@@ -20,7 +20,7 @@ from open_instruct.adapters.generation import greedy_answers, turn_ends
 from open_instruct.adapters.loaded import Adapters
 from open_instruct.adapters.prompt_tokens import NewTokens
 from open_instruct.data.chat import render_texts
-from open_instruct.errors import InputError, warn
+from open_instruct.errors import InputError, input_faults, warn
 from open_instruct.files import flush, write_json
 from open_instruct.model import loading
 from open_instruct.model.encoder_decoder import decoder_start_of
@@ -261,7 +261,8 @@ def merged_model(
         assert isinstance(model, PeftModel)
         untie(adapters.base)
         is_tied = adapters.base.config.tie_word_embeddings
-        merged = model.merge_and_unload(safe_merge=True)
+        with input_faults(f"adapter {folders[0].name} ({method.title})", "it can't be merged here; serve it with PEFT"):
+            merged = model.merge_and_unload(safe_merge=True)
         merged.config.tie_word_embeddings = is_tied  # PEFT 0.21 unties T5Gemma in name only
         return merged, []
     if adapters.base.config.is_encoder_decoder:
@@ -288,6 +289,8 @@ def untie(base: Any) -> None:
     """Give the head a weight of its own where it shares the embedding's, and an adapter changes one of the two."""
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     adapted = [layer for layer in (embedding, head) if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    if any(getattr(getattr(layer, "token_adapter", None), "tied_adapter", None) for layer in adapted):
+        return  # rows of tokens, which PEFT trains in both at once
     if adapted and base.config.get_text_config().tie_word_embeddings:
         while head is not None and not isinstance(head, torch.nn.Linear):
             head = getattr(head, "base_layer", None) or getattr(head, "original_module", None)

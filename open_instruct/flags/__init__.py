@@ -48,6 +48,7 @@ FIELDS: dict[str, Field[Any]] = {item.name: item for item in fields(Flags)}
 ALIASES = {alias: name for name, item in FIELDS.items() for alias in item.metadata["aliases"]}
 METHOD_FLAGS = tuple(name for name, item in FIELDS.items() if item.metadata["chooses"])
 METHOD_NAMES = ("full", *(FIELDS[name].metadata["chooses"] for name in METHOD_FLAGS))
+CHOSEN_BY = {FIELDS[name].metadata["chooses"]: name for name in METHOD_FLAGS}  # method → its flag
 DATA_SOURCES = ("train_file", "dataset_name", "dataset_mixer", "dataset_mixer_list")
 
 

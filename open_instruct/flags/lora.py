@@ -111,3 +111,35 @@ def bad_bias(flags: Any) -> str | None:
     if flags.lora_bias != "none" and (flags.use_qlora or flags.load_in_4bit or flags.load_in_8bit):
         return "quantised layers round their biases to their own precision in every pass: use none"
     return None
+
+
+def starts_of_tokens(words: Sequence[str]) -> dict[str, str | None]:
+    """Return the tokens that words of --new_tokens name (TOKEN, or TOKEN=TEXT), each with the text of its start.
+
+    Raises:
+        ValueError: a token or its text is empty, or stands there twice.
+    """
+    starts: dict[str, str | None] = {}
+    for word in words:
+        token, equals, text = word.partition("=")
+        if not token.strip() or token != token.strip() or (equals and not text.strip()):
+            raise ValueError(f"{word[:80]!r} is neither TOKEN nor TOKEN=TEXT")
+        if token in starts:
+            raise ValueError(f"the token {token[:80]} stands there twice")
+        starts[token] = text or None
+    return starts
+
+
+def bad_new_tokens(flags: Any) -> str | None:
+    """Refuse words that name no new tokens, and tokens beside what trains their rows already."""
+    if flags.adapter_name_or_path:
+        return "a trained adapter has the tokens that it has: remove it, or merge the adapter and train on the result"
+    try:
+        starts_of_tokens(flags.new_tokens)
+    except ValueError as error:
+        return f"{error}: give tokens as <tool> or <cite>=source"
+    for name in ("modules_to_save", "lora_target_modules"):
+        both = {word.rpartition(".")[2] for word in getattr(flags, name) or ()} & {"embed_tokens", "lm_head", "wte"}
+        if both:
+            return f"--{name} {sorted(both)[0]} changes their rows too: drop one of the two flags"
+    return None

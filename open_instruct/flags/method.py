@@ -67,6 +67,13 @@ class MethodFlags:
         in_study="decided",
         on_resume="content",
     )
+    peft_config: str | None = flag(
+        None,
+        "JSON file with a PEFT configuration (peft_type and its fields, as in adapter_config.json), for the methods of "
+        "PEFT that have no flag of their own: OFT, BOFT, MiSS, SHiRA, C3A, RoAd, LoKr … (docs/peft.md)",
+        chooses="peft",
+        on_resume="content",
+    )
     adapter_name_or_path: str | None = flag(
         None,
         "trained adapter in PEFT's format whose training continues; unset: a new adapter. Its method, size and base "
@@ -238,6 +245,16 @@ class MethodFlags:
         "names of modules that are trained in full beside LoRA, and saved with it, such as lm_head",
         methods=LORA,
         on_resume="same",
+    )
+    new_tokens: list[str] | None = flag(
+        None,
+        "tokens that are added to the tokenizer and trained beside LoRA: TOKEN, whose embedding starts as the mean of "
+        "all, or TOKEN=TEXT, whose embedding starts as the mean of the text's tokens",
+        methods=LORA,
+        check=lora_checks.bad_new_tokens,
+        in_study="same",
+        on_resume="same",
+        causal_only=True,
     )
     vera_rank: int = flag(
         256,

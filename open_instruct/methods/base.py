@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +97,11 @@ class Method(ABC):
     network_remedy = ""  # flags to use instead if the file that `keeps_network` requires is missing
     wants_keys = False  # its recipe needs the spread of the base's keys
     wants_plain_layers = False  # PEFT finds its layers only where no other adapter has wrapped them
+    probed_away_from_start = False  # noise on its parameters, which start as nothing, shows whether packing is exact
     memory_kind = "layers"  # key of `model.memory.KEPT`
     merges_into: str | None = None  # in a plain checkpoint it becomes "weights" or "tokens"; None: it can't be merged
     known_to_vllm = False  # vLLM puts its adapters on a base by itself
+    configuration: Mapping[str, Any] | None = None  # fields of the file that chose the method, where one did
     obstacles: Mapping[Feature, str] = MappingProxyType({})
 
     @property
@@ -172,6 +175,10 @@ class Method(ABC):
             has_network: whether the file that `keeps_network` describes is beside it.
         """
         return {}
+
+    def flags_of(self, folder: Path) -> dict[str, Any]:
+        """Return the flags that choose this method for the adapter in a folder."""
+        return {f"use_{self.name}": True}
 
     def num_numbers(self, model: Any, settings: Any) -> int:
         """Return how many numbers a new adapter has, where flags could ask for more than a machine holds; else 0."""
@@ -361,9 +368,9 @@ def check_loaded(wrapped: nn.Module, problems: Any) -> None:
     Raises:
         InputError: naming three parameters.
     """
-    from open_instruct.model.weights import misfit
+    from open_instruct.model.weights import misfit, missing_parts
 
     trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
-    problem = misfit(trained & set(problems.missing_keys), problems.unexpected_keys)
+    problem = misfit(trained & set(missing_parts(wrapped, problems.missing_keys)), problems.unexpected_keys)
     if problem:
         raise InputError(f"its weights do not fit: {problem}")

@@ -61,6 +61,12 @@ VARIANT_OBSTACLES: tuple[tuple[str, Callable[[Any], bool], tuple[Feature, ...], 
         "a module that is trained in full has a frozen twin, and only full weights hold both: use DDP or ZeRO-2, or "
         "drop --modules_to_save",
     ),
+    (
+        "--new_tokens",
+        lambda settings: bool(settings.new_tokens),
+        (Feature.ZERO_3, Feature.FSDP),
+        "their rows are a part of matrices that are sharded as a whole: use DDP or ZeRO-2, or drop --new_tokens",
+    ),
 )
 
 
@@ -79,6 +85,7 @@ class LoraSettings:
     init_lora_weights: str | None  # None: PEFT's default
     loraplus_ratio: float | None
     modules_to_save: list[str] | None
+    new_tokens: list[str] | None
 
 
 class Lora(LayerMethod):
@@ -103,11 +110,14 @@ class Lora(LayerMethod):
         """Put PEFT's LoRA on the layers that the settings name."""
         from peft import LoraConfig, get_peft_model
 
+        from open_instruct.model.new_tokens import token_ids, trained_rows
+
         targets = target_modules(model, settings.lora_target_modules, settings.lora_layers)
         rank, alpha, init = settings.lora_rank, settings.lora_alpha, settings.init_lora_weights
         from_weights = starts_from_weights(init)
         if from_weights:
             rank, alpha = 2 * rank, scale_of_doubled(alpha, settings.use_rslora)
+        rows = trained_rows(model, token_ids(tokenizer, settings.new_tokens)) if settings.new_tokens else None
         config = LoraConfig(
             task_type=task_type(model),
             r=rank,
@@ -120,6 +130,7 @@ class Lora(LayerMethod):
             use_dora=settings.use_dora,
             init_lora_weights="gaussian" if init == "gaussian" else True,
             modules_to_save=modules_in_full(model, settings.modules_to_save) or None,
+            trainable_token_indices=rows,
         )
         wrapped = trained_in_float32(get_peft_model(model, config))
         if settings.lora_bias != "none" and not any(hasattr(p, "of_base") for p in wrapped.parameters()):
@@ -167,7 +178,7 @@ class Lora(LayerMethod):
 
     def changes_base(self, settings: Any) -> bool:
         """See `Method`: trained biases are the base's own, and PEFT leaves modules that it trains in their place."""
-        return settings.lora_bias != "none" or bool(settings.modules_to_save)
+        return settings.lora_bias != "none" or bool(settings.modules_to_save or settings.new_tokens)
 
     def obstacles_of(self, settings: Any) -> Mapping[Feature, str]:
         """See `Method`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,13 @@ def check_finite(tensors: Iterable[tuple[str, Any]], what: str, remedy: str) -> 
     names = not_finite(tensors)
     if names:
         raise InputError(f"{what} can't be used (not finite, NaN or infinite: {some_of(names)}): {remedy}")
+
+
+def missing_parts(model: Any, missing: Sequence[str]) -> list[str]:
+    """Return the names of parameters that got no value, without those that share one under another name (VB-LoRA's)."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in parameters.items() if name not in set(missing)}
+    return [name for name in missing if id(parameters.get(name)) not in loaded]
 
 
 def check_tensor_names(tensors: Mapping[str, Any], expected: Iterable[str], what: str, remedy: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from open_instruct.adapters.answer_metrics import NORMALISERS, check_regex
 from open_instruct.command_line import flags_in
 from open_instruct.errors import InputError, visible
-from open_instruct.flags import METHOD_NAMES, names_with
+from open_instruct.flags import CHOSEN_BY, FIELDS, METHOD_NAMES, names_with
 from open_instruct.flags.declare import unusable_text
 from open_instruct.flags.optimization import MAX_SEED
 from open_instruct.small_files import read_yaml
@@ -204,6 +204,9 @@ def method_spec(
     for key in dict.fromkeys([*flags, *own_space]):
         if flag_name(key) in (*SAME_FOR_ALL, *SET_BY_STUDY):
             problems.append(f"methods.{name}.{key} must be the same for all methods: set it under flags")
+    chosen_by = CHOSEN_BY.get(method)
+    if chosen_by and FIELDS[chosen_by].default is None and chosen_by not in map(flag_name, (*flags, *own_space)):
+        problems.append(f"methods.{name} is of the method {method}, which {chosen_by} chooses: set it there")
     space = {axis.name: axis for axis in shared_space if axis.name not in flags}
     space |= {axis.name: axis for axis in read_space(own_space, f"methods.{name}.space", search_kind, problems)}
     return MethodSpec(str(name), method, flags, tuple(space.values()))

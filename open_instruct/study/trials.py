@@ -153,7 +153,7 @@ def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
     from accelerate.state import AcceleratorState
 
     from open_instruct.files import write_json
-    from open_instruct.methods import METHODS
+    from open_instruct.methods import method_of
     from open_instruct.study.measuring import measure_trial
     from open_instruct.training.checkpoint import complete_checkpoints, damage
     from open_instruct.training.preemption import Preempted, RunGuard
@@ -190,7 +190,7 @@ def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
         except Preempted:  # its checkpoint is written, and the next start continues from it
             raise KeyboardInterrupt from None
     own = RunFolder.read(task.folder)
-    if METHODS[flags.method].trains_base and not task.study.keep_full_weights:
+    if method_of(flags.method, flags.peft_config).trains_base and not task.study.keep_full_weights:
         own.remove(*own.has("model*.safetensors*"))
     own.remove(*own.has("checkpoints/*"))
     outcome = read_outcome(task)

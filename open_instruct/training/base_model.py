@@ -19,6 +19,7 @@ from open_instruct.errors import warn
 from open_instruct.model import loading
 from open_instruct.model.configuration import canonical, loader_arguments
 from open_instruct.model.fit import try_out
+from open_instruct.model.new_tokens import add_new_tokens, grow_vocabulary, sources_of
 from open_instruct.model.precision import autocast
 from open_instruct.training import engines
 
@@ -39,12 +40,13 @@ class BaseModelSettings:
     use_liger_kernel: bool
     allow_pickle: bool
     trust_remote_code: bool
+    new_tokens: tuple[str, ...] = ()  # value of --new_tokens
 
     @property
     def key(self) -> str:
         """Key that identifies the weights and how they are held."""
         parts = [self.quantise, self.dtype, self.name, self.revision, self.config_name, canonical(self.arguments)]
-        return repr([*parts, self.use_liger_kernel])
+        return repr([*parts, self.use_liger_kernel, *self.new_tokens])
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class TokenizerSettings:
     chat_template_name: str
     add_bos: bool
     makes_pairs: bool = False  # the model is an encoder–decoder
+    new_tokens: tuple[str, ...] = ()  # value of --new_tokens
 
 
 def absolute(name: str | None) -> str | None:
@@ -84,6 +87,7 @@ def load_base_tokenizer(settings: TokenizerSettings, adapter: AdapterFolder | No
     tokenizer = loading.load_tokenizer(
         settings.name, revision=settings.revision, trust_remote_code=settings.trust_remote_code
     )
+    add_new_tokens(tokenizer, settings.new_tokens)
     if settings.makes_pairs:
         chat.mark_pairs(tokenizer)
     chat.set_chat_template(tokenizer, settings.chat_template_name, settings.add_bos)
@@ -120,6 +124,8 @@ def load_base(
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
         )
+    if settings.new_tokens:
+        grow_vocabulary(model, sources_of(tokenizer, settings.new_tokens))
     loading.check_vocabulary(model, tokenizer)
     if Path(settings.name).is_dir():
         model.name_or_path = str(

@@ -15,10 +15,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from open_instruct.adapters import folders
 from open_instruct.adapters.folders import AdapterFolder, BaseChanges
-from open_instruct.adapters.loaded import check_patterns, needed_packages, read_weights
+from open_instruct.adapters.loaded import check_patterns, needed_packages, new_tokens_of, read_weights
 from open_instruct.errors import BUGS, InputError, input_faults, one_line, warn
 from open_instruct.flags import Flags, check_flags
-from open_instruct.methods import METHODS, Method
+from open_instruct.methods import METHODS, Method, method_of
 from open_instruct.methods.base import TrainedAdapter
 from open_instruct.model.fit import try_out
 from open_instruct.model.sizes import check_memory
@@ -42,7 +42,7 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
         return flags, origins, None
     folder = folders.read_folder("the adapter", flags.adapter_name_or_path)
     values: dict[str, Any] = {}
-    method = METHODS[flags.method]
+    method = method_of(flags.method, flags.peft_config)
     if method.trains_base:  # no method was chosen
         quantising = [m for m in METHODS.values() if m.quantises_base and folder.trained_on(f"use_{m.name}")]
         maker = quantising[0] if quantising else folder.method
@@ -52,10 +52,14 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
                 f"--adapter_name_or_path {folder.path} is {folder.title}, which can't be trained here: use {known}"
             )
         method = maker
-        values[f"use_{method.name}"] = True
         for name in ("load_in_4bit", "load_in_8bit"):
             if folder.trained_on(name) and name not in origins:
                 values[name] = True
+    if new_tokens_of(folder):
+        raise InputError(
+            f"--adapter_name_or_path {folder.path} has new tokens, which can't be trained on: merge it with "
+            "merge_peft.py, and train on the result"
+        )
     given = BaseChanges(flags.model_revision, absolute(flags.config_name), flags.additional_model_arguments)
     values |= base_values(given, folder)
     if folder.peft_type not in method.continues_from:
@@ -63,6 +67,7 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
             f"--adapter_name_or_path {folder.path} is {folder.title}, and the method is {method.name}: drop the "
             "method's flag"
         )
+    values |= method.flags_of(folder.path)
     values |= method.adopt(folder.settings, (folder.path / NETWORK).is_file())
     check_adopted(values, folder)
     for name, value in values.items():

@@ -39,6 +39,7 @@ OF_ONE_PROCESS = (
     "tokenizer_name_or_path",
     "tokenizer_name",
     "adapter_name_or_path",
+    "peft_config",
     "train_file",
     "validation_file",
     "distill_context",
@@ -84,6 +85,7 @@ def of_data(
     evaluations_count = (flags.keep_best or flags.patience is not None) and data.held_out is not None
     return {
         "method": method,
+        "configuration of the adapter": settings.method.configuration,
         "base model": loading.weights_key(settings.model.name, config),
         "configuration of the base": loading.config_key(config),
         "further arguments of the base": parse_arguments(settings.model.arguments),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from open_instruct.flags import Flags
 from open_instruct.flags.combinations import parse_weights
 from open_instruct.methods import model_facts
 from open_instruct.model import memory
+from open_instruct.model.away_from_start import away_from_start
 from open_instruct.model.distillation import DistilledModel
 from open_instruct.model.fit import try_out
 from open_instruct.model.precision import autocast
@@ -121,7 +123,8 @@ def run(
     pad = tokenizer.pad_token_id
     choose = forward_pairs.choose_pair_forward if config.is_encoder_decoder else forward.choose_forward
     passes = before.forward.with_beginnings(data.train, data.held_out)
-    chosen = choose(model, method, passes, accelerator, before.compute_dtype, pad)
+    with away_from_start(model) if method.probed_away_from_start else nullcontext():
+        chosen = choose(model, method, passes, accelerator, before.compute_dtype, pad)
     chosen = distilling.distilled(chosen, before.distillation, context, accelerator, before.compute_dtype)
     engines.check_agreement(accelerator, {"attention": chosen.attention})
     accelerator.print(f"forward pass: {chosen.description}")

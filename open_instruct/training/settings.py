@@ -26,7 +26,7 @@ from open_instruct.data.sources import Mixture
 from open_instruct.errors import InputError
 from open_instruct.flags import FIELDS, Flags, names_with
 from open_instruct.flags.declare import wrong_model_problems
-from open_instruct.methods import METHODS, Feature, Method, ModelFacts
+from open_instruct.methods import Feature, Method, ModelFacts, method_of
 from open_instruct.model import loading
 from open_instruct.model.distillation import DistillationSettings
 from open_instruct.training.base_model import BaseModelSettings, TokenizerSettings, absolute
@@ -208,7 +208,7 @@ class Resolved(Settings):
 
 def base_model_settings(flags: Flags) -> BaseModelSettings:
     """Return the settings of the base model."""
-    method = METHODS[flags.method]
+    method = method_of(flags.method, flags.peft_config)
     assert flags.model_name_or_path is not None  # `check_flags` and `adopt_adapter` ensure it
     quantise = method.quantises_base or ("4bit" if flags.load_in_4bit else "8bit" if flags.load_in_8bit else None)
     return BaseModelSettings(
@@ -226,6 +226,7 @@ def base_model_settings(flags: Flags) -> BaseModelSettings:
         use_liger_kernel=flags.use_liger_kernel,
         allow_pickle=flags.allow_pickle,
         trust_remote_code=flags.trust_remote_code,
+        new_tokens=tuple(flags.new_tokens or ()),
     )
 
 
@@ -243,7 +244,8 @@ def before_data(
     Raises:
         InputError: virtual tokens and conversations do not fit into the model's context.
     """
-    method, context, model = METHODS[flags.method], loading.context_length(config), base_model_settings(flags)
+    method, model = method_of(flags.method, flags.peft_config), base_model_settings(flags)
+    context = loading.context_length(config)
     makes_pairs, is_chosen = bool(config.is_encoder_decoder), "chat_template_name" in origins
     num_virtual_tokens = flags.num_virtual_tokens or 0
     if method.is_soft_prompt and not num_virtual_tokens:
@@ -285,6 +287,7 @@ def before_data(
             chat_template_name=flags.chat_template_name if is_chosen or not makes_pairs else PLAIN,
             add_bos=flags.add_bos,
             makes_pairs=makes_pairs,
+            new_tokens=model.new_tokens,
         ),
         data=DataSettings(
             train_files=tuple(flags.train_file or ()),
