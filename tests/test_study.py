@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
@@ -110,6 +111,14 @@ def test_figures_are_those_of_the_trials(finished):
         assert split_loss == pytest.approx(summary["final_eval_loss"], rel=1e-4)
         assert method["test"]["value"] == pytest.approx(sum(rows[i][0] for i in base["test"]) / tokens)
         assert method["forgetting"] == pytest.approx(other_loss(summary) - report["base"]["other"])
+        low, high = method["forgetting_interval"]
+        assert low < method["forgetting"] < high
+        if method["name"] == "lora":
+            pairs = np.array([summary["study"]["other"], base["other"]])  # [2, rows, loss and tokens]
+            chosen = np.random.default_rng(1).integers(0, 10, (4000, 10))
+            drawn = (pairs[0, chosen, 0] - pairs[1, chosen, 0]).sum(1) / pairs[1, chosen, 1].sum(1)
+            by_hand = np.quantile(drawn, [0.025, 0.975])  # other draws: equal but for chance
+            assert [low, high] == pytest.approx(by_hand.tolist(), abs=0.1 * (high - low))
     values = [method["test"]["value"] for method in report["methods"]]
     assert values == sorted(values) and f"{values[0]:.4f}" in report["sentences"][1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,29 @@ def read_questions(
     if bad.num_bad:
         warn(bad.summary())
     return rows
+
+
+def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
+    """Return a conversation with a system message: its own, or else the given one."""
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def check_system(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Question], system: str) -> None:
+    """Refuse a system message that would stand before no conversation.
+
+    Raises:
+        InputError: every row has one of its own, or the chat template refuses it or leaves it out.
+    """
+    without = next((row for row in rows if row.messages[0]["role"] != "system"), None)
+    if without is None:
+        raise InputError("--system has no effect: every row has a system message of its own; drop the flag")
+    if prompt_ids(tokenizer, with_system(without.messages, system)) == prompt_ids(tokenizer, without.messages):
+        raise InputError(
+            f"--system has no effect: the chat template of {tokenizer.name_or_path} leaves such a message out; drop "
+            "the flag, or use another with --chat_template_name"
+        )
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
