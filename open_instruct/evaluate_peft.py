@@ -80,8 +80,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--metrics",
         nargs="+",
         choices=[*METRICS, "none"],
-        help="figures to compute; none: only those of --metric, --similarity_model and --other_text (default: all, "
-        "without loss for --answers)",
+        help="figures to compute; none: only those of --metric and --similarity_model (default: all, without loss for "
+        "--answers)",
     )
     add(
         "--similarity_model",

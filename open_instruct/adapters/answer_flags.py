@@ -69,12 +69,8 @@ def wrong_mode(parser: OneLineArgumentParser, args: argparse.Namespace) -> str |
         return f"{', '.join(wrong)}: no effect with --answers, which loads no model: drop that, or --answers"
     if wrong:
         return f"{', '.join(wrong)} belong{'s' * (len(wrong) == 1)} to --answers: answer with generate_peft.py first"
-    others = args.metric or args.similarity_model or args.other_text
-    if "none" in (args.metrics or []) and (len(args.metrics) > 1 or not others):
-        return (
-            "--metrics none leaves only the figures of --metric, --similarity_model and --other_text: give one, and "
-            "nothing beside none"
-        )
+    if "none" in (args.metrics or []) and (len(args.metrics) > 1 or not (args.metric or args.similarity_model)):
+        return "--metrics none leaves only the figures of --metric and --similarity_model: give one, and none alone"
     if args.answers and "loss" in (args.metrics or []):
         return "--metrics loss needs a model, and --answers loads none: leave it out"
     if args.stemmer and args.metrics and "rouge" not in args.metrics:

@@ -30,7 +30,7 @@ from open_instruct.adapters.folders import BASE, parse_adapters
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.named_files import named_files
 from open_instruct.adapters.question_forms import form_of_questions
-from open_instruct.adapters.served import Served, Unloaded, prepare
+from open_instruct.adapters.served import Served, Unloaded, prepare_served
 from open_instruct.adapters.similarity import Similarity, load_similarity
 from open_instruct.data import questions
 from open_instruct.data.context import Context, context_of, read_context
@@ -155,8 +155,8 @@ def evaluate(
     text = read_context(context, "--context") if context else None
     passages = forgetting.chosen_passages(other_text, max_samples, seed) if other_text else []
     similarity = load_similarity(similarity_model) if similarity_model else None
-    base = prepare(adapter, model_name_or_path, **options)
-    alone = {name: prepare(None, source, **options) for name, source in full.items()}
+    base = prepare_served(adapter, model_name_or_path, **options)
+    alone = {name: prepare_served(None, source, **options) for name, source in full.items()}
     if system is not None:
         for model_or_base in (base, *alone.values()):
             questions.check_system(model_or_base.tokenizer, rows, system)

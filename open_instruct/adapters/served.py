@@ -112,7 +112,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Unloaded:
-    """Base, adapters and tokenizer, checked as far as that needs no weights; see `prepare`."""
+    """Base, adapters and tokenizer, checked as far as that needs no weights; see `prepare_served`."""
 
     name: str
     folders: Sequence[AdapterFolder]
@@ -137,7 +137,7 @@ class Unloaded:
         return replace(served, engine=VllmEngine(base, self.name, self.folders, self.tokenizer, **options))
 
 
-def prepare(
+def prepare_served(
     adapter: Sequence[str] | str | None = None,
     model_name_or_path: str | None = None,
     dtype: str = "auto",
@@ -206,7 +206,7 @@ def load(
     Raises:
         InputError: an adapter is missing, damaged, pickled, or belongs to another base; or the engine can't serve it.
     """
-    return prepare(
+    return prepare_served(
         adapter,
         model_name_or_path,
         dtype,

@@ -29,7 +29,7 @@ def markdown(result: dict[str, Any]) -> str:
     """Return tables: a row for each figure, a column for base and each adapter; then differences and a few answers."""
     names = list(result["figures"])
     metrics = list(result["figures"][names[0]])
-    lines = [heading(result), ""]
+    lines = [measured_on(result), ""]
     lines += ["| figure | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [
         f"| {metric} | " + " | ".join(cell(result["figures"][name][metric]) for name in names) + " |"
@@ -76,7 +76,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def heading(result: dict[str, Any]) -> str:
+def measured_on(result: dict[str, Any]) -> str:
     """Return in a line what was measured, and on what."""
     if "rows" not in result:
         return str(result["model"])

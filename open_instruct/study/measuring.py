@@ -83,7 +83,9 @@ def other_losses(study: Study, model: Any, tokenizer: Any, longest: int) -> list
     if study.other_text is None:
         return []
     if other_text.is_plain(study.other_text):
-        rows = passage_ids(tokenizer, other_text.passages(study.other_text), f"report.other_text {study.other_text}")
+        rows = passage_ids(
+            tokenizer, other_text.first_passages(study.other_text), f"report.other_text {study.other_text}"
+        )
         return [list(row) for row in passage_losses(model, rows, max(2, longest), SCORING_BATCH_SIZE).tolist()]
     examples = dataset.build(other_text.other_conversations(study.other_text), tokenizer, longest, "", None)
     return score(model, [examples[i] for i in range(min(other_text.MAX_ROWS, len(examples)))])

@@ -17,7 +17,7 @@ def is_plain(path: Path) -> bool:
     return plain_text.has_passages(str(path))
 
 
-def passages(path: Path) -> list[str]:
+def first_passages(path: Path) -> list[str]:
     """Return the first passages of a plain text.
 
     Raises:
@@ -48,6 +48,6 @@ def check_text(path: Path, is_encoder_decoder: bool) -> None:
             f"report.other_text {path} is plain text, and an encoder–decoder predicts answers only: give conversations"
         )
     else:
-        rows = passages(path)
+        rows = first_passages(path)
     if not rows:
         raise InputError(f"report.other_text {path} holds no text: name another, or remove it")
