@@ -29,9 +29,12 @@ from open_instruct.adapters import folders
 from open_instruct.adapters.answer_flags import add_answer_flags, wrong_mode
 from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS, check_regex, chosen_rows
 from open_instruct.adapters.full_models import parse_models
+from open_instruct.adapters.named_files import named_file, named_files
 from open_instruct.adapters.question_forms import FORM_FLAGS, add_form_flags
+from open_instruct.adapters.similarity import check_similarity_model
 from open_instruct.command_line import OneLineArgumentParser, add_engine_flag, add_model_flags, at_least, seed
 from open_instruct.data import reading
+from open_instruct.data.plain_text import is_text_file
 from open_instruct.errors import InputError, exit_code, visible
 from open_instruct.files import check_path, write_text
 from open_instruct.flags.data import BAD_ROWS
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = OneLineArgumentParser(
-        ("answer_regex",), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        ("answer_regex", "system"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_flags(parser, dtype="auto")
     add_engine_flag(parser)
@@ -59,13 +62,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME=DIR",
         help="full model, measured beside base and adapters; loaded alone; can be repeated",
     )
-    add("--file", metavar="FILE", help="questions with answers, in any form that training reads")
+    add(
+        "--file",
+        action="append",
+        metavar="[NAME=]FILE",
+        help="questions with answers, in any form that training reads; several are measured one by one and together",
+    )
+    add("--system", metavar="TEXT", help="system message for every conversation that has none")
+    add(
+        "--other_text",
+        metavar="FILE",
+        help="plain text that was not trained for, on which every model's loss is measured as well: a file whose lines "
+        "are passages, or rows with a column `text`",
+    )
     add("--bad_rows", choices=["error", "skip"], default="error", help=BAD_ROWS)
     add(
         "--metrics",
         nargs="+",
         choices=[*METRICS, "none"],
-        help="figures to compute; none: only those of --metric (default: all, without loss for --answers)",
+        help="figures to compute; none: only those of --metric and --similarity_model (default: all, without loss for "
+        "--answers)",
+    )
+    add(
+        "--similarity_model",
+        metavar="DIR",
+        help="model of sentence-transformers, by which answers and references are compared, too: cosine of embeddings",
     )
     add(
         "--answer_regex",
@@ -82,7 +103,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="text before each conversation; the base is measured behind it, too, and each model's distance from that",
     )
-    add("--max_samples", type=at_least(1), help="number of rows, drawn by seed; unset: all")
+    add("--max_samples", type=at_least(1), help="number of rows of each file, drawn by seed; unset: all")
     add("--max_new_tokens", type=at_least(1), default=256, help="largest number of tokens of an answer (default: 256)")
     add("--batch_size", type=at_least(1, 10**6), default=16, help="largest number of rows at once (default: 16)")
     add("--seed", type=seed, default=42, help="seed of the choice of rows and of the bootstrap (default: 42)")
@@ -113,8 +134,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--columns, --template, --shots and --shots_file belong to --file: drop them for --lm_eval_tasks")
     if args.model and (args.lm_eval_tasks or args.context or args.engine != "transformers"):
         parser.error("--model goes with --file and transformers alone: drop --lm_eval_tasks, --context and --engine")
-    if args.context and args.lm_eval_tasks:
-        parser.error("--context belongs to --file: drop it for --lm_eval_tasks")
+    if args.lm_eval_tasks and (args.context or args.system or args.other_text or args.similarity_model):
+        parser.error(
+            "--context, --system, --other_text and --similarity_model belong to --file: drop them for --lm_eval_tasks"
+        )
+    if args.answers and args.file and (len(args.file) > 1 or named_file(args.file[0])[0]):
+        parser.error("--answers takes one --file of references, without a name: give one")
     if args.answer_regex:
         check_regex(args.answer_regex)
     if args.metrics is None:
@@ -125,6 +150,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, held: ExitStack) -> None:
     """Check, measure, print, write."""
+    if args.similarity_model:
+        check_similarity_model(args.similarity_model)
     if args.blind_sheet:
         write_blind_sheet(args)
         return
@@ -134,8 +161,9 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
     adapters = folders.parse_adapters(args.adapter)
     folders.base_name(args.model_name_or_path, adapters, args.any_base)
     parse_models(args.model, [folder.name for folder in adapters])
-    if args.file:
-        reading.files_of(args.file)
+    for source in [*named_files(args.file or [], "--file").values(), *([args.other_text] if args.other_text else [])]:
+        if source != args.other_text or not is_text_file(source):
+            reading.files_of(source)
     check_result_folder(args.output_dir, "evaluation")
 
     with ending_at_once():  # they import torch and matplotlib: only now that the arguments are checked
@@ -177,6 +205,9 @@ def run(args: argparse.Namespace, held: ExitStack) -> None:
             args.template,
             args.shots,
             args.shots_file,
+            args.system,
+            args.other_text,
+            args.similarity_model,
             **options,
         )
     text = report.markdown(result)
@@ -220,7 +251,7 @@ def score_answers(args: argparse.Namespace, held: ExitStack) -> None:
     else:
         result = evaluate_answers(
             args.answers,
-            args.file,
+            args.file[0] if args.file else None,
             args.metrics,
             args.answer_regex,
             args.normaliser,
@@ -231,6 +262,7 @@ def score_answers(args: argparse.Namespace, held: ExitStack) -> None:
             args.max_samples,
             args.seed,
             args.bad_rows,
+            args.similarity_model,
         )
         text = report.markdown(result)
     try:  # first the files: what was computed is not lost where nobody reads the output

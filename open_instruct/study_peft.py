@@ -119,18 +119,19 @@ def check(study: Study) -> Study:
     first = trial_flags[0]
     for source in [*(first.train_file or []), *([first.validation_file] if first.validation_file else [])]:
         reading.files_of(source)
-    if study.other_text:
-        other_text.check_text(study.other_text)
     if first.validation_fraction == 0 and not first.validation_file:
         raise InputError(
             f"study {study.path}: without held-out rows nothing can be compared: "
             "set validation_file or validation_fraction"
         )
-    if not first.max_seq_length:
+    if study.other_text or not first.max_seq_length:
         from open_instruct.training import base_model
         from open_instruct.training.settings import base_model_settings, before_data
 
         model_config = base_model.load_base_config(base_model_settings(first))
+    if study.other_text:
+        other_text.check_text(study.other_text, model_config.is_encoder_decoder)
+    if not first.max_seq_length:
         try:
             lengths = [before_data(flags, {}, model_config).data.max_length for flags in trial_flags]
         except InputError as error:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
@@ -22,7 +23,7 @@ from open_instruct.finetune_peft import main as finetune
 from open_instruct.study import trials
 from open_instruct.study.results import other_loss
 from tests import warm
-from tests.conftest import ROOT, TINY_MODEL, write_conversations
+from tests.conftest import ROOT, TINY_MODEL, TINY_T5, write_conversations
 
 ENTRY = ROOT / "open_instruct" / "study_peft.py"
 PATIENCE = 600  # s; no test waits so long, but a loaded machine may take many times what an idle one does
@@ -110,8 +111,26 @@ def test_figures_are_those_of_the_trials(finished):
         assert split_loss == pytest.approx(summary["final_eval_loss"], rel=1e-4)
         assert method["test"]["value"] == pytest.approx(sum(rows[i][0] for i in base["test"]) / tokens)
         assert method["forgetting"] == pytest.approx(other_loss(summary) - report["base"]["other"])
+        low, high = method["forgetting_interval"]
+        assert low < method["forgetting"] < high
+        if method["name"] == "lora":
+            pairs = np.array([summary["study"]["other"], base["other"]])  # [2, rows, loss and tokens]
+            chosen = np.random.default_rng(1).integers(0, 10, (4000, 10))
+            drawn = (pairs[0, chosen, 0] - pairs[1, chosen, 0]).sum(1) / pairs[1, chosen, 1].sum(1)
+            by_hand = np.quantile(drawn, [0.025, 0.975])  # other draws: equal but for chance
+            assert [low, high] == pytest.approx(by_hand.tolist(), abs=0.1 * (high - low))
     values = [method["test"]["value"] for method in report["methods"]]
     assert values == sorted(values) and f"{values[0]:.4f}" in report["sentences"][1]
+
+
+def test_plain_text_is_no_other_text_of_an_encoder_decoder(data, tmp_path, capsys):
+    (tmp_path / "other.jsonl").write_text('{"text": "apple stone"}\n')
+    flags = {"model_name_or_path": str(TINY_T5), "train_file": str(data / "train.jsonl"), "max_train_steps": 1}
+    for other, code in (("other.jsonl", 2), (str(data / "other.jsonl"), 0)):
+        report = {"other_text": str(tmp_path / other)}
+        path = write_study(tmp_path, data, flags=flags | {"validation_fraction": 0.1}, methods=["lora"], report=report)
+        assert study_peft.main(["--config", str(path), "--dry_run"]) == code
+        assert ("predicts answers only" in capsys.readouterr().err) == bool(code)
 
 
 SPOILT = {

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+import numpy as np
+
 from open_instruct.adapters import answer_metrics
 from open_instruct.adapters.answer_files import AnsweredQuestion, read_answers
 from open_instruct.adapters.answer_scores import ROUGE, SEVERAL, Measures, ModelScores, compared_forms
 from open_instruct.adapters.own_metrics import OwnMetric, load_metric
+from open_instruct.adapters.similarity import NAME as SIMILARITY
+from open_instruct.adapters.similarity import load_similarity
 from open_instruct.data.bad_rows import BadRows
 from open_instruct.errors import InputError, warn
 
@@ -31,6 +35,7 @@ def evaluate_answers(
     max_samples: int | None = None,
     seed: int = 42,
     bad_rows: str = "error",
+    similarity_model: str | None = None,
 ) -> dict[str, Any]:
     """Measure answers that exist already; the flags of `evaluate_peft.py --help` say more of the arguments.
 
@@ -48,6 +53,8 @@ def evaluate_answers(
         max_samples: number of questions, drawn by seed; None: all.
         seed: seed of the choice of questions and of the bootstrap.
         bad_rows: "error", or "skip": leave out rows that can't be used, and questions that a file lacks.
+        similarity_model: model of sentence-transformers by which answers are compared with references, the nearest of
+            several; None: none.
 
     Returns:
         Content of evaluation.json.
@@ -61,13 +68,15 @@ def evaluate_answers(
     if pass_at and "exact_match" not in names and not own:
         raise InputError("--pass_at needs to know which answers are right: add exact_match to --metrics, or a --metric")
     rows = read_answers(words, file, bad_rows)
-    if names:
+    if names or similarity_model:
         rows = with_references(rows, bad_rows)
     rows = [rows[i] for i in answer_metrics.chosen_rows(len(rows), max_samples, seed)]
-    measures = Measures(names, own, answer_regex, normaliser, stemmer)
+    similarity = load_similarity(similarity_model) if similarity_model else None
+    measures = Measures(names, own, answer_regex, normaliser, stemmer, similarity)
     return model_figures(rows, measures, several, sorted(set(pass_at)), seed) | {
         "answers": words,
         "file": file,
+        "similarity_model": similarity_model,
         "metric": [f"{one.path}:{one.name}" for one in own],
     }
 
@@ -78,7 +87,7 @@ def check_names(own: Sequence[OwnMetric]) -> None:
     Raises:
         InputError: one does.
     """
-    taken = {*METRICS, *ROUGE, *(f"{kind}_{part}" for kind in ROUGE for part in ("precision", "recall"))}
+    taken = {*METRICS, SIMILARITY, *ROUGE, *(f"{kind}_{part}" for kind in ROUGE for part in ("precision", "recall"))}
     for metric in own:
         if metric.name in taken:
             raise InputError(f"--metric {metric.path}:{metric.name}: a figure has that name: rename the function")
@@ -131,7 +140,7 @@ def model_figures(
     figures = {}
     for name in models:
         scores = ModelScores(name, sources, [row.answers[name] for row in rows], references, forms, measures)
-        figures[name] = answer_metrics.figures(scores.statistics(ways, pass_at), len(rows), draws)
+        figures[name] = answer_metrics.figures(scores.statistics(ways, pass_at), np.arange(len(rows)), draws)
     order = sorted(models, key=lambda name: name != "base")  # differences are from the base, where there is one
     differences = [
         {"model": b, "baseline": a, "figures": answer_metrics.differences(figures[b], figures[a])}

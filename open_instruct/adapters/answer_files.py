@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from open_instruct.adapters.named_files import named_file
 from open_instruct.data import forms, reading
 from open_instruct.data.bad_rows import BadRows, note
 from open_instruct.data.texts import kind_of, plain, shown
@@ -80,14 +81,6 @@ def read_answers(words: Sequence[str], file: str | None = None, bad_rows: str = 
         pairs = joined(rows, reference_rows(file, bad_rows), named_file(words[0])[1], file, bad_rows)
         rows = [replace(a, references=a.references or b.references) for a, b in pairs]
     return rows
-
-
-def named_file(word: str) -> tuple[str | None, str]:
-    """Return name and file of FILE (without a name) or NAME=FILE."""
-    name, separator, file = word.partition("=")
-    if not separator or Path(word).exists() or "/" in name:
-        return None, word
-    return name, file
 
 
 def answer_rows(name: str | None, file: str, bad_rows: str) -> list[AnsweredQuestion]:

@@ -11,6 +11,7 @@ ONLY_ANSWERS = ("several", "pass_at", "metric", "stemmer", "blind_sheet")
 WITH_ANSWERS = (
     *ONLY_ANSWERS,
     *("answers", "file", "bad_rows", "metrics", "answer_regex", "normaliser", "max_samples", "seed", "output_dir"),
+    "similarity_model",
 )
 WITH_SHEET = ("answers", "blind_sheet", "bad_rows", "max_samples", "seed")
 WITH_RESULTS = ("blind_results", "seed", "output_dir")
@@ -68,8 +69,8 @@ def wrong_mode(parser: OneLineArgumentParser, args: argparse.Namespace) -> str |
         return f"{', '.join(wrong)}: no effect with --answers, which loads no model: drop that, or --answers"
     if wrong:
         return f"{', '.join(wrong)} belong{'s' * (len(wrong) == 1)} to --answers: answer with generate_peft.py first"
-    if "none" in (args.metrics or []) and (len(args.metrics) > 1 or not args.metric):
-        return "--metrics none leaves only the figures of --metric: give that, and nothing beside none"
+    if "none" in (args.metrics or []) and (len(args.metrics) > 1 or not (args.metric or args.similarity_model)):
+        return "--metrics none leaves only the figures of --metric and --similarity_model: give one, and none alone"
     if args.answers and "loss" in (args.metrics or []):
         return "--metrics loss needs a model, and --answers loads none: leave it out"
     if args.stemmer and args.metrics and "rouge" not in args.metrics:

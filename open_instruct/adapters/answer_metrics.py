@@ -250,13 +250,20 @@ def resamples(num_rows: int, seed: int) -> list[np.ndarray]:
     return [generator.integers(0, num_rows, num_rows) for _ in range(NUM_RESAMPLES)]
 
 
-def figures(statistics: dict[str, Statistic], num_rows: int, draws: Sequence[np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Return value, interval and bootstrapped values ("drawn") of each figure of one adapter."""
-    all_rows = np.arange(num_rows)
+def figures(
+    statistics: dict[str, Statistic], rows: np.ndarray, draws: Sequence[np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    """Return value, interval and bootstrapped values ("drawn") of each figure of one adapter.
+
+    Args:
+        statistics: the figures.
+        rows: the indices of the rows that they are of.
+        draws: `resamples` of so many rows.
+    """
     results = {}
     for name, statistic in statistics.items():
-        drawn = [statistic(rows) for rows in draws]
-        results[name] = {"value": statistic(all_rows), "interval": interval(drawn), "drawn": drawn}
+        drawn = [statistic(rows[draw]) for draw in draws]
+        results[name] = {"value": statistic(rows), "interval": interval(drawn), "drawn": drawn}
     return results
 
 

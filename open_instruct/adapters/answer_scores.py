@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from open_instruct.adapters.answer_metrics import ROUGE, Bleu, Chrf, Statistic, final_answer, mean_of, normalise, rouge
 from open_instruct.adapters.own_metrics import OwnMetric
+from open_instruct.adapters.similarity import NAME as SIMILARITY
+from open_instruct.adapters.similarity import Similarity
 from open_instruct.errors import InputError
 
 SEVERAL = ("mean", "best", "vote", "concatenate")
@@ -28,6 +30,7 @@ class Measures:
         regex: finds the part of an answer that counts for exact match and votes; None: all of it.
         normaliser: one of `answer_metrics.NORMALISERS`, for exact match and votes.
         stemmer: ROUGE compares stems of English words.
+        similarity: compares embeddings; None: they are not compared.
     """
 
     names: Sequence[str]
@@ -35,6 +38,7 @@ class Measures:
     regex: str | None = None
     normaliser: str = "none"
     stemmer: bool = False
+    similarity: Similarity | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,8 @@ class ModelScores:
             for kind, triples in rouge(self.bar(texts, "ROUGE"), references, ROUGE, measures.stemmer).items():
                 values[kind] = triples[:, 2]
                 values |= {f"{kind}_{part}": triples[:, column] for column, part in enumerate(PARTS)}
+        if measures.similarity:
+            values[SIMILARITY] = measures.similarity.scores(texts, references)
         for metric in measures.own:
             values[metric.name] = np.array(
                 [

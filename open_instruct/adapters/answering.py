@@ -16,8 +16,8 @@ from open_instruct.adapters.folders import BASE
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.served import Served
 from open_instruct.data.context import Context
-from open_instruct.data.questions import Question, prompt_ids
-from open_instruct.data.sources import Conversation, with_messages
+from open_instruct.data.questions import Question, prompt_ids, with_system
+from open_instruct.data.sources import Conversation
 from open_instruct.data.tools import TOOLS
 from open_instruct.errors import InputError, input_faults
 from open_instruct.files import check_path, write_json
@@ -187,13 +187,6 @@ def combined(how: str, answers: dict[str, list[str]]) -> str:
     """
     texts = [text for adapter_answers in answers.values() for text in adapter_answers]
     return Counter(texts).most_common(1)[0][0] if how == "vote" else "\n".join(texts)
-
-
-def with_system(messages: Sequence[dict[str, Any]], system: str | None) -> Sequence[dict[str, Any]]:
-    """Return a conversation with a system message: its own, or else the given one."""
-    if not system or messages[0]["role"] == "system":
-        return messages
-    return with_messages(messages, [{"role": "system", "content": system}, *messages])
 
 
 def tools_entry(question: Question) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def count_results(files: Sequence[str] | str, seed: int = 42) -> dict[str, Any]:
     }
     draws = answer_metrics.resamples(len(chosen), seed)
     figures = {
-        name: answer_metrics.figures({"preferred": answer_metrics.mean_of(values)}, len(chosen), draws)
+        name: answer_metrics.figures({"preferred": answer_metrics.mean_of(values)}, np.arange(len(chosen)), draws)
         for name, values in shares.items()
     }
     differences = [

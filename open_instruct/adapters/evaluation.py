@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from open_instruct.adapters import answer_metrics, full_models, loaded, writing
+from open_instruct.adapters import answer_metrics, forgetting, full_models, loaded, writing
 from open_instruct.adapters.answer_metrics import METRICS, Statistic
-from open_instruct.adapters.evaluation_figures import IN_CONTEXT, answer_statistics, loss_by_source, loss_statistics
+from open_instruct.adapters.comparable import check_comparable
+from open_instruct.adapters.context_costs import (
+    bytes_before,
+    common_hard_prompt,
+    first_token_seconds,
+    max_row_length,
+    tokens_before,
+)
+from open_instruct.adapters.evaluation_figures import (
+    IN_CONTEXT,
+    answer_statistics,
+    loss_by_source,
+    loss_statistics,
+    per_token,
+)
 from open_instruct.adapters.folders import BASE, parse_adapters
 from open_instruct.adapters.generation import Sampling
+from open_instruct.adapters.named_files import named_files
 from open_instruct.adapters.question_forms import form_of_questions
-from open_instruct.adapters.served import Served, load
-from open_instruct.data import chat, questions
+from open_instruct.adapters.served import Served, Unloaded, prepare_served
+from open_instruct.adapters.similarity import Similarity, load_similarity
+from open_instruct.data import questions
 from open_instruct.data.context import Context, context_of, read_context
-from open_instruct.data.questions import Question
+from open_instruct.data.questions import Question, with_system
 from open_instruct.data.rendering import Rendering
 from open_instruct.data.tools import has_calls
 from open_instruct.errors import InputError
 from open_instruct.model import loading
-from open_instruct.model.backends import head_shape
-
-TIMED = 10  # questions whose first token is timed
 
 
 @dataclass(frozen=True)
@@ -34,9 +46,12 @@ class Asked:
     """What every model is asked, and how its answers are counted; see `evaluate`."""
 
     rows: Sequence[Question]
+    files: Mapping[str, np.ndarray]  # indices of each file's rows, by its name
+    passages: Sequence[Sequence[int]]  # tokens of the other text; empty: none is measured
     names: Sequence[str]
     answer_regex: str | None
     normaliser: str
+    similarity: Similarity | None
     max_new_tokens: int
     batch_size: int
     seed: int
@@ -44,18 +59,39 @@ class Asked:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model reached."""
+    """What one model reached; statistics are of indices of rows."""
 
-    figures: dict[str, dict[str, Any]]  # with what was drawn for their intervals
+    losses: dict[str, Statistic]  # of rows that have a labelled token
+    statistics: dict[str, Statistic]  # of the answers
     answers: list[str] | None  # None: no figure wanted answers
     sums: np.ndarray | None  # [rows, 2]: summed loss and labelled tokens; None: no figure wanted losses
+    other_sums: np.ndarray | None  # [passages, 2]: summed loss and tokens of the other text
     num_truncated: int
-    num_unlabelled: int
     num_unanswered: int
+
+    def figures(self, rows: np.ndarray, seed: int, with_other_text: bool = False) -> dict[str, dict[str, Any]]:
+        """Return the figures of some rows, with what was drawn for their intervals.
+
+        Args:
+            rows: their indices; without a labelled token among them, they have no loss.
+            seed: seed of the bootstrap.
+            with_other_text: add the figures of the other text, which belongs to no row.
+        """
+        parts = [(self.statistics, rows)]
+        if self.sums is not None:
+            parts.insert(0, (self.losses, rows[self.sums[rows, 1] > 0]))
+        if with_other_text and self.other_sums is not None:
+            other = per_token(self.other_sums, f"{forgetting.NAME}_")
+            parts.append((other, np.arange(len(self.other_sums))))
+        figures: dict[str, dict[str, Any]] = {}
+        for statistics, chosen in parts:
+            if len(chosen):
+                figures |= answer_metrics.figures(statistics, chosen, answer_metrics.resamples(len(chosen), seed))
+        return figures
 
 
 def evaluate(
-    file: str,
+    file: Sequence[str] | str,
     adapter: Sequence[str] | str | None = None,
     model_name_or_path: str | None = None,
     names: Sequence[str] = METRICS,
@@ -72,18 +108,21 @@ def evaluate(
     template: str | None = None,
     shots: int | None = None,
     shots_file: str | None = None,
+    system: str | None = None,
+    other_text: str | None = None,
+    similarity_model: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Measure base and adapters on a file; the flags of `evaluate_peft.py --help` say more of the arguments.
+    """Measure base and adapters on files; the flags of `evaluate_peft.py --help` say more of the arguments.
 
     Args:
-        file: questions with answers.
+        file: questions with answers; several files, each as FILE or NAME=FILE, are measured one by one and together.
         adapter: an adapter in a form that `load` accepts.
         model_name_or_path: base model; unset: the one that the adapters name.
         names: some of `METRICS`.
         answer_regex: finds the part of an answer that counts.
         normaliser: one of `NORMALISERS`, for exact match.
-        max_samples: number of rows, drawn by seed; None: all.
+        max_samples: number of rows of each file, and of passages of the other text, drawn by seed; None: all.
         max_new_tokens: most tokens of an answer.
         batch_size: most rows computed at once.
         seed: seed of the choice of rows and of the bootstrap.
@@ -94,6 +133,9 @@ def evaluate(
         template: file of the questions' templates.
         shots: exemplars before each question.
         shots_file: rows from which they are drawn.
+        system: system message of conversations that have none; None: leave them so.
+        other_text: plain text on which every model's loss is measured as well, all tokens counted.
+        similarity_model: model of sentence-transformers by which answers are compared with references; None: none.
         options: further arguments of `load`.
 
     Returns:
@@ -105,19 +147,41 @@ def evaluate(
     folders = parse_adapters([adapter] if isinstance(adapter, str) else adapter)
     full = full_models.parse_models(model, [folder.name for folder in folders])
     form = form_of_questions(folders, columns, template, shots, shots_file, seed, answered=True)
-    rows = chosen_questions(file, max_samples, seed, bad_rows, form)
+    sources = named_files([file] if isinstance(file, str) else file, "--file")
+    by_file = {name: chosen_questions(source, max_samples, seed, bad_rows, form) for name, source in sources.items()}
+    rows = [question for of_file in by_file.values() for question in of_file]
     if answer_regex and "exact_match" in names:  # checked before the model is loaded; what a call says is known then
         references = [str(question.reference) for question in rows if not has_calls(question.turn or {})]
         answer_metrics.exact_matches(references, references, answer_regex, normaliser)
     text = read_context(context, "--context") if context else None
-    served = load(adapter, model_name_or_path, **options)
+    passages = forgetting.chosen_passages(other_text, max_samples, seed) if other_text else []
+    similarity = load_similarity(similarity_model) if similarity_model else None
+    base = prepare_served(adapter, model_name_or_path, **options)
+    alone = {name: prepare_served(None, source, **options) for name, source in full.items()}
+    if system is not None:
+        for model_or_base in (base, *alone.values()):
+            questions.check_system(model_or_base.tokenizer, rows, system)
+        rows = [replace(question, messages=with_system(question.messages, system)) for question in rows]
+    rows = questions.with_calls_written(rows, base.tokenizer)
+    ids = forgetting.passage_ids(base.tokenizer, passages) if passages else []
+    for name, model_alone in alone.items():
+        check_comparable(name, model_alone, base, rows if "loss" in names else [], passages)
+    ends = np.cumsum([len(of_file) for of_file in by_file.values()])
+    files = dict(zip(by_file, np.split(np.arange(len(rows)), ends[:-1]), strict=True))
+    asked = Asked(rows, files, ids, names, answer_regex, normaliser, similarity, max_new_tokens, batch_size, seed)
+    served = base.load()
     before = context_of(text, served.tokenizer) if text else None
     if before and served.hard_prompts:
         raise InputError("--context is for adapters without a hard prompt, and these were trained behind one: drop it")
-    rows = questions.with_calls_written(rows, served.tokenizer)
-    asked = Asked(rows, names, answer_regex, normaliser, max_new_tokens, batch_size, seed)
-    result = measure(served, asked, before, full, **options)
-    return result | {"questions": form and form.describe()}
+    result = measure(served, asked, before, alone)
+    said = {"file": other_text, "passages": len(ids), "tokens": sum(len(row) - 1 for row in ids)} if ids else None
+    return result | {
+        "questions": form and form.describe(),
+        "files": sources,
+        "system": system,
+        "other_text": said,
+        "similarity_model": similarity_model,
+    }
 
 
 def chosen_questions(
@@ -133,7 +197,7 @@ def chosen_questions(
 
 
 def measure(
-    served: Served, asked: Asked, context: Context | None = None, full: Mapping[str, str] | None = None, **options: Any
+    served: Served, asked: Asked, context: Context | None = None, full: Mapping[str, Unloaded] | None = None
 ) -> dict[str, Any]:
     """Return all figures of base, base behind a context, adapters, and full models; see `evaluate`.
 
@@ -141,8 +205,7 @@ def measure(
         served: base and adapters.
         asked: questions and figures.
         context: what the base is measured behind as well, or None.
-        full: folders or repositories of full models, by name.
-        options: further arguments of `load`, for them.
+        full: full models, by name; each is loaded alone.
 
     Raises:
         InputError: the context leaves no room, or no row has a label.
@@ -152,24 +215,15 @@ def measure(
     models: dict[str, Context | None] = {BASE: hard_prompt, **({IN_CONTEXT: context} if context else {})}
     models |= {name: served.hard_prompts.get(name) for name in served.names}
     max_length = max_row_length(served, context)  # the same for all, so that all score the same tokens
-    configs = [
-        loading.load_config(source, trust_remote_code=bool(options.get("trust_remote_code")))
-        for source in full.values()
-    ]
+    configs = [loading.load_config(one.name, trust_remote_code=one.trust_remote_code) for one in full.values()]
     bounds = [max_length, *(loaded.max_length(config) for config in configs)]
     max_length = min((bound for bound in bounds if bound is not None), default=None)
     measured = {name: measure_one(served, name, before, asked, max_length, context) for name, before in models.items()}
-    labelled = labelled_tokens(served, rows) if full else []
-    for name, source in full.items():
-        alone = load(None, source, **options)
-        if "loss" in asked.names:
-            full_models.check_same_tokens(name, labelled_tokens(alone, rows), labelled)
-        measured[name] = measure_one(alone, BASE, None, asked, max_length)
-    figures = {name: one.figures for name, one in measured.items()}
-    differences = {name: answer_metrics.differences(figures[name], figures[BASE]) for name in measured if name != BASE}
-    for by_metric in figures.values():
-        for figure in by_metric.values():
-            del figure["drawn"]
+    for name, unloaded in full.items():
+        measured[name] = measure_one(unloaded.load(), BASE, None, asked, max_length)
+    total = compared(measured, np.arange(len(rows)), asked.seed, with_other_text=True)
+    several = asked.files if len(asked.files) > 1 else {}
+    by_file = {name: {"rows": len(of), **compared(measured, of, asked.seed)} for name, of in several.items()}
     sums = {name: one.sums for name, one in measured.items() if one.sums is not None}
     answers = {name: one.answers for name, one in measured.items() if one.answers is not None}
     last = list(measured.values())[-1]
@@ -177,10 +231,10 @@ def measure(
     return {
         "model": served.model_name,
         "adapters": {name: str(folder.path) for name, folder in served.adapters.folders.items()},
-        "models": full,
+        "models": {name: one.name for name, one in full.items()},
         "rows": len(rows),
         "truncated": last.num_truncated,
-        "unlabelled": last.num_unlabelled,
+        "unlabelled": int((last.sums[:, 1] == 0).sum()) if last.sums is not None else 0,
         "unanswered": last.num_unanswered,
         "answer_regex": asked.answer_regex,
         "normaliser": asked.normaliser,
@@ -189,9 +243,10 @@ def measure(
         "bytes_before": bytes_before(served, context),
         "hard_prompt_tokens": {name: len(before.ids) for name, before in models.items() if before and not context},
         "first_token_seconds": first_token_seconds(served, rows, models) if context else {},
-        "figures": figures,
+        "figures": total["figures"],
+        "by_file": by_file,
         "loss_by_source": loss_by_source(sums, [question.named_source for question in rows], asked.seed),
-        "differences_from_base": differences,
+        "differences_from_base": total["differences_from_base"],
         "examples": [
             {"question": question.text, "reference": question.reference, **{name: answers[name][i] for name in answers}}
             for i, question in enumerate(rows[:20])
@@ -199,12 +254,20 @@ def measure(
     }
 
 
-def labelled_tokens(served: Served, rows: Sequence[Question]) -> list[list[int]]:
-    """Return the tokens of each row that the loss is a mean over."""
-    ids, spans = chat.tokenize(served.tokenizer, [question.answered for question in rows], 1 << 30)
-    return [
-        [token for start, end in of_row for token in row[start:end]] for row, of_row in zip(ids, spans, strict=True)
-    ]
+def compared(
+    measured: Mapping[str, Measured], rows: np.ndarray, seed: int, with_other_text: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Return the figures of all models on some rows, and each one's differences from the base; see `Measured.figures`.
+
+    Returns:
+        {"figures": {model: {figure: value and interval}}, "differences_from_base": {model: the same}}.
+    """
+    figures = {name: one.figures(rows, seed, with_other_text) for name, one in measured.items()}
+    differences = {name: answer_metrics.differences(figures[name], figures[BASE]) for name in measured if name != BASE}
+    for by_metric in figures.values():
+        for figure in by_metric.values():
+            del figure["drawn"]
+    return {"figures": figures, "differences_from_base": differences}
 
 
 def measure_one(
@@ -228,90 +291,28 @@ def measure_one(
     Raises:
         InputError: nothing is labelled within `max_length` tokens.
     """
-    rows, figures, sums, answers = asked.rows, {}, None, None
-    num_truncated = num_unlabelled = num_unanswered = 0
+    rows, sums, answers = asked.rows, None, None
+    losses: dict[str, Statistic] = {}
+    statistics: dict[str, Statistic] = {}
+    num_truncated = num_unanswered = 0
     if "loss" in asked.names:
         losses, sums, num_truncated = loss_statistics(served, name, rows, max_length, asked.batch_size, context, before)
-        num_unlabelled = int((sums[:, 1] == 0).sum())
-        num_labelled = len(rows) - num_unlabelled
-        draws = answer_metrics.resamples(num_labelled, asked.seed)
-        figures = answer_metrics.figures(losses, num_labelled, draws)
-    statistics: dict[str, Statistic] = {}
-    if set(asked.names) - {"loss"}:
+    adapter = BASE if name == IN_CONTEXT else name
+    other_sums = None
+    if asked.passages:
+        placed = before if name == IN_CONTEXT else None  # hard prompts belong to conversations
+        model = served.adapters.use(adapter)
+        other_sums = forgetting.passage_losses(model, asked.passages, max_length, asked.batch_size, placed)
+    if asked.similarity or set(asked.names) - {"loss"}:
         prompts = [questions.prompt_ids(served.tokenizer, question.messages) for question in rows]
         num_unanswered = sum(len(prompt) >= max_length for prompt in prompts) if max_length else 0
         if before and name not in served.names:  # an adapter's own is put before its prompts where it answers
             prompts = [before.before(prompt)[0] for prompt in prompts]
-        sampling, adapter = Sampling(max_new_tokens=asked.max_new_tokens), BASE if name == IN_CONTEXT else name
+        sampling = Sampling(max_new_tokens=asked.max_new_tokens)
         answer_of = dict(served.stream(prompts, adapter, sampling, asked.batch_size))
         answers = [answer_of[i][0] for i in range(len(rows))]
         references = [str(question.reference) for question in rows]
-        statistics = answer_statistics(answers, references, asked.names, asked.answer_regex, asked.normaliser)
-    draws = answer_metrics.resamples(len(rows), asked.seed)
-    figures = figures | answer_metrics.figures(statistics, len(rows), draws)
-    return Measured(figures, answers, sums, num_truncated, num_unlabelled, num_unanswered)
-
-
-def common_hard_prompt(served: Served) -> Context | None:
-    """Return the hard prompt that all adapters were trained behind, as the base is measured behind it, too; or None."""
-    prompts = [served.hard_prompts.get(name) for name in served.names]
-    return prompts[0] if prompts and all(prompt == prompts[0] for prompt in prompts) else None
-
-
-def max_row_length(served: Served, context: Context | None) -> int | None:
-    """Return how many tokens a row may have with all models; None: unlimited.
-
-    Raises:
-        InputError: the context leaves none.
-    """
-    most = served.max_length(BASE, *served.names)
-    whole = served.max_length(BASE)
-    if context is None or most is None or whole is None:
-        return most
-    left = whole - len(context.ids) + context.num_shared
-    if left < 2:
-        raise InputError(
-            f"--context has {len(context.ids):,} tokens, and the model {whole:,} positions: shorten the text"
+        statistics = answer_statistics(
+            answers, references, asked.names, asked.answer_regex, asked.normaliser, asked.similarity
         )
-    return min(most, left)
-
-
-def tokens_before(served: Served, context: Context | None) -> dict[str, int]:
-    """Return how many positions each model computes or keeps before a conversation, if a context is compared."""
-    if context is None:
-        return {}
-    virtual = {name: folder.num_virtual_tokens for name, folder in served.adapters.folders.items()}
-    return {BASE: 0, IN_CONTEXT: len(context.ids) - context.num_shared, **virtual}
-
-
-def bytes_before(served: Served, context: Context | None) -> dict[str, int]:
-    """Return the bytes of keys and values that a request keeps before its conversation; empty where that is unknown."""
-    base = served.adapters.base
-    shape, layers = head_shape(base.config), getattr(base.config.get_text_config(), "num_hidden_layers", None)
-    if shape is None or not layers:
-        return {}
-    each = 2 * layers * shape.num_key_heads * shape.size * base.dtype.itemsize
-    return {name: each * count for name, count in tokens_before(served, context).items()}
-
-
-def first_token_seconds(
-    served: Served, rows: Sequence[Question], models: Mapping[str, Context | None]
-) -> dict[str, float]:
-    """Return the median time from a question to the first token of its answer, one request at a time.
-
-    Models take turns, so that a machine's other work disturbs all of them alike.
-
-    Args:
-        served: base and adapters.
-        rows: the questions, of which the first few are asked.
-        models: the context that stands before each model's conversations, or None.
-    """
-    one, times = Sampling(max_new_tokens=1), defaultdict(list)
-    for question in [rows[0], *rows[:TIMED]]:  # the first one warms up
-        prompt = questions.prompt_ids(served.tokenizer, question.messages)
-        for name, before in models.items():
-            ids = before.before(prompt)[0] if before else prompt
-            start = time.perf_counter()
-            list(served.stream([ids], BASE if before else name, one))
-            times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(values[1:])) for name, values in times.items()}
+    return Measured(losses, statistics, answers, sums, other_sums, num_truncated, num_unanswered)

@@ -13,6 +13,8 @@ from open_instruct.adapters.answer_metrics import Statistic, mean_of
 from open_instruct.adapters.folders import BASE
 from open_instruct.adapters.scoring import answer_losses, divergences
 from open_instruct.adapters.served import Served
+from open_instruct.adapters.similarity import NAME as SIMILARITY
+from open_instruct.adapters.similarity import Similarity
 from open_instruct.data import chat
 from open_instruct.data.context import Context
 from open_instruct.data.questions import Question
@@ -31,7 +33,7 @@ def loss_statistics(
     context: Context | None = None,
     before: Context | None = None,
 ) -> tuple[dict[str, Statistic], np.ndarray, int]:
-    """Return loss and perplexity per labelled token, as statistics of the rows that have a labelled token.
+    """Return loss and perplexity per labelled token, as statistics of rows that have a labelled token.
 
     All of the assistant's turns are labelled, as in training.
 
@@ -64,24 +66,14 @@ def loss_statistics(
             f"no row has a labelled token within the model's maximum of {max_length} tokens: give shorter rows"
         )
 
-    labelled = sums[sums[:, 1] > 0]
-
-    def loss(indices: np.ndarray) -> float:
-        total = labelled[indices].sum(0)
-        return float(total[0] / total[1])
-
-    def perplexity(indices: np.ndarray) -> float:
-        return math.exp(min(loss(indices), 700.0))  # above, float64 overflows
-
-    statistics: dict[str, Statistic] = {"loss": loss, "perplexity": perplexity}
+    statistics = per_token(sums)
     if context:
         if before:
-            apart = np.zeros_like(labelled)
+            apart = np.zeros_like(sums)
         else:
             wholes = [context.before(row)[0] for row in ids]
-            all_apart = np.array(divergences(served.adapters.use, name, ids, wholes, spans))
-            apart = all_apart[sums[:, 1] > 0]
-        statistics["divergence"] = lambda indices: float(apart[indices, 0].sum() / labelled[indices, 1].sum())
+            apart = np.array(divergences(served.adapters.use, name, ids, wholes, spans))
+        statistics["divergence"] = lambda indices: float(apart[indices, 0].sum() / sums[indices, 1].sum())
     num_truncated = sum(len(row) == max_length for row in ids)
     return statistics, sums, num_truncated
 
@@ -104,29 +96,45 @@ def loss_by_source(sums: Mapping[str, np.ndarray], sources: Sequence[str], seed:
     is_labelled = sums[BASE][:, 1] > 0
     result = {}
     for source in sorted(set(names[is_labelled].tolist())):
-        chosen = (names == source) & is_labelled
-        draws = answer_metrics.resamples(int(chosen.sum()), seed)
-        figures = {name: source_figures(values[chosen], draws) for name, values in sums.items()}
+        chosen = np.flatnonzero((names == source) & is_labelled)
+        draws = answer_metrics.resamples(len(chosen), seed)
+        figures = {
+            name: answer_metrics.figures({"loss": per_token(values)["loss"]}, chosen, draws)
+            for name, values in sums.items()
+        }
         apart = {
             name: answer_metrics.differences(figures[name], figures[BASE])["loss"] for name in sums if name != BASE
         }
         kept = {name: {key: of_name["loss"][key] for key in ("value", "interval")} for name, of_name in figures.items()}
-        result[source] = {"rows": int(chosen.sum()), "loss": kept, "differences_from_base": apart}
+        result[source] = {"rows": len(chosen), "loss": kept, "differences_from_base": apart}
     return result
 
 
-def source_figures(sums: np.ndarray, draws: Sequence[np.ndarray]) -> dict[str, dict[str, Any]]:
-    """Return the loss of rows from [rows, 2] summed losses and labelled tokens, as `answer_metrics.figures` does."""
+def per_token(sums: np.ndarray, prefix: str = "") -> dict[str, Statistic]:
+    """Return loss and perplexity per token as statistics of rows.
+
+    Args:
+        sums: [rows, 2] summed losses and numbers of tokens.
+        prefix: of the figures' names.
+    """
 
     def loss(indices: np.ndarray) -> float:
         total = sums[indices].sum(0)
         return float(total[0] / total[1])
 
-    return answer_metrics.figures({"loss": loss}, len(sums), draws)
+    def perplexity(indices: np.ndarray) -> float:
+        return math.exp(min(loss(indices), 700.0))  # above, float64 overflows
+
+    return {f"{prefix}loss": loss, f"{prefix}perplexity": perplexity}
 
 
 def answer_statistics(
-    answers: Sequence[str], references: Sequence[str], names: Sequence[str], regex: str | None, normaliser: str
+    answers: Sequence[str],
+    references: Sequence[str],
+    names: Sequence[str],
+    regex: str | None,
+    normaliser: str,
+    similarity: Similarity | None = None,
 ) -> dict[str, Statistic]:
     """Return the figures of generated answers."""
     per_row: dict[str, np.ndarray] = {}
@@ -135,6 +143,8 @@ def answer_statistics(
         per_row["exact_match"] = answer_metrics.exact_matches(answers, references, regex, normaliser)
     if "rouge" in names:
         per_row |= {kind: values[:, 2] for kind, values in answer_metrics.rouge(answers, alternatives).items()}
+    if similarity:
+        per_row[SIMILARITY] = similarity.scores(answers, alternatives)
     statistics: dict[str, Statistic] = {name: mean_of(values) for name, values in per_row.items()}
     if "bleu" in names:
         statistics["bleu"] = answer_metrics.Bleu.count(answers, alternatives).score

@@ -47,21 +47,3 @@ def stood_behind_hard_prompt(source: str) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("hard_prompt") is not None
-
-
-def check_same_tokens(name: str, own: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]) -> None:
-    """Refuse a loss per token where a model's answers are other tokens than the base's.
-
-    Args:
-        name: the model.
-        own: labelled tokens of each row, of the model.
-        wanted: the same of the base.
-
-    Raises:
-        InputError: they differ.
-    """
-    if list(map(list, own)) != list(map(list, wanted)):
-        raise InputError(
-            f"--model {name} writes answers in other tokens than the base, so losses per token can't be compared: "
-            "leave loss out of --metrics, or give one template with --chat_template_name"
-        )

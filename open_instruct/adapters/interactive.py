@@ -10,11 +10,10 @@ from typing import Any
 
 from transformers import TextStreamer
 
-from open_instruct.adapters.answering import with_system
 from open_instruct.adapters.folders import BASE
 from open_instruct.adapters.generation import Sampling
 from open_instruct.adapters.served import Served
-from open_instruct.data.questions import prompt_ids
+from open_instruct.data.questions import prompt_ids, with_system
 from open_instruct.errors import InputError, Terminated, one_line, visible
 
 HELP = "/use NAME   /compare TEXT   /system TEXT   /reset   /quit"

@@ -114,7 +114,34 @@ class Served:
         return [answers for _, answers in sorted(self.stream(prompts, name, sampling or Sampling(), batch_size))]
 
 
-def load(
+@dataclass(frozen=True)
+class Unloaded:
+    """Base, adapters and tokenizer, checked as far as that needs no weights; see `prepare_served`."""
+
+    name: str
+    folders: Sequence[AdapterFolder]
+    tokenizer: PreTrainedTokenizerBase
+    dtype: str
+    engine: str
+    trust_remote_code: bool
+    allow_pickle: bool
+
+    def load(self) -> Served:
+        """Load the weights.
+
+        Raises:
+            InputError: they are missing or damaged, or an adapter belongs to another base.
+        """
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, "allow_pickle": self.allow_pickle}
+        base = loaded.load_adapted_base(self.name, self.dtype, self.folders, **options)
+        hard_prompts = hard_prompts_of(self.folders, self.tokenizer)
+        served = Served(Adapters(base, self.folders), self.tokenizer, hard_prompts=hard_prompts)
+        if self.engine != "vllm":
+            return served
+        return replace(served, engine=VllmEngine(base, self.name, self.folders, self.tokenizer, **options))
+
+
+def prepare_served(
     adapter: Sequence[str] | str | None = None,
     model_name_or_path: str | None = None,
     dtype: str = "auto",
@@ -123,19 +150,8 @@ def load(
     chat_template_name: str | None = None,
     allow_pickle: bool = False,
     engine: str = "transformers",
-) -> Served:
-    """Load a base model and adapters on it. Adapters that were trained on a quantised base get it quantised.
-
-    Args:
-        adapter: folder in PEFT's format, or NAME=FOLDER, or several of them, of any methods; none: the base alone.
-        model_name_or_path: base model; unset: the one that the adapters name.
-        dtype: precision of the base: auto (bfloat16 on a GPU that has it, float32 elsewhere), stored (as in its files),
-            float32, bfloat16, float16.
-        any_base: accept a base under another name than the adapters'.
-        trust_remote_code: run Python code that comes with the model.
-        chat_template_name: see finetune_peft.py; unset: the tokenizer's own, or tulu where it has none.
-        allow_pickle: load a base whose weights exist only as pickle files.
-        engine: what computes answers: transformers, or vllm, which must be installed.
+) -> Unloaded:
+    """Check a base model and adapters on it, and load the tokenizer, but no weights; arguments are those of `load`.
 
     Raises:
         InputError: an adapter is missing, damaged, pickled, or belongs to another base; or the engine can't serve it.
@@ -165,12 +181,45 @@ def load(
     if chat_template_name:
         chat.set_chat_template(tokenizer, chat_template_name)
     chat.check_question(tokenizer)
-    base = loaded.load_adapted_base(name, dtype, folders, trust_remote_code, allow_pickle)
-    served = Served(Adapters(base, folders), tokenizer, hard_prompts=hard_prompts_of(folders, tokenizer))
-    if engine != "vllm":
-        return served
-    options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    return replace(served, engine=VllmEngine(base, name, folders, tokenizer, **options))
+    return Unloaded(name, folders, tokenizer, dtype, engine, trust_remote_code, allow_pickle)
+
+
+def load(
+    adapter: Sequence[str] | str | None = None,
+    model_name_or_path: str | None = None,
+    dtype: str = "auto",
+    any_base: bool = False,
+    trust_remote_code: bool = False,
+    chat_template_name: str | None = None,
+    allow_pickle: bool = False,
+    engine: str = "transformers",
+) -> Served:
+    """Load a base model and adapters on it. Adapters that were trained on a quantised base get it quantised.
+
+    Args:
+        adapter: folder in PEFT's format, or NAME=FOLDER, or several of them, of any methods; none: the base alone.
+        model_name_or_path: base model; unset: the one that the adapters name.
+        dtype: precision of the base: auto (bfloat16 on a GPU that has it, float32 elsewhere), stored (as in its files),
+            float32, bfloat16, float16.
+        any_base: accept a base under another name than the adapters'.
+        trust_remote_code: run Python code that comes with the model.
+        chat_template_name: see finetune_peft.py; unset: the tokenizer's own, or tulu where it has none.
+        allow_pickle: load a base whose weights exist only as pickle files.
+        engine: what computes answers: transformers, or vllm, which must be installed.
+
+    Raises:
+        InputError: an adapter is missing, damaged, pickled, or belongs to another base; or the engine can't serve it.
+    """
+    return prepare_served(
+        adapter,
+        model_name_or_path,
+        dtype,
+        any_base,
+        trust_remote_code,
+        chat_template_name,
+        allow_pickle,
+        engine,
+    ).load()
 
 
 def hard_prompts_of(folders: Sequence[AdapterFolder], tokenizer: PreTrainedTokenizerBase) -> dict[str, Context]:

@@ -156,6 +156,29 @@ def with_calls_written(rows: Sequence[Question], tokenizer: PreTrainedTokenizerB
     return written
 
 
+def with_system(messages: Sequence[dict[str, Any]], system: str | None) -> Conversation:
+    """Return a conversation with a system message: its own, or else the given one."""
+    if not system or messages[0]["role"] == "system":
+        return with_messages(messages, messages)
+    return with_messages(messages, [{"role": "system", "content": system}, *messages])
+
+
+def check_system(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Question], system: str) -> None:
+    """Refuse a system message that would stand before no conversation.
+
+    Raises:
+        InputError: every row has one of its own, or the chat template refuses it or leaves it out.
+    """
+    without = next((row for row in rows if row.messages[0]["role"] != "system"), None)
+    if without is None:
+        raise InputError("--system has no effect: every row has a system message of its own; drop the flag")
+    if prompt_ids(tokenizer, with_system(without.messages, system)) == prompt_ids(tokenizer, without.messages):
+        raise InputError(
+            f"--system has no effect: the chat template of {tokenizer.name_or_path} leaves such a message out; drop "
+            "the flag, or use another with --chat_template_name"
+        )
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> list[int]:
     """Return the token ids of a conversation that the assistant is to continue, as in training.
 

@@ -126,7 +126,7 @@ def tokenize_batch(
     try:
         every = [messages for _, _, messages in split]
         ids, spans = tokenized(every, tokenizer, left_out)
-        return ids, spans, [text for _, text, _ in split], [columns_of(row) for _, row in batch]
+        return ids, spans, [text for _, text, _ in split], [named_columns(row) for _, row in batch]
     except InputError:  # which rows they are is found out below
         ids, spans, texts, named = [], [], [], []
     for (source, text, messages), (_, whole) in zip(split, batch, strict=True):
@@ -141,7 +141,7 @@ def tokenize_batch(
         ids += row_ids
         spans += row_spans
         texts.append(text)
-        named.append(columns_of(whole))
+        named.append(named_columns(whole))
     return ids, spans, texts, named
 
 
@@ -160,7 +160,7 @@ def tokenized(
     return ids, spans
 
 
-def columns_of(messages: list[dict[str, Any]]) -> dict[str, Any]:
+def named_columns(messages: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what a table holds of a row besides tokens: its source, and the hashes of its conversation."""
     exact, normalised = duplicates.hashes_of(messages)
     return {SOURCE: getattr(messages, "source", ""), duplicates.EXACT: exact, duplicates.NORMALISED: normalised}

@@ -102,7 +102,11 @@ class RunFlags:
         on_resume="free",
     )
     dry_run: bool = flag(
-        False, "do everything up to the first step, print the plan, and stop", in_study="decided", on_resume="free"
+        False,
+        "do everything up to the first step, print the plan, and stop; a base that has no weights here is counted from "
+        "its config.json",
+        in_study="decided",
+        on_resume="free",
     )
     with_tracking: bool = flag(False, "report to experiment trackers", on_resume="free")
     report_to: list[str] = flag(

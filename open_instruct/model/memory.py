@@ -40,6 +40,7 @@ def estimate_mb(
     mask_bytes: int = 0,
     context_bytes: int = 0,
     sharing: Sharing = Sharing(),
+    bytes_saved: int = 0,
 ) -> dict[str, float]:
     """Return the megabytes of one process in a training step, by what they hold.
 
@@ -61,13 +62,14 @@ def estimate_mb(
         mask_bytes: of attention's masks that stay on the device.
         context_bytes: of the keys and values of a context that is distilled.
         sharing: how several processes shard the model.
+        bytes_saved: by quantising weights that are not quantised in `model`.
 
     Returns:
         weights, gradients, optimizer, activations, logits, masks, a context that is distilled, with sharded weights
         those that are gathered at a time, total; in MB of 10⁶ bytes.
     """
     text = config.get_text_config()
-    weights = bytes_of(model)
+    weights = bytes_of(model) - bytes_saved
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     hidden, layers = text.hidden_size, text.num_hidden_layers
     feed_forward = getattr(text, "intermediate_size", None) or 4 * hidden

@@ -16,6 +16,9 @@ UNITS = {
     "loss": "nats per labelled token",
     "perplexity": "per labelled token",
     "divergence": "nats per labelled token",
+    "other_text_loss": "nats per token",
+    "other_text_perplexity": "per token",
+    "similarity": "cosine",
     "exact_match": "share of rows",
     "bleu": "0 to 100",
     "chrf": "0 to 100",
@@ -26,10 +29,7 @@ def markdown(result: dict[str, Any]) -> str:
     """Return tables: a row for each figure, a column for base and each adapter; then differences and a few answers."""
     names = list(result["figures"])
     metrics = list(result["figures"][names[0]])
-    lines = [
-        f"{result['model']}, {result['rows']:,} rows, 95 % intervals" if "rows" in result else str(result["model"]),
-        "",
-    ]
+    lines = [measured_on(result), ""]
     lines += ["| figure | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [
         f"| {metric} | " + " | ".join(cell(result["figures"][name][metric]) for name in names) + " |"
@@ -67,11 +67,40 @@ def markdown(result: dict[str, Any]) -> str:
         for metric, figure in differences.items():
             low, high = figure["interval"]
             lines.append(f"| {metric} | {cell(figure, sign=True)} | {'yes' if low > 0 or high < 0 else 'no'} |")
+    for name, of_file in result.get("by_file", {}).items():
+        lines += ["", f"{name} ({of_file['rows']:,} rows; differences on the same rows):", "", *file_table(of_file)]
     lines += source_table(result.get("loss_by_source") or {}, names)
     for number, example in enumerate(result.get("examples", [])[:3], start=1):
         lines += ["", f"question {number}: {shortened(example['question'], 120)}"]
         lines += [f"- {name}: {shortened(text, 120)}" for name, text in example.items() if name != "question"]
     return "\n".join(lines)
+
+
+def measured_on(result: dict[str, Any]) -> str:
+    """Return in a line what was measured, and on what."""
+    if "rows" not in result:
+        return str(result["model"])
+    files = f" of {len(result['by_file'])} files" if result.get("by_file") else ""
+    other = result.get("other_text")
+    text = f", {other['tokens']:,} tokens in {other['passages']:,} passages of other text" if other else ""
+    return f"{result['model']}, {result['rows']:,} rows{files}{text}, 95 % intervals"
+
+
+def file_table(of_file: dict[str, Any]) -> list[str]:
+    """Return the lines of a file's table: a row for each figure, with each model's value and difference from the base.
+
+    Args:
+        of_file: figures and differences_from_base, of one of several files.
+    """
+    figures, differences = of_file["figures"], of_file["differences_from_base"]
+    base, *others = figures
+    heads = ["figure", *figures, *(f"{name} less {base}" for name in others)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for metric in figures[base]:
+        cells = [metric, *(cell(of_model[metric]) for of_model in figures.values())]
+        cells += [cell(differences[name][metric], sign=True) for name in others]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def source_table(by_source: dict[str, dict[str, Any]], names: list[str]) -> list[str]:
@@ -122,24 +151,31 @@ def plot_compression(axes: Any, figures: dict[str, dict[str, Any]], before: dict
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Write each figure's values with their intervals, as a PNG; below, over the tokens that a context takes."""
+    """Write each figure's values with their intervals, as a PNG; below, over a context's tokens, and of each file."""
     names = list(result["figures"])
     metrics = list(result["figures"][names[0]])
     before = result.get("tokens_before")
-    num_rows = 2 if before else 1
+    files = result.get("by_file", {})
+    num_rows = 1 + bool(before) + len(files)
     size = max(4, 2.2 * len(metrics)), 3.6 * num_rows
     picture, grid = plt.subplots(num_rows, len(metrics), figsize=size, squeeze=False)
     if before:
         for axes, metric in zip(grid[1], metrics, strict=True):
             plot_compression(axes, {name: result["figures"][name][metric] for name in names}, before)
-    for axes, metric in zip(grid[0], metrics, strict=True):
-        values = [result["figures"][name][metric]["value"] for name in names]
-        bounds = [result["figures"][name][metric]["interval"] for name in names]
+    bars = [(axes, metric, result["figures"], metric) for axes, metric in zip(grid[0], metrics, strict=True)]
+    for panels, (file, of_file) in zip(grid[num_rows - len(files) :], files.items(), strict=True):
+        for axes, metric in zip(panels, metrics, strict=True):
+            axes.set_visible(metric in of_file["figures"][names[0]])  # the other text belongs to no file
+            if axes.get_visible():
+                bars.append((axes, metric, of_file["figures"], f"{metric}, {file}"))
+    for axes, metric, figures, title in bars:
+        values = [figures[name][metric]["value"] for name in names]
+        bounds = [figures[name][metric]["interval"] for name in names]
         below = [max(0.0, value - bound[0]) if bound else 0.0 for value, bound in zip(values, bounds, strict=True)]
         above = [max(0.0, bound[1] - value) if bound else 0.0 for value, bound in zip(values, bounds, strict=True)]
         colours = ["tab:gray", *(f"C{number}" for number in range(len(names) - 1))]
         axes.bar(range(len(names)), values, yerr=[below, above], capsize=3, color=colours)
         axes.set_xticks(range(len(names)), [pictures.literal(name) for name in names], rotation=45, ha="right")
-        axes.set_title(metric, fontsize=10)
+        axes.set_title(pictures.literal(title), fontsize=10)
         axes.set_ylabel(UNITS.get(metric, ""), fontsize=8)
     pictures.write_picture(picture, path, dpi=120)

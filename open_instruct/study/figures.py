@@ -92,6 +92,7 @@ class MethodFigures:
     seconds: float
     memory_mb: float
     forgetting: float  # change of the loss on other text
+    forgetting_interval: list[float] | None  # None: not measured
     curves: list[list[tuple[int, float]]]  # (step, held-out loss), of each seed
     rates: list[tuple[float, float]]  # (learning rate, lowest mean test loss at it)
     recipe: float | None  # test loss with the recipe's parameters, where they were tried
@@ -291,11 +292,28 @@ def method_figures(
         seconds=fmean(result.summary["wall_seconds"] for result in chosen),
         memory_mb=fmean(result.summary["peak_memory_mb"] for result in chosen),
         forgetting=fmean(other_loss(result.summary) for result in chosen) - other_loss(base),
+        forgetting_interval=forgetting_interval(chosen, base),
         curves=[result.curve for result in chosen],
         rates=loss_by_rate(trials),
         recipe=recipe_loss(trials),
         commands=[result.command for result in chosen],
     )
+
+
+def forgetting_interval(chosen: Sequence[TrialResult], base: dict[str, Any]) -> list[float] | None:
+    """Return the interval of the change of the loss on other text, over its rows and over seeds; None without it.
+
+    Args:
+        chosen: the trials with the chosen parameters, one for each seed.
+        base: figures of the base model.
+    """
+    base_rows = np.array(base["study"]["other"], dtype=float)
+    if not len(base_rows):
+        return None
+    counted = base_rows[:, 1] > 0
+    resampling = Resampling(base_rows[counted, 1])
+    losses = np.array([[row[0] for row in result.summary["study"]["other"]] for result in chosen], dtype=float)
+    return interval(resampling.draws(losses[:, counted]) - resampling.draws(base_rows[counted, 0][None]))
 
 
 def loss_by_rate(trials: Sequence[TrialResult]) -> list[tuple[float, float]]:

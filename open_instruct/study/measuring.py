@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from open_instruct.adapters.answer_metrics import exact_matches
+from open_instruct.adapters.forgetting import passage_ids, passage_losses
 from open_instruct.adapters.generation import greedy_answers
 from open_instruct.adapters.loaded import max_length
 from open_instruct.adapters.scoring import answer_losses
@@ -36,7 +37,7 @@ def measure_trial(study: Study, model: Any, tokenizer: Any, data: Data) -> dict[
     with evaluating(model):
         rows = score(model, examples)
         exact = answer_questions(study, model, tokenizer, [examples[i] for i in test[: study.num_questions]])
-        other = score(model, other_examples(study, tokenizer, longest))
+        other = other_losses(study, model, tokenizer, longest)
     device = next(model.parameters()).device.type
     figures = {"device": device, "rows": rows, "choosing": choosing, "test": test, "exact": exact, "other": other}
     return {"study": figures, "data": data.fingerprints()}
@@ -73,16 +74,18 @@ def split_rows(num_rows: int) -> tuple[list[int], list[int]]:
     return sorted(shuffled[: num_rows // 2].tolist()), sorted(shuffled[num_rows // 2 :].tolist())
 
 
-def other_examples(study: Study, tokenizer: Any, longest: int) -> list[dict[str, Any]]:
-    """Return the examples that measure forgetting, cut at `longest` tokens.
+def other_losses(study: Study, model: Any, tokenizer: Any, longest: int) -> list[list[float]]:
+    """Return [summed loss, tokens] of each passage or conversation that measures forgetting.
 
-    In plain text every line is a passage, of which all tokens but the first are labelled; in conversations the answers
-    are labelled.
+    All tokens of plain text count but the first of a passage; in conversations the answers count. Passages are computed
+    in pieces of at most `longest` tokens, conversations are cut there.
     """
     if study.other_text is None:
         return []
     if other_text.is_plain(study.other_text):
-        ids = [tokenizer(line)["input_ids"][:longest] for line in other_text.passages(study.other_text)]
-        return [{"input_ids": row, "spans": [1, len(row)]} for row in ids if len(row) > 1]
+        rows = passage_ids(
+            tokenizer, other_text.first_passages(study.other_text), f"report.other_text {study.other_text}"
+        )
+        return [list(row) for row in passage_losses(model, rows, max(2, longest), SCORING_BATCH_SIZE).tolist()]
     examples = dataset.build(other_text.other_conversations(study.other_text), tokenizer, longest, "", None)
-    return [examples[i] for i in range(min(other_text.MAX_ROWS, len(examples)))]
+    return score(model, [examples[i] for i in range(min(other_text.MAX_ROWS, len(examples)))])

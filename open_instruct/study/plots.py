@@ -207,7 +207,8 @@ def draw_forgetting(figures: StudyFigures, colours: Colours) -> Figure:
     methods = figures.methods
     picture, axes = plt.subplots(figsize=(8, 1.2 + 0.45 * len(methods)))
     for height, method in enumerate(reversed(methods)):
-        axes.barh([height], [method.forgetting], color=colours[method.name])
+        change = Estimate(method.forgetting, method.forgetting_interval or [method.forgetting] * 2)
+        axes.barh([height], [change.value], xerr=error_bar(change), capsize=3, color=colours[method.name])
     axes.set_yticks(range(len(methods)), [pictures.literal(method.name) for method in reversed(methods)])
     axes.axvline(0, color="black", linewidth=1)
     axes.set_xlabel("change of the loss on other text (nats per token; positive: forgotten)")

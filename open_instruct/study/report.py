@@ -136,7 +136,7 @@ def methods_table(figures: StudyFigures) -> Table:
     """Return a row for each method, the base model first. Columns of what was not measured are left out."""
     head = ["method", "chosen point", "learning rate", "test loss [95 %]", "less base [95 %]"]
     head += ["exact match"] if figures.num_questions else []
-    head += ["forgetting"] if figures.num_other_tokens else []
+    head += ["forgetting [95 %]"] if figures.num_other_tokens else []
     head += ["trained parameters", "size (kB)", "time (s)", "peak memory (MB)", "seeds"]
     base = ["base model", "", "", f"{figures.base.loss:.4f}", ""]
     base += [f"{figures.base.exact:.0%}"] if figures.num_questions else []
@@ -156,7 +156,8 @@ def method_row(method: MethodFigures, figures: StudyFigures) -> list[str]:
         with_interval(method.less_base, "+"),
     ]
     row += [f"{method.exact:.0%}"] if figures.num_questions else []
-    row += [f"{method.forgetting:+.4f}"] if figures.num_other_tokens else []
+    if method.forgetting_interval:
+        row.append(with_interval(Estimate(method.forgetting, method.forgetting_interval), "+"))
     return [
         *row,
         f"{method.num_trained_parameters:,}",

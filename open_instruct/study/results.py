@@ -188,6 +188,6 @@ def read_result(study: Study, trial: Trial) -> TrialResult | None:
 
 
 def same_rows(base: dict[str, Any], summary: dict[str, Any]) -> bool:
-    """Whether a base and a trial were measured on the same rows."""
+    """Whether a base and a trial were measured on the same rows and the same other text."""
     figures = base["study"], summary["study"]
-    return all(len({len(each[part]) for each in figures}) == 1 for part in ("rows", "choosing", "test"))
+    return all(len({len(each[part]) for each in figures}) == 1 for part in ("rows", "choosing", "test", "other"))

@@ -21,6 +21,7 @@ from open_instruct.model.configuration import canonical, loader_arguments
 from open_instruct.model.fit import try_out
 from open_instruct.model.new_tokens import add_new_tokens, grow_vocabulary, sources_of
 from open_instruct.model.precision import autocast
+from open_instruct.model.without_weights import check_countable, has_weights
 from open_instruct.training import engines
 
 
@@ -67,8 +68,12 @@ def absolute(name: str | None) -> str | None:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-def load_base_config(settings: BaseModelSettings) -> PretrainedConfig:
+def load_base_config(settings: BaseModelSettings, needs_weights: bool = True) -> PretrainedConfig:
     """Load the base's configuration, and check the weights of a local folder and the attention before any data is read.
+
+    Args:
+        settings: of the base.
+        needs_weights: False: there may be none, as a dry run needs none.
 
     Raises:
         InputError: there is no configuration of a causal language model, or no weights that fit it, or only pickled
@@ -77,6 +82,9 @@ def load_base_config(settings: BaseModelSettings) -> PretrainedConfig:
     loading.choose_attention(settings.use_flash_attn, settings.dtype, settings.compute_dtype)
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     config = loading.load_config(settings.config_name or settings.name, settings.arguments, **options)
+    if not needs_weights and not has_weights(settings.name, settings.revision):
+        check_countable(settings.name, config)
+        return config
     loading.check_weights(settings.name, settings.allow_pickle)
     loading.check_fit_early(settings.name, config, settings.arguments, **options)
     return config
@@ -136,6 +144,21 @@ def load_base(
     model = model if settings.quantise else model.to(accelerator.device)
     with autocast(accelerator.device.type, settings.compute_dtype):
         try_out(model, f"model {settings.name}", "repair its config.json, or choose another --dtype", training=False)
+    return model
+
+
+def load_or_count(
+    settings: BaseModelSettings,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+) -> Any:
+    """Return the base model for a dry run: without values, on the meta device, where its weights are not here."""
+    if has_weights(settings.name, settings.revision):
+        return load_base(settings, config, tokenizer, accelerator)
+    with loading.readable(f"model {settings.name}"):  # a configuration may name what its class can't build
+        model = skeleton(settings, config)
+    loading.check_vocabulary(model, tokenizer)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -10,17 +11,54 @@ from transformers import PretrainedConfig
 from open_instruct.data.context import Context
 from open_instruct.data.packing import Packing
 from open_instruct.data.plan import Plan
+from open_instruct.errors import visible
+from open_instruct.methods import ModelFacts
 from open_instruct.model import attention_masks, memory
 from open_instruct.model.backends import head_shape
 from open_instruct.model.chunked_loss import rows_at_once
 from open_instruct.model.distillation import DistilledModel
 from open_instruct.model.training_model import causal_of
+from open_instruct.model.without_weights import has_weights, quantised_savings
 from open_instruct.training import engines
 from open_instruct.training.forward import Forward
 from open_instruct.training.load_data import Data
-from open_instruct.training.settings import Resolved
+from open_instruct.training.settings import Resolved, Settings, with_recipe
 
+UNKNOWN = "unknown"  # a hyperparameter's value
 STEPS_MEASURED = 20  # steps whose micro-batches are examined to find the largest
+
+
+@dataclass(frozen=True)
+class Unweighed:
+    """What a base has of its configuration alone.
+
+    Args:
+        unknown: hyperparameters that the recipe takes from the weights, with what is shown for them.
+        bytes_saved: bytes by which quantising would shrink it.
+    """
+
+    unknown: dict[str, str]
+    bytes_saved: int
+
+
+def unweighed(before: Settings, facts: ModelFacts, base: Any) -> Unweighed | None:
+    """Return what is unknown of a base whose weights are not here; None where they are.
+
+    A value of the recipe depends on the weights if it changes with what is measured of them.
+
+    Args:
+        before: what is resolved before the model is read.
+        facts: scales of the base; not numbers, as they were not measured.
+        base: the base model, before a method wraps it.
+    """
+    if base.device.type != "meta" or has_weights(before.model.name, before.model.revision):
+        return None
+    one, two = (
+        with_recipe(before, replace(facts, embedding_std=x, embedding_norm=x, key_std=x), sharded=False).shown()
+        for x in (1.0, 2.0)
+    )
+    unknown = {name: UNKNOWN for name, value in one.items() if two[name] != value}
+    return Unweighed(unknown, quantised_savings(base, before.model.quantise))
 
 
 def plan_text(
@@ -31,6 +69,7 @@ def plan_text(
     config: PretrainedConfig,
     forward: Forward,
     accelerator: Accelerator,
+    unweighed: Unweighed | None = None,
 ) -> str:
     """Return the text of the plan: steps, tokens per step, parameters, and memory in MB.
 
@@ -42,9 +81,11 @@ def plan_text(
         config: the base's configuration.
         forward: makes micro-batches and computes them.
         accelerator: joins the processes that share weights and optimizer.
+        unweighed: of a base without weights; None: they are here.
     """
     sizes, lengths, flags = memory.counts(model), data.train.lengths, settings.flags
-    vocab_size, device = config.get_text_config().vocab_size, next(model.parameters()).device
+    vocab_size = config.get_text_config().vocab_size
+    device = accelerator.device if unweighed else next(model.parameters()).device
     batching = forward.training
     steps = [plan.examples(step).tolist() for step in range(min(plan.num_steps, STEPS_MEASURED))]
     rows = [row for indices in steps for row in batching.micro_batches(indices, lengths, 0, 1)]
@@ -66,6 +107,7 @@ def plan_text(
         mask_bytes=mask_bytes(forward, rows, lengths, settings),
         context_bytes=context_bytes(forward, config, settings.compute_dtype.itemsize),
         sharing=engines.sharing(engines.engine_of(accelerator), accelerator.num_processes),
+        bytes_saved=unweighed.bytes_saved if unweighed else 0,
     )
     parts = ", ".join(f"{name} {value:,.1f}" for name, value in estimate.items() if name != "total")
     share = sizes["trainable_parameters"] / sizes["total_parameters"]
@@ -78,8 +120,21 @@ def plan_text(
             f"  tokens per step      {tokens:,.0f} on average, {label_tokens:,.0f} of them labelled",
             f"  trained parameters   {sizes['trainable_parameters']:,} of {sizes['total_parameters']:,} ({share:.3%})",
             f"  memory per process   about {estimate['total']:,.0f} MB ({parts})",
+            *(unweighed_lines(unweighed, settings) if unweighed else []),
         ]
     )
+
+
+def unweighed_lines(unweighed: Unweighed, settings: Resolved) -> list[str]:
+    """Return the lines of a plan about a base whose weights are not here."""
+    name = settings.model.name
+    unknown = [*unweighed.unknown, "whether the weights can be loaded, and are finite"]
+    if settings.forward.packing:
+        unknown.append("whether packing is exact for this model, which a run finds out by a probe")
+    return [
+        f"  base model           {visible(name)} has no weights here: counted from its config.json",
+        f"  {UNKNOWN:<20} until they are there: {'; '.join(unknown)}",
+    ]
 
 
 def context_bytes(forward: Forward, config: PretrainedConfig, itemsize: int) -> int:

@@ -37,7 +37,7 @@ def choose_pair_forward(
     """Choose the packed forward pass if it is exact for this encoder–decoder, else PEFT's padded one.
 
     Args:
-        model: base with adapter; on the meta device where another process holds it.
+        model: base with adapter; on the meta device where another process holds it, or none does.
         method: the method that wrapped it.
         settings: plain values of the forward pass.
         accelerator: joins the run's processes.
@@ -53,8 +53,9 @@ def choose_pair_forward(
     if settings.packing:
         packed, reason = None, "weights are sharded"
         if not engines.is_sharded(engines.engine_of(accelerator)):
-            with autocast(base.device.type, dtype):
-                packed, reason = try_packed(model, method, decoder_start, dtype)
+            with autocast(accelerator.device.type, dtype):
+                try_it = assume_packed if base.device.type == "meta" else try_packed
+                packed, reason = try_it(model, method, decoder_start, dtype)
         if packed is not None:
             bound = row_bound(base, settings.max_tokens_per_microbatch)
             before_each = settings.num_virtual_tokens if method.prompt_kind == "embeddings" else 0
@@ -102,6 +103,19 @@ def row_bound(base: Any, wanted: int | None) -> int:
             "or use --packing False"
         )
     return min(wanted or ROW_TOKENS, positions)
+
+
+def assume_packed(
+    model: Any, method: Method, decoder_start: int, dtype: torch.dtype
+) -> tuple[PackedPairModel | None, str]:
+    """Return the packed model of a base without values, which can't be probed; else what in its structure forbids it.
+
+    Arguments are those of `try_packed`.
+    """
+    try:
+        return PackedPairModel(model, partial(method.soft_prompt, model), None, head=None), ""
+    except CannotPack as obstacle:
+        return None, str(obstacle)
 
 
 def try_packed(

@@ -83,7 +83,7 @@ def run(
 
     # Setup
     flags, given, adapter = adopt_adapter(flags, given)
-    config = base_model.load_base_config(settings.base_model_settings(flags))
+    config = base_model.load_base_config(settings.base_model_settings(flags), needs_weights=not flags.dry_run)
     before = settings.before_data(flags, given, config, adapter)
     saved = output.occupy_folder(before.output, guard)
     tracking.check_trackers(before.tracking)
@@ -104,7 +104,8 @@ def run(
     data, context, plan = inputs.data, inputs.context, inputs.plan
 
     # Model
-    base = (bases.take if bases else base_model.load_base)(before.model, config, tokenizer, accelerator)
+    load = base_model.load_or_count if flags.dry_run else bases.take if bases else base_model.load_base
+    base = load(before.model, config, tokenizer, accelerator)
     num_questions = 0 if is_sharded or flags.dry_run else flags.num_sample_answers
     questions = sample_answers.draw_questions(data, tokenizer, num_questions, before.data.seed)
     with autocast(accelerator.device.type, before.compute_dtype):
@@ -113,6 +114,7 @@ def run(
     # Method
     facts = engines.broadcast(model_facts(base, tokenizer, method.wants_keys))
     resolved = settings.with_recipe(before, facts, is_sharded)
+    unweighed = dry_run.unweighed(before, facts, base) if flags.dry_run else None
     torch.manual_seed(flags.seed)  # the same start on every process
     model = put_adapter_on(base, tokenizer, method, resolved.method_settings, adapter, before.model.revision)
     is_new = adapter is None and saved is None and not flags.dry_run
@@ -132,10 +134,10 @@ def run(
         starts = start.with_attended(starts, method, accelerator, chosen, data.train, plan)
         start.search_init(method, starts, accelerator, chosen, data.train, plan)
         resolved, rates = start.search_rate(resolved, saved, accelerator, chosen, data.train, plan)
-        shown, origins = resolved.shown(), resolved.origins
+        shown, origins = resolved.shown() | (unweighed.unknown if unweighed else {}), resolved.origins
         accelerator.print(hyperparameter_lines(method.title, shown, origins, resolved.recipe_sources))
         if flags.dry_run:
-            accelerator.print(dry_run.plan_text(resolved, data, plan, model, config, chosen, accelerator))
+            accelerator.print(dry_run.plan_text(resolved, data, plan, model, config, chosen, accelerator, unweighed))
             return None
 
         # Fit
