@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from open_instruct.model.shared_prefix import SoftPrompt
 
 
-# A decoder never read anything before its answers: on a T5 the longer the prompt, the worse the start. Measured here.
-MAX_BEFORE_DECODER = 5
+# A decoder never read anything before its answers: on a T5 the longer the prompt, the worse the start (measured here).
+MAX_BEFORE_DECODER = 2
 
 
 @dataclass(frozen=True)
