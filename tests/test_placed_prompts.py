@@ -281,7 +281,10 @@ def test_places_that_are_none_are_refused(flags, model, expected, train, tmp_pat
     assert run.code == 2 and expected in run.err and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("places", [None, [], "encoder", ["middle"], [1], [["encoder"]], {"encoder": 1}])
+@pytest.mark.parametrize(
+    "places",
+    [None, [], "encoder", ["middle"], [1], [["encoder"]], {"encoder": 1}, ["cross", "encoder"], ["cross", "cross"]],
+)
 def test_a_damaged_place_is_said(places, placed, tmp_path, capsys):
     folder = shutil.copytree(placed["prefix"], tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -43,9 +43,9 @@ def bad_places(settings: Mapping[str, Any]) -> str | None:
     theirs = PEFT_TYPES.get(settings["peft_type"])
     known = PLACES if theirs == "PREFIX_TUNING" else ("decoder",)
     places = settings.get(NAME)
-    if theirs is None or (isinstance(places, list) and places and all(place in known for place in places)):
+    if theirs is None or (isinstance(places, list) and places and places == [at for at in known if at in places]):
         return None
-    return f"its {NAME} is {places!r}, not a list of {', '.join(known)}"
+    return f"its {NAME} is {places!r}, not a list of {', '.join(known)} in this order"
 
 
 def put_prompt_on(model: Any, peft_type: str, places: Sequence[str], **values: Any) -> Any:
