@@ -267,6 +267,7 @@ BOTH = ["--use_lora", "--use_prompt_tuning"]
         (["--use_ia3", "--use_prompt_tuning"], "exclude each other"),
         ([*BOTH, "--adapter_name_or_path", "x"], "two methods are trained together as new adapters only"),
         ([*BOTH, "--new_tokens", "<a>"], "embeddings that LoRA does not change"),
+        ([*BOTH, "--modules_to_save", "lm_head"], "would save these modules with the soft prompt, too"),
         (["--use_lora", "--lora_learning_rate_ratio", "2"], "no soft prompt is trained with LoRA"),
         (["--use_p_tuning", "--lora_learning_rate_ratio", "2"], "has no meaning for p_tuning"),
         ([*BOTH, "--vera_rank", "3"], "has no meaning for lora and prompt_tuning"),
@@ -284,7 +285,6 @@ def test_flags_that_do_not_fit_are_refused(words, says):
     [
         ([], TINY_T5, "can't be trained together on an encoder–decoder"),
         (["--lora_target_modules", "embed_tokens", "q_proj"], TINY_MODEL, "names the embeddings of the input"),
-        (["--modules_to_save", "embed_tokens"], TINY_MODEL, "names the embeddings of the input"),
     ],
 )
 def test_models_and_modules_that_do_not_fit_are_refused(words, model, says, train):

@@ -113,6 +113,13 @@ def bad_bias(flags: Any) -> str | None:
     return None
 
 
+def bad_full_modules(flags: Any) -> str | None:
+    """Refuse modules that are trained in full where two adapters would both save them."""
+    if len(flags.methods) < 2:
+        return None
+    return "PEFT would save these modules with the soft prompt, too: drop it, or name them in --lora_target_modules"
+
+
 def bad_ratio(flags: Any) -> str | None:
     """Refuse a ratio of two rates where there is one."""
     if len(flags.methods) > 1:

@@ -261,6 +261,7 @@ class MethodFlags:
         None,
         "names of modules that are trained in full beside LoRA, and saved with it, such as lm_head",
         methods=LORA,
+        check=lora_checks.bad_full_modules,
         on_resume="same",
     )
     new_tokens: list[str] | None = flag(

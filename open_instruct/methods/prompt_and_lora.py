@@ -84,8 +84,8 @@ class PromptAndLora(Method):
         lora: Any = self.lora.wrap(model, tokenizer, settings)
         if changes_embeddings(model, lora.active_adapter):
             raise InputError(
-                "--lora_target_modules or --modules_to_save names the embeddings of the input, which PEFT reads "
-                "unchanged behind a soft prompt: name other modules, or train LoRA alone"
+                "--lora_target_modules names the embeddings of the input, which PEFT reads unchanged behind a soft "
+                "prompt: name other modules, or train LoRA alone"
             )
         return prompt_over_lora(prompt, lora)
 
