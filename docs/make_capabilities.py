@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from open_instruct.methods import METHODS, PEFT_LAYERS, Feature
+from open_instruct.methods import COMBINED, METHODS, PEFT_LAYERS, Feature
 from open_instruct.methods.lora import VARIANT_OBSTACLES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +29,7 @@ def render() -> str:
     quantised = [method for method in PEFT_LAYERS.values() if Feature.FOUR_BITS not in method.obstacles]
     others = next(method for method in PEFT_LAYERS.values() if method not in quantised)
     rows = {method.title: method.obstacles for method in METHODS.values()}
+    rows |= {method.title: method.obstacles for method in COMBINED.values() if not method.quantises_base}
     rows[f"{', '.join(method.title for method in quantised)} ([peft.md](peft.md))"] = quantised[0].obstacles
     rows["PEFT's other layer methods ([peft_methods.md](peft_methods.md))"] = others.obstacles
     for title, obstacles in rows.items():

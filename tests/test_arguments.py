@@ -101,7 +101,8 @@ def test_bad_configurations_are_named(tmp_path, text, says):
 @pytest.mark.parametrize(
     "words, says",
     [
-        (["--use_lora", "--use_prompt_tuning"], "--use_lora and --use_prompt_tuning exclude each other"),
+        (["--use_lora", "--use_ia3"], "--use_lora and --use_ia3 exclude each other"),
+        (["--use_lora", "--use_p_tuning", "--use_prompt_tuning"], "choose one method, or LoRA and a soft prompt"),
         (["--dataset_name", "d"], "--train_file and --dataset_name"),
         (
             ["--use_prompt_tuning", "--num_virtual_tokens", "-3"],

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from open_instruct.adapters import loaded
-from open_instruct.adapters.folders import BaseChanges, read_folder
+from open_instruct.adapters.base_changes import BaseChanges
+from open_instruct.adapters.folders import read_folder
 from open_instruct.adapters.generation import check_generation, greedy_answers
 from open_instruct.adapters.loaded import Adapters, load_adapted_base
 from open_instruct.errors import InputError

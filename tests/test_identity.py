@@ -172,6 +172,8 @@ def beside(name: str, flags: dict[str, list[str]]) -> dict[str, list[str]]:
     """Common flags without those that the flag excludes, and with the method that it needs."""
     methods = FIELDS[name].metadata["methods"]
     chosen = {} if name in METHOD_FLAGS or name == "adapter_name_or_path" else {f"use_{[*methods, 'lora'][0]}": []}
+    if name == "lora_learning_rate_ratio":
+        chosen["use_prompt_tuning"] = []  # trained together
     if name in ("distill_loss", "distill_weight"):
         chosen["distill_context"] = ["{context}"]
     if name in ("template", "all_templates", "shots"):

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from open_instruct.data import packing
 from open_instruct.flags import default_values
-from open_instruct.methods import METHODS
+from open_instruct.methods import COMBINED, METHODS
 from open_instruct.model.backends import BACKENDS
 from open_instruct.model.training_model import PackedModel, PaddedModel, TrainingModel
 
@@ -57,7 +57,7 @@ def random_model(architecture: str) -> Any:
 
 def wrap(variant: str, base: Any) -> tuple[Any, Any]:
     """Return (adapted model that is not at its neutral start, its method)."""
-    method = METHODS["prefix_tuning" if variant == "projected prefix" else variant]
+    method = {**METHODS, **COMBINED}["prefix_tuning" if variant == "projected prefix" else variant]
     tokenizer = SimpleNamespace(
         all_special_ids=[0], added_tokens_decoder={}, get_vocab=lambda: {str(i): i for i in range(VOCAB)}
     )

@@ -10,16 +10,18 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from open_instruct.adapters.base_changes import BaseChanges, same_base
 from open_instruct.errors import InputError, input_faults, one_line, warn
 from open_instruct.files import check_path, check_readable
 from open_instruct.flags import FIELDS
-from open_instruct.methods import METHODS, Method, method_of_type, placement
+from open_instruct.methods import METHODS, Method, method_of_pair, method_of_type, placement
+from open_instruct.methods.prompt_and_lora import PARTS
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -32,31 +34,6 @@ TEXTS = ("base_model_name_or_path", "revision")  # values of adapter_config.json
 
 
 @dataclass(frozen=True)
-class BaseChanges:
-    """What makes a base out of a named model: the values of three flags of the run; None: not given."""
-
-    model_revision: str | None = None
-    config_name: str | None = None
-    additional_model_arguments: str | None = None
-
-    def text(self) -> str:
-        """Return the flags as words of a command line."""
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        return " ".join(f"--{name} {value}" for name, value in given.items()) or "without further flags"
-
-    def same(self, other: BaseChanges) -> bool:
-        """Whether two of them make the same base: JSON objects are compared by content."""
-        return self.comparable() == other.comparable()
-
-    def comparable(self) -> tuple[Any, ...]:
-        """Return values that are equal where two bases are."""
-        from open_instruct.model.configuration import canonical  # imports torch
-
-        revision = None if self.model_revision == "main" else self.model_revision
-        return revision, self.config_name, canonical(self.additional_model_arguments)
-
-
-@dataclass(frozen=True)
 class AdapterFolder:
     """An adapter on disk.
 
@@ -64,11 +41,20 @@ class AdapterFolder:
         name: how the user refers to it.
         path: its folder.
         settings: content of its `adapter_config.json`.
+        part: sub-folder of its files, where a soft prompt and LoRA were trained together.
+        lora: of such a soft prompt, the LoRA.
     """
 
     name: str
     path: Path
     settings: dict[str, Any]
+    part: str = ""
+    lora: AdapterFolder | None = None
+
+    @property
+    def files(self) -> Path:
+        """Folder of its files in PEFT's format."""
+        return self.path / self.part
 
     @property
     def peft_type(self) -> str:
@@ -83,7 +69,7 @@ class AdapterFolder:
     @property
     def method(self) -> Method | None:
         """The method that makes such adapters; None where this project knows none."""
-        return method_of_type(self.peft_type)
+        return method_of_pair(self.peft_type, self.lora.peft_type) if self.lora else method_of_type(self.peft_type)
 
     @cached_property
     def config(self) -> PeftConfig:
@@ -94,12 +80,12 @@ class AdapterFolder:
         """
         from peft import PeftConfig
 
-        with input_faults(f"adapter {self.name} ({self.path / CONFIG})", REPAIR):
+        with input_faults(f"adapter {self.name} ({self.files / CONFIG})", REPAIR):
             if self.is_own:
                 from open_instruct.model.placed_prompts import config_of
 
                 return config_of(self.settings)
-            return PeftConfig.from_pretrained(str(self.path))
+            return PeftConfig.from_pretrained(str(self.files))
 
     @property
     def title(self) -> str:
@@ -207,14 +193,15 @@ def parse_adapters(words: Sequence[str] | None) -> list[AdapterFolder]:
 
 
 def read_folder(name: str, source: str) -> AdapterFolder:
-    """Read an adapter's settings.
+    """Read an adapter's settings, or those of a soft prompt and LoRA that were trained together.
 
     Args:
         name: how the user refers to it.
         source: a folder, or a repository on the Hub, which is downloaded.
 
     Raises:
-        InputError: there is no such folder, or no adapter in it, or it has its weights only as pickle.
+        InputError: there is no such folder, or no adapter in it, or it has its weights only as pickle; or two adapters
+            are no soft prompt and LoRA on one base.
     """
     path = Path(source)
     if not path.is_dir():
@@ -222,21 +209,38 @@ def read_folder(name: str, source: str) -> AdapterFolder:
             raise InputError(f"no such adapter folder: {source}")
         path = download(source)
     check_readable(path)
-    if not (path / CONFIG).is_file():
+    if (path / CONFIG).is_file() or not all((path / part).is_dir() for part in PARTS):
+        return read_part(name, path, source)
+    prompt, lora = (read_part(name, path, f"{source}/{part}", part) for part in PARTS)
+    pair = replace(prompt, lora=lora)
+    bases = [adapter.trained_base or "" for adapter in (prompt, lora)]
+    if pair.method is None or not same_base(*bases):
+        both = " and ".join(f"{adapter.part} ({adapter.peft_type})" for adapter in (prompt, lora))
+        raise InputError(
+            f"adapter folder {source} holds {both}, which are no soft prompt and LoRA that were trained together: name "
+            "one of these sub-folders"
+        )
+    return pair
+
+
+def read_part(name: str, path: Path, source: str, part: str = "") -> AdapterFolder:
+    """Read the settings of one adapter of PEFT; see `read_folder`, and `AdapterFolder` for `part`."""
+    files = path / part
+    if not (files / CONFIG).is_file():
         hint = (
             "it holds a full model, which is a base: use --model_name_or_path"
-            if (path / "config.json").is_file()
+            if (files / "config.json").is_file()
             else "name the folder that a run saved into"
         )
         raise InputError(f"adapter folder {source} has no {CONFIG}: {hint}")
-    if not (path / WEIGHTS).is_file():
-        if (path / "adapter_model.bin").is_file():
+    if not (files / WEIGHTS).is_file():
+        if (files / "adapter_model.bin").is_file():
             raise InputError(
                 f"adapter folder {source} has its weights only as pickle (adapter_model.bin), and loading one can run "
                 "code that is in it: convert it to safetensors where you trust it"
             )
         raise InputError(f"adapter folder {source} has no {WEIGHTS}: it is incomplete")
-    return AdapterFolder(name, path, read_settings(path / CONFIG, source))
+    return AdapterFolder(name, path, read_settings(files / CONFIG, source), part)
 
 
 def read_settings(path: Path, source: str) -> dict[str, Any]:
@@ -270,8 +274,9 @@ def download(name: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.jinja", "*.model", WEIGHTS, *(f"{part}/{WEIGHTS}" for part in PARTS)]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", WEIGHTS]))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the Hub's client raises dozens of types; each means that there is no adapter to use
         raise InputError(unreadable(name, error)) from error
 
@@ -310,25 +315,6 @@ def base_name(requested: str | None, folders: Sequence[AdapterFolder], any_base:
                 "give that one, or --any_base if both are one model under two names"
             )
     return requested
-
-
-def same_base(first: str, second: str) -> bool:
-    """Return whether two names mean the same base.
-
-    They do if they are the same folder, if two folders have equal content, or, where one has moved, if their last parts
-    are equal.
-    """
-    folders = Path(first), Path(second)
-    if first == second:
-        return True
-    if all(folder.is_dir() for folder in folders):
-        if folders[0].resolve() == folders[1].resolve():
-            return True
-        from open_instruct.model import loading  # imports torch, and only two copies of a model come this far
-
-        keys = [loading.weights_key(name, loading.load_config(name)) for name in (first, second)]
-        return keys[0] == keys[1]
-    return folders[0].name.lower() == folders[1].name.lower()
 
 
 def quantisation(folders: Sequence[AdapterFolder], stated: str | None = None) -> str | None:
@@ -382,7 +368,7 @@ def check_mergeable(folders: Sequence[AdapterFolder], output: str) -> None:
                 f"adapter {folder.name} was trained behind a hard prompt, which a merged checkpoint does not hold: use "
                 "the adapter as it is, with generate_peft.py and evaluate_peft.py"
             )
-    into_weights = [folder for folder in folders if folder.method and folder.method.merges_into == "weights"]
+    into_weights = [folder for folder in folders if folder.method and folder.method.merges_into != "tokens"]
     if len(folders) > 1 and into_weights:
         names = ", ".join(f"{folder.name} ({folder.title})" for folder in into_weights)
         raise InputError(

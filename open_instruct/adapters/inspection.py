@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from open_instruct.adapters.folders import AdapterFolder, check_prompt, parse_adapters
+from open_instruct.adapters.folders import BASE, AdapterFolder, check_prompt, parse_adapters
 from open_instruct.adapters.question_forms import form_of_questions
 from open_instruct.adapters.served import Served, load
 from open_instruct.data import questions, reading
@@ -83,6 +83,7 @@ def inspect(
     if folder.prompt_kind == "keys_values":
         result |= prefix_norms(model)
         if prompts:
+            served.adapters.use(BASE)
             result["base_norms"] = base_norms(base, prompts)
     else:
         result |= embedding_figures(served, folder, neighbours)
@@ -158,7 +159,8 @@ def drift(folder: AdapterFolder, start: torch.Tensor, broken: list[str]) -> list
     found = [path for path in folder.path.glob("checkpoints/step_*/trained.safetensors") if step_at(path) is not None]
     for path in sorted(found, key=lambda path: step_at(path) or 0):
         try:
-            tensors = list(read_tensors(path, "checkpoint", "its step is left out").values())
+            read = read_tensors(path, "checkpoint", "its step is left out")
+            tensors = [tensor for name, tensor in read.items() if "prompt_encoder" in name.split(".")]
         except InputError as error:
             broken.append(str(error))
             continue

@@ -19,7 +19,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from open_instruct.adapters.folders import BASE, CONFIG, REPAIR, WEIGHTS, AdapterFolder, BaseChanges, quantisation
+from open_instruct.adapters.base_changes import BaseChanges
+from open_instruct.adapters.folders import BASE, CONFIG, REPAIR, WEIGHTS, AdapterFolder, quantisation
 from open_instruct.adapters.generation import check_generation
 from open_instruct.errors import InputError, input_faults, one_line, warn
 from open_instruct.methods import METHODS, PEFT_LAYERS, peft_configuration, placement
@@ -30,6 +31,7 @@ from open_instruct.model.configuration import parse_arguments
 from open_instruct.model.fit import try_out
 from open_instruct.model.new_tokens import grow_vocabulary, sources_of
 from open_instruct.model.placed_prompts import load_placed, prefix_width
+from open_instruct.model.prompt_over_lora import changes_embeddings, has_adapter
 from open_instruct.model.weights import check_tensor_names, misfit, missing_parts, read_tensors
 
 
@@ -52,6 +54,7 @@ class Adapters:
         self.models: dict[str, Any] = {BASE: base}
         # The names inside PEFT, which allows no dots, and mistakes some names for parts of its own.
         self.keys: dict[str, str] = {}
+        self.loras: dict[str, Any] = {}  # the LoRA of a soft prompt that was trained with one
         plain_first = sorted(folders, key=lambda folder: not (folder.method and folder.method.wants_plain_layers))
         for folder in plain_first:
             if folder.method is None:
@@ -60,8 +63,15 @@ class Adapters:
                 raise InputError(
                     f"adapter {folder.name} is {folder.title}, which can't be used here: known are {known}"
                 )
-            self.keys[folder.name] = f"adapter_{len(self.keys)}"
-            self.models[folder.name] = put_on(folder, base, self.keys[folder.name])
+            key = self.keys[folder.name] = f"adapter_{len(self.keys)}"
+            if folder.lora:
+                self.loras[folder.name] = put_on(folder.lora, base, key)
+                if changes_embeddings(base, key):
+                    raise InputError(
+                        f"adapter {folder.name}: its LoRA changes the embeddings of the input, which PEFT reads "
+                        "unchanged behind a soft prompt: it can't be used here"
+                    )
+            self.models[folder.name] = put_on(folder, base, key)
         is_loaded = not any(parameter.is_meta for parameter in base.parameters())
         if is_loaded:
             try_out(
@@ -84,17 +94,13 @@ class Adapters:
             raise InputError(f"no adapter {name!r}: there are {', '.join(self.models)}")
         key = self.keys.get(name, "")
         for module in self.base.modules():
-            if isinstance(module, BaseTunerLayer):
-                has_adapter = any(key in getattr(module, part) for part in module.adapter_layer_names)
-                if has_adapter:
-                    module.set_adapter(key)
-            elif isinstance(module, AuxiliaryTrainingWrapper):  # a layer of the base that an adapter replaces
-                has_adapter = key in module._adapters
-                if has_adapter:
-                    module.set_adapter([key])
-            else:
+            is_layer = isinstance(module, BaseTunerLayer)
+            if not is_layer and not isinstance(module, AuxiliaryTrainingWrapper):
                 continue
-            module.enable_adapters(has_adapter)
+            belongs = has_adapter(module, key)
+            if belongs:  # an AuxiliaryTrainingWrapper is a layer of the base that an adapter replaces
+                module.set_adapter(key if is_layer else [key])
+            module.enable_adapters(belongs)
             module.requires_grad_(False)
         return self.models[name]
 
@@ -118,10 +124,10 @@ def put_on(folder: AdapterFolder, base: Any, key: str) -> Any:
     remedy = f"give the base that it was trained on, not {name_of(base)}, or another copy of it"
     with input_faults(what, remedy), needed_packages(what), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT only warns of what is missing
-        model = PeftModel.from_pretrained(base, str(folder.path), adapter_name=key)
+        model = PeftModel.from_pretrained(base, str(folder.files), adapter_name=key)
         # `from_pretrained` drops the report of what did not fit. Loading again gives it, and costs little.
         report = model.load_adapter(
-            str(folder.path), key, key_mapping=getattr(base, "_checkpoint_conversion_mapping", {})
+            str(folder.files), key, key_mapping=getattr(base, "_checkpoint_conversion_mapping", {})
         )
     if not folder.prompt_kind:  # of soft prompts, `read_weights` has compared names
         problem = misfit(missing_parts(model, report.missing_keys), report.unexpected_keys)
@@ -149,7 +155,7 @@ def read_weights(folder: AdapterFolder, base: Any) -> dict[str, torch.Tensor]:
     Raises:
         InputError: they are damaged or not finite, or are a soft prompt that does not fit the base.
     """
-    weights = read_tensors(folder.path / WEIGHTS, f"adapter {folder.name}", "copy the adapter again, or train it anew")
+    weights = read_tensors(folder.files / WEIGHTS, f"adapter {folder.name}", "copy the adapter again, or train it anew")
     if folder.prompt_kind:
         check_tensor_names(weights, ["prompt_embeddings"], f"adapter {folder.name}", "give a file that PEFT wrote")
         check_shape(folder, base, tuple(weights["prompt_embeddings"].shape))
@@ -299,7 +305,7 @@ def trained_tokens(folder: AdapterFolder) -> list[int]:
     """Return the ids of the tokens whose rows an adapter trains (PEFT's `trainable_token_indices`), sorted."""
     indices = folder.settings.get("trainable_token_indices") or []
     lists = indices.values() if isinstance(indices, dict) else [indices]
-    with input_faults(f"adapter {folder.name} ({folder.path / CONFIG})", REPAIR):
+    with input_faults(f"adapter {folder.name} ({folder.files / CONFIG})", REPAIR):
         return sorted({int(index) for ids in lists for index in ids})
 
 

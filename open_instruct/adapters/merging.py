@@ -246,7 +246,7 @@ def merged_model(
     The base inside `adapters` becomes that model.
 
     Args:
-        adapters: one that changes weights, or soft prompts of embeddings.
+        adapters: one that changes weights, soft prompts, or one soft prompt with LoRA.
         tokenizer: the base's; it gets the new tokens.
         templates: chat template of each adapter.
     """
@@ -255,16 +255,19 @@ def merged_model(
     if any(getattr(settings, name, None) not in (None, 1.0, 0, 50) for name in ("temperature", "top_p", "top_k")):
         settings.do_sample = True  # what such values mean; transformers refuses to save them without it
     settings.eos_token_id = turn_ends(adapters.base, tokenizer)[0]  # stop where training taught the adapter to stop
-    method = folders[0].method
-    if method is not None and method.merges_into == "weights":
-        model = adapters.use(folders[0].name)
+    name, method = folders[0].name, folders[0].method
+    if method is not None and method.merges_into != "tokens":
+        model = adapters.use(name)
+        model = adapters.loras.get(name, model)
         assert isinstance(model, PeftModel)
         untie(adapters.base)
         is_tied = adapters.base.config.tie_word_embeddings
-        with input_faults(f"adapter {folders[0].name} ({method.title})", "it can't be merged here; serve it with PEFT"):
+        with input_faults(f"adapter {name} ({method.title})", "it can't be merged here; serve it with PEFT"):
             merged = model.merge_and_unload(safe_merge=True)
         merged.config.tie_word_embeddings = is_tied  # PEFT 0.21 unties T5Gemma in name only
-        return merged, []
+        if not folders[0].prompt_kind:
+            return merged, []
+        assert merged is adapters.base  # which the soft prompt's tokens come into
     if adapters.base.config.is_encoder_decoder:
         folder = folders[0]
         new = prompt_tokens.add_tokens(tokenizer, folder.name, folder.num_virtual_tokens)

@@ -255,7 +255,7 @@ def check_biases(folders: Sequence[AdapterFolder]) -> None:
         InputError: naming one.
     """
     for folder in folders:
-        if folder.settings.get("bias", "none") != "none":
+        if any(part.settings.get("bias", "none") != "none" for part in (folder, folder.lora) if part):
             raise InputError(
                 f"adapter {folder.name} trains the base's biases, so no other could share the base: "
                 "merge it with merge_peft.py, and use that"

@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from open_instruct.adapters import merging
-from open_instruct.adapters.folders import AdapterFolder, BaseChanges, quantisation
+from open_instruct.adapters.base_changes import BaseChanges
+from open_instruct.adapters.folders import AdapterFolder, quantisation
 from open_instruct.adapters.generation import Sampling, seed_of, turn_ends
 from open_instruct.errors import InputError
 from open_instruct.serving.checkpoint import read_prefixes, read_tokens
@@ -36,7 +37,7 @@ def check_engine(folders: Sequence[AdapterFolder]) -> None:
     if importlib.util.find_spec("vllm") is None:
         raise InputError("--engine vllm: vLLM is not installed in this environment: pip install vllm, or leave it out")
     for folder in folders:
-        if folder.prompt_kind:
+        if folder.prompt_kind and not folder.lora:  # which would change the base that the others share
             continue
         if not (folder.method and folder.method.known_to_vllm) or any(map(folder.settings.get, BEYOND_LORA)):
             raise InputError(

@@ -7,7 +7,7 @@ default is None is filled by the method's recipe (`open_instruct/methods`). Flag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, fields
 from typing import Any
 
@@ -37,11 +37,17 @@ class Flags(ModelFlags, DataFlags, MethodFlags, DistillationFlags, OptimizationF
     """All flags of `finetune_peft.py`, flat, as they were given. Nothing writes to them."""
 
     @property
-    def method(self) -> str:
-        """Name of the chosen method, a key of `methods.METHODS`."""
+    def methods(self) -> tuple[str, ...]:
+        """Names of the chosen methods; more than one are trained together, or exclude each other."""
         chosen = [name for name in METHOD_FLAGS if getattr(self, name)]
         included = {FIELDS[name].metadata["includes"] for name in chosen}
-        return next((FIELDS[name].metadata["chooses"] for name in chosen if name not in included), "full")
+        return tuple(FIELDS[name].metadata["chooses"] for name in chosen if name not in included) or ("full",)
+
+    @property
+    def method(self) -> str:
+        """Name of the chosen method, a key of `methods.METHODS`, or of the two that are trained together."""
+        names = self.methods
+        return next((name for name, pair in JOINED.items() if set(pair) == set(names)), names[0])
 
 
 FIELDS: dict[str, Field[Any]] = {item.name: item for item in fields(Flags)}
@@ -49,12 +55,23 @@ ALIASES = {alias: name for name, item in FIELDS.items() for alias in item.metada
 METHOD_FLAGS = tuple(name for name, item in FIELDS.items() if item.metadata["chooses"])
 METHOD_NAMES = ("full", *(FIELDS[name].metadata["chooses"] for name in METHOD_FLAGS))
 CHOSEN_BY = {FIELDS[name].metadata["chooses"]: name for name in METHOD_FLAGS}  # method → its flag
+JOINED = {  # name of two methods that are trained together → their names
+    f"{other}_and_{item.metadata['chooses']}": (other, item.metadata["chooses"])
+    for item in FIELDS.values()
+    for other in item.metadata["joins"]
+}
 DATA_SOURCES = ("train_file", "dataset_name", "dataset_mixer", "dataset_mixer_list")
 
 
 def names_with(fact: str, value: Any = True) -> tuple[str, ...]:
     """Return the names of the flags whose `fact` (an argument of `flag`) equals `value`, in their order."""
     return tuple(name for name, item in FIELDS.items() if item.metadata[fact] == value)
+
+
+def belongs(name: str, methods: Sequence[str]) -> bool:
+    """Return whether a flag has a meaning for one of these methods."""
+    own = FIELDS[name].metadata["methods"]
+    return not own or bool(set(own) & set(methods))
 
 
 def default_values(**changes: Any) -> dict[str, Any]:
@@ -75,9 +92,9 @@ def check_flags(flags: Flags, given: Mapping[str, str]) -> None:
     problems = []
     chosen = {name for name in METHOD_FLAGS if getattr(flags, name)}
     exclusive = chosen - {FIELDS[name].metadata["includes"] for name in chosen}
-    if len(exclusive) > 1:
+    if len(exclusive) > 1 and flags.method not in JOINED:
         named = " and ".join(f"--{name}" for name in METHOD_FLAGS if name in exclusive)
-        problems.append(f"{named} exclude each other: choose one method")
+        problems.append(f"{named} exclude each other: choose one method, or LoRA and a soft prompt")
     if not flags.model_name_or_path and not flags.adapter_name_or_path:
         problems.append("--model_name_or_path is missing: give a local folder or a name on the Hub")
     sources = [name for name in DATA_SOURCES if getattr(flags, name)]
@@ -87,7 +104,7 @@ def check_flags(flags: Flags, given: Mapping[str, str]) -> None:
             f"exactly one source of training data is needed ({seen}): use --train_file, --dataset_name or "
             "--dataset_mixer_list"
         )
-    known_method = None if flags.adapter_name_or_path and not chosen else flags.method
-    problems += problems_of(flags, FIELDS.values(), given, known_method)
+    known_methods = None if flags.adapter_name_or_path and not chosen else flags.methods
+    problems += problems_of(flags, FIELDS.values(), given, known_methods)
     if problems:
         raise InputError("; ".join(problems))

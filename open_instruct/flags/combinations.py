@@ -241,6 +241,13 @@ def starts_from_adapter(flags: Any) -> str | None:
     return "the trained adapter is the start: remove it" if flags.adapter_name_or_path else None
 
 
+def continues_two(flags: Any) -> str | None:
+    """Refuse to continue an adapter where two new ones are trained together."""
+    if len(flags.methods) < 2:
+        return None
+    return "two methods are trained together as new adapters only: drop it, or choose one method"
+
+
 def another_name(flags: Any, older: str, newer: str) -> str | None:
     """Refuse two different values under an older and a newer name of one flag."""
     if getattr(flags, older) == getattr(flags, newer):

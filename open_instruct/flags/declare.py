@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ def flag(
     below: float | None = None,
     chooses: str | None = None,
     includes: str | None = None,
+    joins: tuple[str, ...] = (),
     methods: tuple[str, ...] = (),
     needs: str | None = None,
     warns_without: str | None = None,
@@ -48,6 +49,7 @@ def flag(
         below: bound that the value must stay under.
         chooses: fine-tuning method that the flag chooses.
         includes: another flag that chooses a method and may be given beside this one.
+        joins: methods of other flags, any one of which is trained together with this one's where both flags are given.
         methods: methods that the flag belongs to; empty: all. With another method it is refused.
         needs: flag without which this one has no effect, and is refused.
         warns_without: flag without which this one has no effect, as a warning says: commands of open-instruct give it.
@@ -116,14 +118,16 @@ def unusable_text(value: Any, several_lines: bool = False) -> str | None:
     return None
 
 
-def problems_of(flags: Any, fields: Iterable[Field[Any]], given: Mapping[str, str], method: str | None) -> list[str]:
+def problems_of(
+    flags: Any, fields: Iterable[Field[Any]], given: Mapping[str, str], methods: Sequence[str] | None
+) -> list[str]:
     """Return every problem of a flag with its value, with the method, or with other flags.
 
     Args:
         flags: the values.
         fields: declarations of the flags.
         given: the given flags, with their origin.
-        method: the chosen method; None if it is not known yet.
+        methods: the chosen method, or the two that are trained together; None if they are not known yet.
     """
     problems = []
     for item in fields:
@@ -135,9 +139,9 @@ def problems_of(flags: Any, fields: Iterable[Field[Any]], given: Mapping[str, st
             continue
         if name not in given or value is None or value is False:
             continue
-        if facts["methods"] and method is not None and method not in facts["methods"]:
+        if facts["methods"] and methods is not None and not set(methods) & set(facts["methods"]):
             choices = " or ".join(f"--use_{choice}" for choice in facts["methods"])
-            problems.append(f"--{name} has no meaning for {method}: remove it, or choose {choices}")
+            problems.append(f"--{name} has no meaning for {' and '.join(methods)}: remove it, or choose {choices}")
             continue
         if facts["needs"] and not getattr(flags, facts["needs"]):
             problems.append(f"--{name} has no effect without --{facts['needs']}: remove it, or set that flag")

@@ -113,6 +113,20 @@ def bad_bias(flags: Any) -> str | None:
     return None
 
 
+def bad_full_modules(flags: Any) -> str | None:
+    """Refuse modules that are trained in full where two adapters would both save them."""
+    if len(flags.methods) < 2:
+        return None
+    return "PEFT would save these modules with the soft prompt, too: drop it, or name them in --lora_target_modules"
+
+
+def bad_ratio(flags: Any) -> str | None:
+    """Refuse a ratio of two rates where there is one."""
+    if len(flags.methods) > 1:
+        return None
+    return "no soft prompt is trained with LoRA: remove it, and set --learning_rate"
+
+
 def starts_of_tokens(words: Sequence[str]) -> dict[str, str | None]:
     """Return the tokens that words of --new_tokens name (TOKEN, or TOKEN=TEXT), each with the text of its start.
 
@@ -134,6 +148,8 @@ def bad_new_tokens(flags: Any) -> str | None:
     """Refuse words that name no new tokens, and tokens beside what trains their rows already."""
     if flags.adapter_name_or_path:
         return "a trained adapter has the tokens that it has: remove it, or merge the adapter and train on the result"
+    if len(flags.methods) > 1:
+        return "PEFT puts a soft prompt before embeddings that LoRA does not change: drop it, or the soft prompt"
     try:
         starts_of_tokens(flags.new_tokens)
     except ValueError as error:

@@ -22,13 +22,19 @@ class MethodFlags:
     """The fine-tuning method. Without any of the use_ flags it is full fine-tuning."""
 
     use_lora: bool = flag(
-        False, "LoRA: low-rank updates of the linear layers", chooses="lora", in_study="decided", on_resume="content"
+        False,
+        "LoRA: low-rank updates of the linear layers; beside a soft prompt's flag both are trained together",
+        chooses="lora",
+        joins=SOFT_PROMPTS,
+        in_study="decided",
+        on_resume="content",
     )
     use_qlora: bool = flag(
         False,
         "LoRA on a base quantised to 4 bits (needs the quant extra)",
         chooses="qlora",
         includes="use_lora",
+        joins=SOFT_PROMPTS,
         in_study="decided",
         on_resume="content",
     )
@@ -78,6 +84,7 @@ class MethodFlags:
         None,
         "trained adapter in PEFT's format whose training continues; unset: a new adapter. Its method, size and base "
         "are used where no flag names them",
+        check=checks.continues_two,
         in_study="decided",
         on_resume="content",
     )
@@ -240,10 +247,21 @@ class MethodFlags:
         methods=LORA,
         on_resume="same",
     )
+    lora_learning_rate_ratio: float | None = flag(
+        None,
+        "LoRA's learning rate, as a multiple of the soft prompt's (--learning_rate), where both are trained together; "
+        "unset: that of their recipes",
+        above=0,
+        at_most=10**4,
+        methods=LORA,
+        check=lora_checks.bad_ratio,
+        on_resume="same",
+    )
     modules_to_save: list[str] | None = flag(
         None,
         "names of modules that are trained in full beside LoRA, and saved with it, such as lm_head",
         methods=LORA,
+        check=lora_checks.bad_full_modules,
         on_resume="same",
     )
     new_tokens: list[str] | None = flag(

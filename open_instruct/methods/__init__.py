@@ -1,5 +1,6 @@
 """The fine-tuning methods, one module each, and their registry."""
 
+from open_instruct.flags import JOINED
 from open_instruct.methods.base import Method, Recipe
 from open_instruct.methods.facts import ModelFacts, model_facts
 from open_instruct.methods.features import Feature
@@ -9,6 +10,7 @@ from open_instruct.methods.lora import Lora, QLora
 from open_instruct.methods.p_tuning import PTuning
 from open_instruct.methods.peft_layers import PEFT_LAYERS, PeftLayers
 from open_instruct.methods.prefix_tuning import PrefixTuning
+from open_instruct.methods.prompt_and_lora import PromptAndLora
 from open_instruct.methods.prompt_tuning import PromptTuning
 from open_instruct.methods.vera import Vera
 
@@ -17,19 +19,25 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (Full(), Lora(), QLora(), PrefixTuning(), PromptTuning(), PTuning(), Ia3(), Vera())
 }
+LORAS: dict[str, Lora] = {method.name: method for method in (Lora(), QLora())}
+# A soft prompt and LoRA, which the flags of both choose together.
+COMBINED = {name: PromptAndLora(name, METHODS[prompt], LORAS[lora]) for name, (prompt, lora) in JOINED.items()}
 
 
 def method_of(name: str, peft_config: str | None = None) -> Method:
     """Return the method that flags choose.
 
     Args:
-        name: value of `Flags.method`: a key of `METHODS`, or the name of those that a configuration chooses.
+        name: value of `Flags.method`: a key of `METHODS` or `COMBINED`, or the name of those that a configuration
+            chooses.
         peft_config: value of --peft_config.
 
     Raises:
         InputError: the configuration can't be used.
     """
-    return PeftLayers.of_file(str(peft_config)) if name == PeftLayers.name else METHODS[name]
+    if name == PeftLayers.name:
+        return PeftLayers.of_file(str(peft_config))
+    return COMBINED[name] if name in COMBINED else METHODS[name]
 
 
 def method_of_type(peft_type: str) -> Method | None:
@@ -38,7 +46,18 @@ def method_of_type(peft_type: str) -> Method | None:
     return min(makers, key=lambda method: method.quantises_base is not None, default=None)
 
 
+def method_of_pair(prompt_type: str, lora_type: str) -> Method | None:
+    """Return the method that makes a soft prompt and LoRA of two PEFT types together, or None; see `method_of_type`."""
+    makers = [
+        method
+        for method in COMBINED.values()
+        if prompt_type in method.prompt.peft_types and lora_type in method.lora.peft_types
+    ]
+    return min(makers, key=lambda method: method.quantises_base is not None, default=None)
+
+
 __all__ = [
+    "COMBINED",
     "METHODS",
     "PEFT_LAYERS",
     "Feature",
@@ -46,6 +65,7 @@ __all__ = [
     "ModelFacts",
     "Recipe",
     "method_of",
+    "method_of_pair",
     "method_of_type",
     "model_facts",
 ]

@@ -39,6 +39,7 @@ class Recipe:
     warmup_ratio: float
     sources: str
     init: str | None = None  # of a soft prompt: value of the method's `init_flag`
+    lora_learning_rate_ratio: float | None = None  # where LoRA is trained beside a soft prompt
     lr_scheduler_type: str = "linear"
     weight_decay: float = 0.0
     clip_grad_norm: float = 1.0
@@ -57,6 +58,8 @@ class Recipe:
             "weight_decay": self.weight_decay,
             "clip_grad_norm": self.clip_grad_norm,
         }
+        if self.lora_learning_rate_ratio is not None:
+            values["lora_learning_rate_ratio"] = self.lora_learning_rate_ratio
         if init_flag:
             values[init_flag] = "text" if sharded and self.init == "screened" else self.init
         return values
@@ -99,7 +102,8 @@ class Method(ABC):
     wants_plain_layers = False  # PEFT finds its layers only where no other adapter has wrapped them
     probed_away_from_start = False  # noise on its parameters, which start as nothing, shows whether packing is exact
     memory_kind = "layers"  # key of `model.memory.KEPT`
-    merges_into: str | None = None  # in a plain checkpoint it becomes "weights" or "tokens"; None: it can't be merged
+    merges_into: str | None = None  # a plain checkpoint's "weights", "tokens", or both; None: it can't be merged
+    causal_only = False  # it is refused for encoder–decoders
     known_to_vllm = False  # vLLM puts its adapters on a base by itself
     configuration: Mapping[str, Any] | None = None  # fields of the file that chose the method, where one did
     obstacles: Mapping[Feature, str] = MappingProxyType({})
@@ -209,6 +213,10 @@ class Method(ABC):
             learning_rate: the run's rate, for groups whose rate is a multiple of it.
         """
         return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+
+    def further_rates(self, settings: Any, learning_rate: float) -> dict[str, float]:
+        """Return, by what is printed, the rates of `parameter_groups` that are not the run's own."""
+        return {}
 
     def soft_prompt(self, model: Any) -> SoftPrompt | None:
         """Return the differentiable soft prompt that the wrapped model puts before every example, or None."""

@@ -11,7 +11,7 @@ from typing import Any
 from open_instruct.adapters.answer_metrics import NORMALISERS, check_regex
 from open_instruct.command_line import flags_in
 from open_instruct.errors import InputError, visible
-from open_instruct.flags import CHOSEN_BY, FIELDS, METHOD_NAMES, names_with
+from open_instruct.flags import CHOSEN_BY, FIELDS, JOINED, METHOD_NAMES, names_with
 from open_instruct.flags.declare import unusable_text
 from open_instruct.flags.optimization import MAX_SEED
 from open_instruct.small_files import read_yaml
@@ -197,7 +197,7 @@ def method_spec(
         content = {}
     check_label(name, "methods", problems)
     source = f"methods.{name}" + (".method" if "method" in content else "")
-    method = one_of(content.get("method", name), METHOD_NAMES, source, problems)
+    method = one_of(content.get("method", name), (*METHOD_NAMES, *JOINED), source, problems)
     own_space = mapping(content, "space", problems, f"methods.{name}.")
     flags = {key: value for key, value in content.items() if key not in ("method", "space")}
     check_spellings({**flags, **own_space}, f"methods.{name}", problems)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from open_instruct.command_line import flag_words
-from open_instruct.flags import CHOSEN_BY, FIELDS
+from open_instruct.flags import CHOSEN_BY, FIELDS, JOINED
 from open_instruct.ranking import finite_or_inf
 from open_instruct.study.config import Axis, MethodSpec, Study
 
@@ -128,10 +128,10 @@ def make_trial(
         seed: the run's seed. Which rows are held out depends on the study's first seed alone.
         num_steps: steps of a shortened run; None: as the study says.
     """
-    chosen_by = CHOSEN_BY.get(spec.method)
+    choosing = [CHOSEN_BY[name] for name in JOINED.get(spec.method, (spec.method,)) if name in CHOSEN_BY]
     # A flag with a value is among the method's own.
-    method_flag = {chosen_by: True} if chosen_by and FIELDS[chosen_by].default is False else {}
-    flags = {**study.flags, **method_flag, **spec.flags, **params}
+    method_flags = {name: True for name in choosing if FIELDS[name].default is False}
+    flags = {**study.flags, **method_flags, **spec.flags, **params}
     flags |= {"split_seed": study.flags.get("split_seed", study.seeds[0]), "seed": seed, "num_sample_answers": 0}
     flags["keep_best"] = False  # it would choose by the test rows too
     if num_steps:

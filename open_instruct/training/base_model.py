@@ -21,6 +21,7 @@ from open_instruct.model.configuration import canonical, loader_arguments
 from open_instruct.model.fit import try_out
 from open_instruct.model.new_tokens import add_new_tokens, grow_vocabulary, sources_of
 from open_instruct.model.precision import autocast
+from open_instruct.model.prompt_over_lora import PromptOverLora
 from open_instruct.model.without_weights import check_countable, has_weights
 from open_instruct.training import engines
 
@@ -205,7 +206,8 @@ class Bases:
         """
         if settings.trains_base:
             return
-        base = model.unload() if isinstance(model.base_model, BaseTuner) else model.get_base_model()
+        has_layers = isinstance(model.base_model, BaseTuner) or isinstance(model, PromptOverLora)
+        base = model.unload() if has_layers else model.get_base_model()
         if hasattr(base, "peft_config"):
             del base.peft_config
         if sums(base) != self.loaded[settings.key][1]:

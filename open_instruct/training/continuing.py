@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from open_instruct.adapters import folders
-from open_instruct.adapters.folders import AdapterFolder, BaseChanges
+from open_instruct.adapters.base_changes import BaseChanges
+from open_instruct.adapters.folders import AdapterFolder
 from open_instruct.adapters.loaded import check_patterns, needed_packages, new_tokens_of, read_weights
 from open_instruct.errors import BUGS, InputError, input_faults, one_line, warn
 from open_instruct.flags import Flags, check_flags
@@ -41,6 +42,11 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
     if not flags.adapter_name_or_path:
         return flags, origins, None
     folder = folders.read_folder("the adapter", flags.adapter_name_or_path)
+    if folder.lora:
+        raise InputError(
+            f"--adapter_name_or_path {folder.path} holds {folder.title}, and a pair can't be trained further: name "
+            f"{folder.files} or {folder.lora.files} to continue one of them alone"
+        )
     values: dict[str, Any] = {}
     method = method_of(flags.method, flags.peft_config)
     if method.trains_base:  # no method was chosen
@@ -192,8 +198,9 @@ def put_adapter_on(
 
 def set_revision(model: Any, revision: str | None) -> None:
     """Record the base's revision in an adapter's settings."""
-    for config in getattr(model, "peft_config", {}).values():
-        config.revision = revision
+    for adapted in (model, causal_of(model)):  # LoRA beneath a soft prompt is known to the base alone
+        for config in getattr(adapted, "peft_config", {}).values():
+            config.revision = revision
 
 
 def copy_for_saving(

@@ -19,7 +19,7 @@ from open_instruct.data.context import Context, RowContexts
 from open_instruct.data.plan import Plan
 from open_instruct.errors import InputError, input_faults
 from open_instruct.files import sha256
-from open_instruct.flags import FIELDS, names_with
+from open_instruct.flags import belongs, names_with
 from open_instruct.model import loading
 from open_instruct.model.configuration import parse_arguments
 from open_instruct.training.continuing import NETWORK
@@ -78,13 +78,11 @@ def of_data(
 
     Names are those of flags, or words for what several flags lead to.
     """
-    flags, method = settings.flags, settings.method.name
-    names = [
-        item for item in names_with("on_resume", "same") if method in (FIELDS[item].metadata["methods"] or (method,))
-    ]
+    flags = settings.flags
+    names = [item for item in names_with("on_resume", "same") if belongs(item, flags.methods)]
     evaluations_count = (flags.keep_best or flags.patience is not None) and data.held_out is not None
     return {
-        "method": method,
+        "method": settings.method.name,
         "configuration of the adapter": settings.method.configuration,
         "base model": loading.weights_key(settings.model.name, config),
         "configuration of the base": loading.config_key(config),

@@ -259,18 +259,22 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: RunFolder
         # PEFT would ask the Hub whether the vocabulary grew; it never does here.
         model.save_pretrained(working, **({"save_embedding_layers": False} if isinstance(model, PeftModel) else {}))
         tokenizer.save_pretrained(working)
-        (working / "README.md").unlink(missing_ok=True)  # PEFT's card is an empty form
-        num_bytes = sum(path.stat().st_size for path in working.glob("*.safetensors"))
+        for card in working.rglob("README.md"):  # PEFT's card is an empty form
+            card.unlink()
+        num_bytes = sum(path.stat().st_size for path in working.rglob("*.safetensors"))
         if keep_network:
             network = {name: value.detach().contiguous().cpu() for name, value in trained_parameters(model).items()}
             save_file(network, working / NETWORK)
         share(working)
-        files = [path for path in working.iterdir() if path.is_file()]
-        folder.claim(*(path.name for path in files))
-        for path in files:
+        files = {path.relative_to(working).as_posix(): path for path in working.rglob("*") if path.is_file()}
+        folder.claim(*files)
+        for name, path in files.items():
             flush(path)
-            os.replace(path, folder.path / path.name)
-        flush(folder.path)
+            target = folder.path / name
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+        for parent in {(folder.path / name).parent for name in files} | {folder.path}:
+            flush(parent)
     return num_bytes
 
 

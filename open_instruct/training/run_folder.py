@@ -12,6 +12,7 @@ from typing import Any
 from open_instruct.adapters.inspection import START
 from open_instruct.errors import InputError
 from open_instruct.files import write_json
+from open_instruct.methods.prompt_and_lora import PARTS
 from open_instruct.temporary import remove_dead
 from open_instruct.training.tracking import METRICS
 
@@ -20,6 +21,7 @@ RATES, RATES_PLOT = "auto_lr.json", "auto_lr.png"
 NETWORK = "trained.safetensors"  # beside an adapter whose network (P-tuning, projected prefix) PEFT's format leaves out
 RECORDS = (RUN, METRICS, SUMMARY, LOSS_PLOT, START, RATES, RATES_PLOT)
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", NETWORK)
+ADAPTERS = tuple(f"{part}/{name}" for part in PARTS for name in ADAPTER[:2])  # that were trained together
 MODEL = ("config.json", "generation_config.json", "model*.safetensors*")
 TOKENIZER = (
     "tokenizer.json",
@@ -91,8 +93,8 @@ class RunFolder:
         Args:
             after: step from which the run resumes; other programs' checkpoints up to it are no obstacle.
         """
-        patterns = (*RECORDS, *ADAPTER, *MODEL, *TOKENIZER)
-        names = {path.name for pattern in patterns for path in self.path.glob(pattern)}
+        patterns = (*RECORDS, *ADAPTER, *ADAPTERS, *MODEL, *TOKENIZER)
+        names = {path.relative_to(self.path).as_posix() for pattern in patterns for path in self.path.glob(pattern)}
         names |= {name for name in patterns if (self.path / name).is_symlink()}  # `glob` leaves out what dangles
         checkpoints = self.path / CHECKPOINTS
         if checkpoints.is_dir():
@@ -147,9 +149,9 @@ class RunFolder:
                 remove_checkpoint(path)
             if not path.exists():
                 self.files.discard(name)
-        folder = self.path / CHECKPOINTS
-        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-            folder.rmdir()
+        for folder in (self.path / name for name in (CHECKPOINTS, *PARTS)):
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def clear(self) -> None:
         """Remove all that is the run's, its record last: a kill before that leaves the rest known as the run's."""
@@ -189,7 +191,9 @@ def files_of_old(folder: Path, record: Mapping[str, Any]) -> set[str]:
 
 def is_below(name: str) -> bool:
     """Return whether a name is one that a run writes: a file of its folder, or a checkpoint."""
-    return ("/" not in name and name not in ("", ".", "..", CHECKPOINTS)) or bool(MADE.fullmatch(name))
+    if "/" in name:
+        return name in ADAPTERS or bool(MADE.fullmatch(name))
+    return name not in ("", ".", "..", CHECKPOINTS)
 
 
 def step_number(name: str) -> int:

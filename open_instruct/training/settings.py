@@ -24,7 +24,7 @@ from open_instruct.data.plan import Plan
 from open_instruct.data.rendering_flags import OF_RENDERING, rendering_of
 from open_instruct.data.sources import Mixture
 from open_instruct.errors import InputError
-from open_instruct.flags import FIELDS, Flags, names_with
+from open_instruct.flags import FIELDS, Flags, belongs, names_with
 from open_instruct.flags.declare import wrong_model_problems
 from open_instruct.methods import Feature, Method, ModelFacts, method_of
 from open_instruct.model import loading
@@ -91,6 +91,8 @@ class Settings:
             for feature, is_wanted in wanted.items()
             if feature and is_wanted and feature in obstacles
         ]
+        if method.causal_only and self.tokenizer.makes_pairs:
+            problems.append(f"{method.title} can't be trained together on an encoder–decoder: choose one of the two")
         problems += wrong_model_problems(flags, FIELDS.values(), self.origins, self.tokenizer.makes_pairs)
         if is_sharded(engine):
             if flags.load_in_4bit or flags.load_in_8bit:
@@ -141,9 +143,10 @@ class Resolved(Settings):
 
     def shown(self) -> dict[str, Any]:
         """Return the hyperparameters that are printed before the first step."""
-        values, name = self.values(), self.method.name
-        shown = [item for item in names_with("shown") if name in (FIELDS[item].metadata["methods"] or (name,))]
-        return {item: values[item] for item in shown if not (self.adapter and item == self.method.init_flag)}
+        values = self.values()
+        shown = [item for item in names_with("shown") if belongs(item, self.flags.methods)]
+        found = {item: values[item] for item in shown if not (self.adapter and item == self.method.init_flag)}
+        return found | self.method.further_rates(self.method_settings, self.optimizer.learning_rate)
 
     def record(
         self, data: Data, num_processes: int, engine: Feature | None, saved: Checkpoint | None
@@ -376,10 +379,12 @@ def with_recipe(settings: Settings, facts: ModelFacts, sharded: bool) -> Resolve
         if given[name] is None and name not in values:
             values[name], origins[name] = value, "recipe"
     known = given | values
+    method_settings = method.settings(known)
+    origins |= dict.fromkeys(method.further_rates(method_settings, 1), "a multiple of learning_rate")
     return Resolved(
         **{name: getattr(settings, name) for name in Settings.__dataclass_fields__ if name != "origins"},
         origins=origins,
-        method_settings=method.settings(known),
+        method_settings=method_settings,
         optimizer=OptimizerSettings(
             learning_rate=known["learning_rate"],
             lr_scheduler_type=known["lr_scheduler_type"],
