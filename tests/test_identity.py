@@ -20,7 +20,7 @@ from open_instruct.flags.combinations import parse_weights
 from open_instruct.training import base_model, distilling, hard_prompts, identity, settings
 from open_instruct.training.continuing import adopt_adapter
 from open_instruct.training.load_data import load_data
-from tests.conftest import TINY_MODEL, write_conversations
+from tests.conftest import TINY_MODEL, TINY_T5, write_conversations
 
 DECIDING = [name for name, item in FIELDS.items() if item.metadata["on_resume"] in ("same", "content")]
 FREE = [name for name, item in FIELDS.items() if item.metadata["on_resume"] == "free"]
@@ -60,6 +60,7 @@ OTHER = {
     "adapter_name_or_path": ["{folder}/adapter"],
     "peft_config": ["{folder}/peft.json"],
     "prompt_tuning_init_text": ["text"],
+    "soft_prompt_at": ["decoder"],
     "num_train_epochs": ["1"],
     "max_train_steps": ["2"],
     "dtype": ["bfloat16"],
@@ -174,6 +175,9 @@ def beside(name: str, flags: dict[str, list[str]]) -> dict[str, list[str]]:
     chosen = {} if name in METHOD_FLAGS or name == "adapter_name_or_path" else {f"use_{[*methods, 'lora'][0]}": []}
     if name == "lora_learning_rate_ratio":
         chosen["use_prompt_tuning"] = []  # trained together
+    if name == "soft_prompt_at":
+        chosen["model_name_or_path"] = [str(TINY_T5)]
+        chosen["num_virtual_tokens"] = ["3"]
     if name in ("distill_loss", "distill_weight"):
         chosen["distill_context"] = ["{context}"]
     if name in ("template", "all_templates", "shots"):
