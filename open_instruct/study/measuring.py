@@ -27,7 +27,8 @@ def measure_trial(study: Study, model: Any, tokenizer: Any, data: Data) -> dict[
 
     Returns:
         {"study": {device, rows: [[summed loss, labelled tokens], …] of every held-out row, choosing: indices of rows,
-        test: indices, exact: [0 or 1, …] of the questions, other: [[summed loss, tokens], …]}, "data": fingerprints}.
+        test: indices, asked: settings, answers and references: texts of each question, exact: [0 or 1, …] of them,
+        other: [[summed loss, tokens], …]}, "data": fingerprints}.
     """
     held_out = data.held_out_answers  # by one rule, whatever a trial learns from
     assert held_out is not None
@@ -36,23 +37,29 @@ def measure_trial(study: Study, model: Any, tokenizer: Any, data: Data) -> dict[
     longest = max(len(example["input_ids"]) for example in examples)
     with evaluating(model):
         rows = score(model, examples)
-        exact = answer_questions(study, model, tokenizer, [examples[i] for i in test[: study.num_questions]])
+        answers, references = answer_questions(
+            study, model, tokenizer, [examples[i] for i in test[: study.num_questions]]
+        )
         other = other_losses(study, model, tokenizer, longest)
     device = next(model.parameters()).device.type
-    figures = {"device": device, "rows": rows, "choosing": choosing, "test": test, "exact": exact, "other": other}
+    exact = exact_matches(answers, references, study.answer_regex, study.normalise).tolist()
+    figures = {
+        **{"device": device, "rows": rows, "choosing": choosing, "test": test, "other": other},
+        **{"asked": study.asked, "answers": answers, "references": references, "exact": exact},
+    }
     return {"study": figures, "data": data.fingerprints()}
 
 
-def answer_questions(study: Study, model: Any, tokenizer: Any, examples: list[dict[str, Any]]) -> list[float]:
-    """Answer the last question of each example greedily; return 1 for each answer that is the example's, else 0."""
+def answer_questions(
+    study: Study, model: Any, tokenizer: Any, examples: list[dict[str, Any]]
+) -> tuple[list[str], list[str]]:
+    """Answer the last question of each example greedily; return the answers, and those of the examples."""
     if not examples:
-        return []
+        return [], []
     questions = [question_of(example, tokenizer) for example in examples]
     length = max_length(model.config, num_virtual_tokens(model))
     prompts, references = [q.prompt for q in questions], [q.reference for q in questions]
-    answers = greedy_answers(model, tokenizer, prompts, study.max_new_tokens, length)
-    matches: list[float] = exact_matches(answers, references, study.answer_regex, study.normalise).tolist()
-    return matches
+    return greedy_answers(model, tokenizer, prompts, study.max_new_tokens, length), references
 
 
 def num_virtual_tokens(model: Any) -> int:
