@@ -126,13 +126,25 @@ def check(study: Study) -> Study:
             f"study {study.path}: without held-out rows nothing can be compared: "
             "set validation_file or validation_fraction"
         )
-    if study.other_text or not first.max_seq_length:
+    if study.files and first.hard_prompt:
+        raise InputError(
+            f"study {study.path}: report.files can't be asked behind flags.hard_prompt yet: drop one of them"
+        )
+    if study.other_text or study.files or not first.max_seq_length:
         from open_instruct.training import base_model
         from open_instruct.training.settings import base_model_settings, before_data
 
         model_config = base_model.load_base_config(base_model_settings(first))
     if study.other_text:
         other_text.check_text(study.other_text, model_config.is_encoder_decoder)
+    if study.files:
+        from open_instruct.study.measuring import file_questions
+        from open_instruct.training.load_data import drawn_rendering
+
+        settings = before_data(first, {}, model_config)
+        tokenizer, rendering = base_model.load_base_tokenizer(settings.tokenizer), drawn_rendering(settings.data)
+        for _, file in study.files:
+            file_questions(study, file, rendering, tokenizer)
     if not first.max_seq_length:
         try:
             lengths = [before_data(flags, {}, model_config).data.max_length for flags in trial_flags]

@@ -157,8 +157,8 @@ def test_a_study_compares_embeddings_by_the_same_model(embedder, tmp_path):
     )
     measures = load_measures(config.read_study(path))
     references = [alternatives[0] for alternatives in REFERENCES]
-    figures = {"answers": ANSWERS["other"], "references": references, "exact": [0.0] * 4}
-    scores = scores_of(figures, measures, "a trial")
+    figures = {"answers": ANSWERS["other"], "references": references, "exact": [0.0] * 4, "files": {}}
+    scores = {figure: score for (_, figure), score in scores_of(figures, measures, "a trial").items()}
     assert list(scores) == ["exact_match", "similarity"]
     assert np.allclose(scores["similarity"], own_cosines(embedder, ANSWERS["other"], 0), atol=1e-6)
     assert not np.allclose(scores["similarity"], own_cosines(embedder, ANSWERS["base"], 0), atol=1e-2)

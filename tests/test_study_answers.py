@@ -6,11 +6,13 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
+from transformers import AutoTokenizer
 
 from open_instruct import bootstrap, study_peft
 from open_instruct.adapters.answer_metrics import Bleu
@@ -18,7 +20,9 @@ from open_instruct.adapters.answer_scores import Measures
 from open_instruct.adapters.own_metrics import load_metric
 from open_instruct.bootstrap import Resampling
 from open_instruct.study.answers import AnswerFigure, StudyScores, answer_figures, score_all
+from open_instruct.study.measuring import file_questions, questions_hash
 from open_instruct.study.results import StudyResults, TrialResult
+from tests.conftest import TINY_MODEL
 from tests.test_study import data, trials_of, write_study  # noqa: F401 - a fixture
 from tests.test_study_figures import trial_result
 
@@ -43,7 +47,7 @@ def with_answers(name: str, seed: int, answers: list[str]) -> TrialResult:
     result = trial_result(name, {}, seed, [20.0] * 4)
     for figures, texts in ((result.summary["study"], answers), (result.base["study"], ["the"] * 40)):
         exact = [float(a == b) for a, b in zip(texts, REFERENCES, strict=True)]
-        figures |= {"answers": texts, "references": REFERENCES, "exact": exact}
+        figures |= {"answers": texts, "references": REFERENCES, "exact": exact, "files": {}}
     return result
 
 
@@ -181,6 +185,81 @@ def test_figures_are_added_to_a_finished_study_without_training(copied, data, ca
     assert sum("has the highest" in sentence for sentence in report["sentences"]) == 6
 
 
+@pytest.fixture(scope="module")
+def with_files(data, tmp_path_factory) -> Path:  # noqa: F811
+    """A study with two files of further questions: the held-out rows themselves, and rows of another skill."""
+    folder = tmp_path_factory.mktemp("files")
+    files = {"same": str(data / "heldout.jsonl"), "sort": str(data / "other.jsonl")}
+    report = {"questions": 30, "max_new_tokens": 12, "metrics": ["chrf"], "files": files}
+    path = write_study(folder, data, methods=["ia3", "lora"], seeds=[1, 2], report=report)
+    assert study_peft.main(["--config", str(path)]) == 0
+    return folder
+
+
+def test_files_are_asked_as_held_out_rows_are(with_files, data):  # noqa: F811
+    """The held-out rows have the same losses and answers as a file of their own."""
+    for path in [*with_files.glob("study/trials/*/summary.json"), *with_files.glob("study/base-*.json")]:
+        study = json.loads(path.read_text())["study"]
+        assert [len(study["files"][name]["answers"]) for name in ("same", "sort")] == [30, 10]
+        assert np.allclose(study["files"]["same"]["losses"], study["rows"], rtol=1e-4, atol=1e-5)
+        same = study["files"]["same"]
+        assert [same["answers"][i] for i in study["test"]] == study["answers"]
+        assert [same["references"][i] for i in study["test"]] == study["references"]
+        assert [same["references"][i] for i in study["choosing"]] != study["references"]
+
+
+def test_figures_of_files_are_those_of_their_rows(with_files):
+    report = json.loads((with_files / "study" / "report.json").read_text())
+    figures = {(figure["asked"], figure["figure"]): figure for figure in report["answers"]}
+    per_file = ["loss", "exact_match", "chrf"]
+    expected = [("test rows", "exact_match"), ("test rows", "chrf")]
+    assert list(figures) == [*expected, *((name, figure) for name in ("same", "sort") for figure in per_file)]
+    rows = trials_of(with_files / "study")
+    for method in figures["sort", "loss"]["methods"]:
+        by_seed = []
+        for row in [row for row in rows if row["method"] == method["name"]]:
+            losses = json.loads((Path(row["folder"]) / "summary.json").read_text())["study"]["files"]["sort"]["losses"]
+            by_seed.append(sum(loss for loss, _ in losses) / sum(count for _, count in losses))
+            assert float(row["loss, sort"]) == pytest.approx(by_seed[-1], abs=1e-4)
+        assert method["by_seed"] == pytest.approx(by_seed) and method["value"] == pytest.approx(np.mean(by_seed))
+        assert method["interval"][0] < method["value"] < method["interval"][1]
+    values = [method["value"] for method in figures["sort", "loss"]["methods"]]
+    assert values == sorted(values)  # the lowest loss first, and the highest of other figures
+    values = [method["value"] for method in figures["sort", "chrf"]["methods"]]
+    assert values == sorted(values, reverse=True)
+    assert sum("has the lowest loss, s" in sentence for sentence in report["sentences"]) == 2
+    assert "chrf, sort" in (with_files / "study" / "report.md").read_text()
+
+
+def test_other_files_are_not_compared(with_files, data, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(with_files, tmp_path, dirs_exist_ok=True)
+    report = {"questions": 30, "max_new_tokens": 12, "files": {"same": str(data / "heldout.jsonl")}}
+    path = write_study(tmp_path, data, methods=["ia3", "lora"], seeds=[1, 2], report=report)
+    assert study_peft.main(["--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "files was" in error and "name another output_dir" in error and error.count("\n") == 1
+    report["files"] |= {"sort": str(data / "other.jsonl")}
+    write_study(tmp_path, data, methods=["ia3", "lora"], seeds=[1, 2], report=report)
+    changed = next(tmp_path.glob("study/trials/lora-*/summary.json"))  # as if it had met other rows in that file
+    content = json.loads(changed.read_text())
+    content["data"]["file sort"] = "0"
+    changed.write_text(json.dumps(content))
+    assert study_peft.main(["--config", str(path), "--report_only"]) == 2
+    assert "changed between trials" in capsys.readouterr().err
+
+
+def test_a_system_message_stands_before_the_questions_of_files(data):  # noqa: F811
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
+    study = SimpleNamespace(num_questions=3, system=None)
+    plain = file_questions(study, str(data / "other.jsonl"), None, tokenizer)
+    study.system = "stone apple"
+    with_message = file_questions(study, str(data / "other.jsonl"), None, tokenizer)
+    for without, question in zip(plain, with_message, strict=True):
+        assert question.messages == [{"role": "system", "content": "stone apple"}, *without.messages]
+        assert question.reference == without.reference
+    assert questions_hash(plain) != questions_hash(with_message)
+
+
 def test_exact_match_follows_the_expression_of_the_report(copied, data):  # noqa: F811
     """From the answers that were kept, with nothing run again."""
     assert again(copied, data, "--report_only", answer_regex="^(.)") == 0
@@ -236,6 +315,13 @@ BAD = {
     "a figure has that name: rename": {"metrics": ["MINE:bleu"]},
     "report.similarity_model 5 is no text".replace("5", "'5'"): {"similarity_model": 5},
     "report.similarity_model ./nowhere": {"similarity_model": "./nowhere"},
+    "report.files.a/b: give NAME": {"files": {"a/b": "x.jsonl"}},
+    "give NAME=FILE, where NAME is letters": {"files": {"a b": "x.jsonl"}},
+    "nowhere.jsonl": {"files": {"a": "nowhere.jsonl"}},
+    "no answer to compare with": {"files": {"a": "QUESTIONS"}},
+    "report.system belongs to report.files": {"system": "Be brief."},
+    "report.files has no effect, as report.questions is 0": {"files": {"a": "x.jsonl"}, "questions": 0},
+    "report.system has no effect: every row": {"files": {"a": "SYSTEM"}, "system": "Be brief."},
     "unknown report.metric, did you mean metrics?": {"metric": ["bleu"]},
 }
 
@@ -244,6 +330,11 @@ BAD = {
 def test_a_wrong_report_is_said_before_the_first_trial(message, data, tmp_path, capsys):  # noqa: F811
     (tmp_path / "mine.py").write_text("def bleu(answer, references):\n    return 1\n")
     report = dict(BAD[message])
+    turns = [{"role": role, "content": "red"} for role in ("system", "user", "assistant")]
+    (tmp_path / "QUESTIONS.jsonl").write_text(json.dumps({"messages": turns[:2]}) + "\n")
+    (tmp_path / "SYSTEM.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    if report.get("files", {}).get("a", "").isupper():
+        report["files"] = {"a": str(tmp_path / f"{report['files']['a']}.jsonl")}
     if isinstance(report.get("metrics"), list):
         report["metrics"] = [word.replace("MINE", str(tmp_path / "mine.py")) for word in report["metrics"]]
     for words in ([], ["--dry_run"]):
@@ -253,7 +344,7 @@ def test_a_wrong_report_is_said_before_the_first_trial(message, data, tmp_path, 
 
 
 @pytest.mark.parametrize(("package", "metric"), [("rouge_score", "rouge"), ("sacrebleu", "bleu")])
-def test_a_missing_package_is_said_before_the_first_trial(package, metric, data, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_missing_package_is_said_first(package, metric, data, tmp_path, capsys, monkeypatch):  # noqa: F811
     for name in [name for name in sys.modules if name.split(".")[0] == package] or [package]:
         monkeypatch.setitem(sys.modules, name, None)  # as Python does where an import must fail
     path = write_study(tmp_path, data, report={"metrics": [metric]})

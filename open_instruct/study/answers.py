@@ -21,10 +21,12 @@ from open_instruct.adapters.similarity import NAME as SIMILARITY
 from open_instruct.adapters.similarity import load_similarity
 from open_instruct.bootstrap import Resampling, interval
 from open_instruct.errors import InputError
+from open_instruct.ranking import finite_or_inf
 from open_instruct.study.config import ANSWER_METRICS, Study
 from open_instruct.study.results import StudyResults, TrialResult
 
 EXACT_MATCH = "exact_match"
+LOSS = "loss"  # of the answers of a file
 ROUGE_SHOWN = ROUGE[:3]  # by their F1, as evaluate_peft.py shows them of models
 TEST = "test rows"  # the held-out rows that trials answer
 BASE = "base model"
@@ -44,11 +46,11 @@ class AnswerEstimate:
 
 @dataclass(frozen=True)
 class AnswerDifference:
-    """The difference between the figures of two methods, the higher one less the lower one."""
+    """The difference between the figures of two methods, in the order of `AnswerFigure.methods`."""
 
-    higher: str
-    lower: str
-    value: float
+    first: str
+    second: str
+    value: float  # the first's less the second's
     interval: list[float]
     clear: bool  # larger than chance would explain
 
@@ -62,13 +64,40 @@ class AnswerFigure:
     num_questions: int
     base: float  # of the first method's base model
     base_interval: list[float]
-    methods: list[AnswerEstimate]  # highest first
+    methods: list[AnswerEstimate]  # highest first; of a loss the lowest
     pairs: list[AnswerDifference]
 
     @property
     def title(self) -> str:
         """Return the figure and its questions, for tables and pictures."""
-        return self.figure if self.asked == TEST else f"{self.figure}, {self.asked}"
+        return title_of((self.asked, self.figure))
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Losses of the answers that a file has, of the rows of which a token is labelled.
+
+    Args:
+        counts: [rows, 2] summed loss in nats, and labelled tokens.
+    """
+
+    counts: np.ndarray
+
+    def score(self, rows: np.ndarray) -> float:
+        """Return the loss of some rows, in nats per labelled token."""
+        total = self.counts[rows].sum(0)
+        return float(total[0] / total[1])
+
+
+Score = np.ndarray | Bleu | Chrf | TokenLosses  # of each question, or what a figure of all of them is computed from
+Key = tuple[str, str]  # which questions, and the figure
+Scores = dict[Key, Score]  # of one model
+
+
+def title_of(key: Key) -> str:
+    """Return a figure with its questions, for tables and pictures."""
+    asked, figure = key
+    return figure if asked == TEST else f"{figure}, {asked}"
 
 
 def load_measures(study: Study) -> Measures:
@@ -80,7 +109,7 @@ def load_measures(study: Study) -> Measures:
         InputError: something is missing, or can't be used.
     """
     own = [load_metric(word, "report.metrics") for word in study.metrics if word not in ANSWER_METRICS]
-    taken = {*ANSWER_METRICS, SIMILARITY, *ROUGE_SHOWN}
+    taken = {LOSS, *ANSWER_METRICS, SIMILARITY, *ROUGE_SHOWN}
     for metric in own:
         if metric.name in taken:
             raise InputError(f"report.metrics {metric.path}:{metric.name}: a figure has that name: rename the function")
@@ -94,9 +123,6 @@ def load_measures(study: Study) -> Measures:
     return measures
 
 
-Scores = dict[str, np.ndarray | Bleu | Chrf]  # of one model's answers, by figure: of each question, or counts
-
-
 def scores_of(figures: dict[str, Any], measures: Measures, name: str) -> Scores:
     """Return the scores of a model's answers.
 
@@ -108,24 +134,38 @@ def scores_of(figures: dict[str, Any], measures: Measures, name: str) -> Scores:
     Raises:
         InputError: a function of the user fails.
     """
-    answers, references = figures["answers"], figures["references"]
-    if not answers:  # there were no questions, or an older version kept none
-        return {EXACT_MATCH: np.array(figures["exact"])} if figures["exact"] else {}
-    scores: Scores = {EXACT_MATCH: exact_matches(answers, references, measures.regex, measures.normaliser)}
+    if not figures["answers"]:  # there were no questions, or an older version kept none
+        return {(TEST, EXACT_MATCH): np.array(figures["exact"])} if figures["exact"] else {}
+    test = answer_scores(figures["answers"], figures["references"], measures, name)
+    scores: Scores = {(TEST, figure): score for figure, score in test.items()}
+    for file, content in figures["files"].items():
+        losses = np.array(content["losses"], dtype=float)
+        scores[file, LOSS] = TokenLosses(losses[losses[:, 1] > 0])
+        of_file = answer_scores(content["answers"], content["references"], measures, f"{name}, {file}")
+        scores |= {(file, figure): score for figure, score in of_file.items()}
+    return scores
+
+
+def answer_scores(
+    answers: Sequence[str], references: Sequence[str], measures: Measures, name: str
+) -> dict[str, np.ndarray | Bleu | Chrf]:
+    """Return the scores of answers to the same questions, by figure; see `scores_of`."""
+    exact = exact_matches(answers, references, measures.regex, measures.normaliser)
+    scores: dict[str, np.ndarray | Bleu | Chrf] = {EXACT_MATCH: exact}
     sources = [f"question {number}" for number in range(1, len(answers) + 1)]
     each = [[answer] for answer in answers], [[reference] for reference in references]
     found = ModelScores(name, sources, *each, [], measures).scores
     own = [metric.name for metric in measures.own]
-    scores |= {name: found.values[name] for name in (*ROUGE_SHOWN, SIMILARITY, *own) if name in found.values}
+    scores |= {figure: found.values[figure] for figure in (*ROUGE_SHOWN, SIMILARITY, *own) if figure in found.values}
     return scores | found.corpora
 
 
-def value_of(score: np.ndarray | Bleu | Chrf) -> float:
+def value_of(score: Score) -> float:
     """Return a figure of all questions."""
     return float(score.mean()) if isinstance(score, np.ndarray) else score.score(np.arange(len(score.counts)))
 
 
-def draws_of(scores: Sequence[np.ndarray | Bleu | Chrf], resampling: Resampling) -> np.ndarray:
+def draws_of(scores: Sequence[Score], resampling: Resampling) -> np.ndarray:
     """Return the bootstrapped means over seeds [B] of a figure, of the scores with each seed."""
     means = [score for score in scores if isinstance(score, np.ndarray)]
     if means:
@@ -167,7 +207,7 @@ def score_all(results: StudyResults, measures: Measures) -> StudyScores:
 
 def exact_match(scores: Scores) -> float:
     """Return the share of right answers; nan where the study asks no questions."""
-    return value_of(scores[EXACT_MATCH]) if EXACT_MATCH in scores else math.nan
+    return value_of(scores[TEST, EXACT_MATCH]) if (TEST, EXACT_MATCH) in scores else math.nan
 
 
 def answer_figures(chosen: dict[str, list[TrialResult]], scores: StudyScores) -> list[AnswerFigure]:
@@ -178,27 +218,25 @@ def answer_figures(chosen: dict[str, list[TrialResult]], scores: StudyScores) ->
         scores: of all trials and bases.
     """
     figures = []
-    for figure, score in scores.bases[next(iter(chosen))].items():
+    for key, score in scores.bases[next(iter(chosen))].items():
         num_questions = len(score if isinstance(score, np.ndarray) else score.counts)
-        by_method = {name: [scores.trials[one.folder][figure] for one in each] for name, each in chosen.items()}
-        base = {name: scores.bases[name][figure] for name in chosen}
-        figures.append(figure_of(figure, TEST, num_questions, by_method, base, Resampling(np.ones(num_questions))))
+        by_method = {name: [scores.trials[one.folder][key] for one in each] for name, each in chosen.items()}
+        base = {name: scores.bases[name][key] for name in chosen}
+        figures.append(figure_of(key, num_questions, by_method, base, Resampling(np.ones(num_questions))))
     return figures
 
 
 def figure_of(
-    figure: str,
-    asked: str,
+    key: Key,
     num_questions: int,
-    scores: dict[str, list[np.ndarray | Bleu | Chrf]],
-    base_scores: dict[str, np.ndarray | Bleu | Chrf],
+    scores: dict[str, list[Score]],
+    base_scores: dict[str, Score],
     resampling: Resampling,
 ) -> AnswerFigure:
     """Return one figure of all methods.
 
     Args:
-        figure: its name.
-        asked: which questions were asked.
+        key: which questions, and the figure.
         num_questions: how many.
         scores: of each method's chosen trials, one for each seed.
         base_scores: of each method's base model.
@@ -212,13 +250,15 @@ def figure_of(
         mean = float(np.mean(by_seed))
         less_base = interval(draws[name] - base_draws[name])
         estimates.append(AnswerEstimate(name, mean, interval(draws[name]), by_seed, mean - base, less_base))
-    estimates.sort(key=lambda estimate: -estimate.value)
+    asked, figure = key
+    sign = 1 if figure == LOSS else -1
+    estimates.sort(key=lambda estimate: finite_or_inf(sign * estimate.value))
     level = 1 - 0.05 / max(1, math.comb(len(estimates), 2))
     pairs = []
-    for higher, lower in combinations(estimates, 2):
-        bounds = interval(draws[higher.name] - draws[lower.name], level)
-        pairs.append(AnswerDifference(higher.name, lower.name, higher.value - lower.value, bounds, bounds[0] > 0))
+    for one, other in combinations(estimates, 2):
+        bounds = interval(draws[one.name] - draws[other.name], level)
+        clear = bounds[1] < 0 if figure == LOSS else bounds[0] > 0
+        pairs.append(AnswerDifference(one.name, other.name, one.value - other.value, bounds, clear))
     first = next(iter(base_scores))
-    return AnswerFigure(
-        figure, asked, num_questions, value_of(base_scores[first]), interval(base_draws[first]), estimates, pairs
-    )
+    base, base_interval = value_of(base_scores[first]), interval(base_draws[first])
+    return AnswerFigure(figure, asked, num_questions, base, base_interval, estimates, pairs)

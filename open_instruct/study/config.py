@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS, check_regex
+from open_instruct.adapters.named_files import named_files
 from open_instruct.command_line import flags_in
 from open_instruct.errors import InputError, visible
 from open_instruct.flags import CHOSEN_BY, FIELDS, METHOD_NAMES, names_with
@@ -23,6 +24,7 @@ SEARCH_KINDS = ("grid", "random", "halving")
 ANSWER_METRICS = tuple(name for name in METRICS if name != "loss")  # losses are measured in any case
 REPORT_KEYS = {
     *("questions", "max_new_tokens", "answer_regex", "normalise", "metrics", "similarity_model", "other_text"),
+    *("files", "system"),
 }
 # Data, tokens and precision: a comparison in which methods differ in these says nothing about the methods.
 SAME_FOR_ALL = names_with("in_study", "same")
@@ -69,13 +71,16 @@ class Study:
     normalise: str = "none"
     metrics: tuple[str, ...] = ()  # some of ANSWER_METRICS, and FILE.py:FUNCTION; exact match is always measured
     similarity_model: str | None = None  # compares answers and references by their embeddings
+    files: tuple[tuple[str, str], ...] = ()  # (name, file) of further questions that each trial answers
+    system: str | None = None  # system message of their conversations that have none
     other_text: Path | None = None  # on which forgetting is measured
     keep_full_weights: bool = False
 
     @property
     def asked(self) -> dict[str, Any]:
         """Return the settings on which a trial's answers depend, as JSON: trials that differ in them don't compare."""
-        return {"questions": self.num_questions, "max_new_tokens": self.max_new_tokens}
+        files = {"files": dict(self.files), "system": self.system} if self.files else {}
+        return {"questions": self.num_questions, "max_new_tokens": self.max_new_tokens, **files}
 
 
 def read_study(path: Path) -> Study:
@@ -130,6 +135,8 @@ def read_study(path: Path) -> Study:
         normalise=one_of(report.get("normalise", "none"), NORMALISERS, "report.normalise", problems),
         metrics=answer_metrics_of(report.get("metrics"), problems),
         similarity_model=text(report, "similarity_model", "report.", problems),
+        files=question_files(mapping(report, "files", problems, "report."), problems),
+        system=text(report, "system", "report.", problems),
         other_text=Path(str(report["other_text"])) if report.get("other_text") else None,
         keep_full_weights=keeps is True,
     )
@@ -165,6 +172,10 @@ def check_whole_study(study: Study, problems: list[str]) -> None:
             problems.append(str(error))
     if not study.num_questions and (study.metrics or study.similarity_model):
         problems.append("report.metrics and report.similarity_model need answers, and report.questions is 0: drop them")
+    if study.files and not study.num_questions:
+        problems.append("report.files has no effect, as report.questions is 0: drop it")
+    if study.system and not study.files:
+        problems.append("report.system belongs to report.files, as held-out rows are asked as in training: drop it")
     if study.other_text and not study.other_text.is_file():
         problems.append(f"report.other_text {study.other_text}: no such file")
 
@@ -340,6 +351,19 @@ def answer_metrics_of(value: Any, problems: list[str]) -> tuple[str, ...]:
     if len(set(value)) < len(value):
         problems.append(f"report.metrics {', '.join(value)[:200]}: one stands there twice")
     return tuple(value)
+
+
+def question_files(content: dict[str, Any], problems: list[str]) -> tuple[tuple[str, str], ...]:
+    """Return name and file of further questions."""
+    for name, file in content.items():
+        try:
+            if not isinstance(file, str) or named_files([f"{name}={file}"], "report.files") != {name: file}:
+                raise InputError(
+                    f"report.files.{visible(str(name))[:MAX_NAME]}: give NAME: FILE, without slash in NAME"
+                )
+        except InputError as error:
+            problems.append(str(error))
+    return tuple((str(name), str(file)) for name, file in content.items())
 
 
 def read_seeds(value: Any, problems: list[str]) -> tuple[int, ...]:

@@ -19,7 +19,17 @@ import jinja2
 from open_instruct.adapters.answer_scores import Measures
 from open_instruct.errors import visible
 from open_instruct.files import write_json, write_text
-from open_instruct.study.answers import BASE, AnswerFigure, Scores, exact_match, score_all, value_of
+from open_instruct.study.answers import (
+    BASE,
+    EXACT_MATCH,
+    TEST,
+    AnswerFigure,
+    Scores,
+    exact_match,
+    score_all,
+    title_of,
+    value_of,
+)
 from open_instruct.study.config import Study
 from open_instruct.study.figures import Estimate, MethodFigures, PairDifference, StudyFigures, analyse
 from open_instruct.study.plots import draw_all
@@ -214,7 +224,7 @@ def answer_pairs_table(figures: Sequence[AnswerFigure]) -> Table:
     rows = [
         [
             figure.title,
-            f"{pair.higher} − {pair.lower}",
+            f"{pair.first} − {pair.second}",
             f"{pair.value:+.4f}",
             f"[{pair.interval[0]:+.4f}, {pair.interval[1]:+.4f}]",
             "yes" if pair.clear else "no",
@@ -250,7 +260,8 @@ def trial_row(trial: TrialResult, scores: Scores) -> dict[str, Any]:
             "seconds": summary["wall_seconds"],
             "peak_memory_mb": summary["peak_memory_mb"],
         }
-    return row | {name: f"{value_of(score):.4f}" for name, score in scores.items() if name not in row}
+    others = {title_of(key): score for key, score in scores.items() if key != (TEST, EXACT_MATCH)}
+    return row | {title: f"{value_of(score):.4f}" for title, score in others.items()}
 
 
 def csv_text(trials: Sequence[TrialResult], trial_rows: Sequence[dict[str, Any]]) -> str:

@@ -109,9 +109,19 @@ def checked_figures(content: dict[str, Any]) -> dict[str, Any]:
     texts = {name: [str(text) for text in study.get(name, [])] for name in ("answers", "references")}
     if any(len(each) != (len(exact) if "asked" in study else 0) for each in texts.values()):
         raise ValueError("it has not an answer and a reference for each question")
+    files = {name: checked_file(file) for name, file in study.get("files", {}).items()}
     asked = {"asked": dict(study["asked"])} if "asked" in study else {}
-    figures = {**study, **rows, **texts, **asked, "exact": exact, "device": str(study["device"])}
+    figures = {**study, **rows, **texts, **asked, "files": files, "exact": exact, "device": str(study["device"])}
     return {"study": figures, "data": dict(content["data"])}
+
+
+def checked_file(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what `ask_file` measured. Whatever it raises means damage."""
+    losses = [[loss_of(loss), int(count)] for loss, count in content["losses"]]
+    texts = {name: [str(text) for text in content[name]] for name in ("answers", "references")}
+    if not sum(count for _, count in losses) > 0 or any(len(each) != len(losses) for each in texts.values()):
+        raise ValueError("a file has no labelled token, or not an answer and a reference for each question")
+    return {"losses": losses, **texts}
 
 
 def loss_of(value: Any) -> float:
