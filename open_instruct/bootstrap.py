@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -38,15 +38,31 @@ class Resampling:
 
     def draws(self, losses: np.ndarray) -> np.ndarray:
         """Return the bootstrapped mean losses [B] of summed losses [S, R], in nats per labelled token."""
-        num_seeds = len(losses)
-        generator = np.random.default_rng([0x5EED, num_seeds])
-        seed_shares = generator.multinomial(num_seeds, [1 / num_seeds] * num_seeds, NUM_DRAWS) / num_seeds
-        summed = np.einsum("bs,sr,br->b", seed_shares, losses, self.row_counts, optimize=True)
+        summed = np.einsum("bs,sr,br->b", seed_shares(len(losses)), losses, self.row_counts, optimize=True)
         return summed / (self.row_counts @ self.num_tokens)
+
+    def draws_of_statistics(self, statistics: Sequence[Callable[[np.ndarray], float]]) -> np.ndarray:
+        """Return the bootstrapped means over seeds [B] of a figure that is no mean over rows, as BLEU is none.
+
+        Args:
+            statistics: for each seed, a function of the indices of rows, which repeat as often as they are drawn.
+        """
+        rows = np.arange(len(self.num_tokens))
+        drawn = [np.repeat(rows, counts) for counts in self.row_counts.astype(int)]
+        values_BS = np.array([[statistic(indices) for statistic in statistics] for indices in drawn])
+        means: np.ndarray = (seed_shares(len(statistics)) * values_BS).sum(1)
+        return means
 
     def mean(self, losses: np.ndarray) -> float:
         """Return the mean loss itself, of summed losses [S, R], in nats per labelled token."""
         return float(losses.sum() / len(losses) / self.num_tokens.sum())
+
+
+def seed_shares(num_seeds: int) -> np.ndarray:
+    """Return the share of each seed in each draw, m[b, s] / S, as [B, S]."""
+    generator = np.random.default_rng([0x5EED, num_seeds])
+    shares: np.ndarray = generator.multinomial(num_seeds, [1 / num_seeds] * num_seeds, NUM_DRAWS) / num_seeds
+    return shares
 
 
 def interval(draws: np.ndarray | Sequence[float], level: float = 0.95) -> list[float]:

@@ -25,6 +25,7 @@ from open_instruct.command_line import OneLineArgumentParser, at_least
 from open_instruct.errors import InputError, exit_code
 from open_instruct.interrupts import ending_at_once
 from open_instruct.study import config, folder, results, search, trials
+from open_instruct.study.answers import load_measures
 from open_instruct.study.config import Study
 from open_instruct.study.search import Trial
 
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
         study = replace(study, output_dir=args.output_dir)
     shard = parse_shard(args.shard)
     study = check(study)
+    measures = load_measures(study)
     if args.dry_run:
         for trial in first_trials(study):
             print(f"{trial.spec_name}: {trial.label}\n  {results.trial_command(study, trial)}")
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
             with workers.choose_runner(args.workers, args.engine) as runner:
                 run_all(study, runner, shard)
         if shard == (0, 1):
-            print(report.write_report(study, results.collect(study), args.workers))
+            print(report.write_report(study, results.collect(study), args.workers, measures))
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
@@ -124,13 +126,25 @@ def check(study: Study) -> Study:
             f"study {study.path}: without held-out rows nothing can be compared: "
             "set validation_file or validation_fraction"
         )
-    if study.other_text or not first.max_seq_length:
+    if study.files and first.hard_prompt:
+        raise InputError(
+            f"study {study.path}: report.files can't be asked behind flags.hard_prompt yet: drop one of them"
+        )
+    if study.other_text or study.files or not first.max_seq_length:
         from open_instruct.training import base_model
         from open_instruct.training.settings import base_model_settings, before_data
 
         model_config = base_model.load_base_config(base_model_settings(first))
     if study.other_text:
         other_text.check_text(study.other_text, model_config.is_encoder_decoder)
+    if study.files:
+        from open_instruct.study.measuring import file_questions
+        from open_instruct.training.load_data import drawn_rendering
+
+        settings = before_data(first, {}, model_config)
+        tokenizer, rendering = base_model.load_base_tokenizer(settings.tokenizer), drawn_rendering(settings.data)
+        for _, file in study.files:
+            file_questions(study, file, rendering, tokenizer)
     if not first.max_seq_length:
         try:
             lengths = [before_data(flags, {}, model_config).data.max_length for flags in trial_flags]
@@ -158,6 +172,8 @@ def run_all(study: Study, runner: workers.Runner, shard: tuple[int, int]) -> Non
     start, num_run = time.monotonic(), 0
     while stage := [trial for spec in specs for trial in search.next_trials(study, spec, losses)]:
         tasks = [trials.Task(study, trial) for trial in (shard_of(stage, shard) if is_grid else stage)]
+        for task in tasks:
+            trials.check_asked(task, trials.read_outcome(task))
         missing = [task for task in tasks if not trials.is_finished(task)]
         print(f"{len(tasks)} trials, {len(tasks) - len(missing)} of them done before", flush=True)
         for number, (task, outcome) in enumerate(runner(missing), start=1):

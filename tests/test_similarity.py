@@ -13,6 +13,8 @@ import torch
 
 from open_instruct.adapters.answer_metrics import resamples
 from open_instruct.evaluate_peft import main as evaluate
+from open_instruct.study import config
+from open_instruct.study.answers import load_measures, scores_of
 from tests.conftest import ROOT, TINY_MODEL
 
 pytest.importorskip("sentence_transformers", reason="needs the extra similarity")
@@ -145,3 +147,18 @@ def test_a_missing_package_is_one_line(embedder, answers_file):
     done = subprocess.run([sys.executable, "-c", WITHOUT, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "pip install '.[similarity]'" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_study_compares_embeddings_by_the_same_model(embedder, tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "flags: {model_name_or_path: m, train_file: t.jsonl}\nmethods: [ia3]\n"
+        f"report: {{similarity_model: {embedder}}}\n"
+    )
+    measures = load_measures(config.read_study(path))
+    references = [alternatives[0] for alternatives in REFERENCES]
+    figures = {"answers": ANSWERS["other"], "references": references, "exact": [0.0] * 4, "files": {}}
+    scores = {figure: score for (_, figure), score in scores_of(figures, measures, "a trial").items()}
+    assert list(scores) == ["exact_match", "similarity"]
+    assert np.allclose(scores["similarity"], own_cosines(embedder, ANSWERS["other"], 0), atol=1e-6)
+    assert not np.allclose(scores["similarity"], own_cosines(embedder, ANSWERS["base"], 0), atol=1e-2)

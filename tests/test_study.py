@@ -85,7 +85,7 @@ def finished(data, tmp_path_factory) -> Path:
 
 def test_the_report_is_complete_and_needs_no_network(finished):
     page = (finished / "report.html").read_text()
-    assert page.startswith("<!DOCTYPE html>") and page.count("<img") == 5 == page.count("data:image/png;base64,")
+    assert page.startswith("<!DOCTYPE html>") and page.count("<img") == 6 == page.count("data:image/png;base64,")
     assert not re.search(r"(src|href)=\"?(http|//|\w+\.)", page) and "<script" not in page
     markdown = (finished / "report.md").read_text()
     for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", markdown):

@@ -13,11 +13,13 @@ import pytest
 import yaml
 
 from open_instruct import bootstrap
+from open_instruct.adapters.answer_scores import Measures
 from open_instruct.bootstrap import Resampling
 from open_instruct.errors import InputError
-from open_instruct.study import config, report
+from open_instruct.study import config, figures, report
+from open_instruct.study.answers import score_all
 from open_instruct.study.config import Study
-from open_instruct.study.figures import analyse, choose_params, pair_differences, pareto_front
+from open_instruct.study.figures import StudyFigures, choose_params, pair_differences, pareto_front
 from open_instruct.study.results import StudyResults, TrialResult
 from open_instruct.study.sentences import summarise
 
@@ -88,6 +90,8 @@ def figures_of(losses: list[float]) -> dict:
         "choosing": [0, 1],
         "test": [2, 3],
         "exact": [1.0, 0.0],
+        "answers": [],
+        "references": [],
         "other": [[losses[2] + 5, 10]],
     }
 
@@ -122,6 +126,11 @@ def results_of(trials: list[TrialResult], num_missing: int = 0) -> StudyResults:
     return StudyResults(trials, num_missing, {trial.spec_name: trial.base for trial in trials if not trial.failed}, [])
 
 
+def analyse(results: StudyResults) -> StudyFigures:
+    """Return the figures of invented trials, with exact match alone."""
+    return figures.analyse(results, score_all(results, Measures(())))
+
+
 def study_in(folder: Path, methods: list[str]) -> Study:
     """Return a study whose report goes into a folder."""
     path = folder / "study.yaml"
@@ -153,20 +162,20 @@ def test_a_point_is_chosen_over_the_seeds_that_all_have():
 def test_a_method_of_nan_is_a_failed_one_and_no_method_at_all_is_an_error():
     good = [trial_result("ia3", {}, seed, [20.0] * 4) for seed in (1, 2)]
     broken = [trial_result("lora", {}, seed, [math.nan] * 4) for seed in (1, 2)]
-    figures = analyse(results_of([*broken, *good]))
-    assert [method.name for method in figures.methods] == ["ia3"] and not figures.pairs
-    assert [method.name for method in figures.failed_methods] == ["lora"]
-    assert any("No point of lora finished with a finite loss" in text for text in summarise(figures, 0, 1))
+    found = analyse(results_of([*broken, *good]))
+    assert [method.name for method in found.methods] == ["ia3"] and not found.pairs
+    assert [method.name for method in found.failed_methods] == ["lora"]
+    assert any("No point of lora finished with a finite loss" in text for text in summarise(found, 0, 1))
     with pytest.raises(InputError, match="no method yet"):
         analyse(results_of(broken))
 
 
 def test_a_nan_on_the_test_rows_alone_ranks_last():
     odd = trial_result("lora", {}, 1, [1.0, 1.0, math.nan, 1.0])
-    figures = analyse(results_of([odd, trial_result("ia3", {}, 1, [20.0] * 4)]))
-    assert [method.name for method in figures.methods] == ["ia3", "lora"]
-    assert [(pair.better, pair.worse, pair.clear) for pair in figures.pairs] == [("ia3", "lora", False)]
-    assert summarise(figures, 0, 1)[1].startswith("ia3 has the lowest test loss")
+    found = analyse(results_of([odd, trial_result("ia3", {}, 1, [20.0] * 4)]))
+    assert [method.name for method in found.methods] == ["ia3", "lora"]
+    assert [(pair.better, pair.worse, pair.clear) for pair in found.pairs] == [("ia3", "lora", False)]
+    assert summarise(found, 0, 1)[1].startswith("ia3 has the lowest test loss")
 
 
 def test_report_json_keeps_its_names(tmp_path):
@@ -175,16 +184,16 @@ def test_report_json_keeps_its_names(tmp_path):
         trial_result(name, {}, seed, [loss] * 4) for name, loss in (("ia3", 20.0), ("lora", 30.0)) for seed in (1, 2)
     ]
     trials.append(trial_result("full", {}, 1, [1.0] * 4, failed="diverged"))
-    report.write_report(study_in(tmp_path, ["ia3", "lora", "full"]), results_of(trials, num_missing=1), 1)
+    report.write_report(study_in(tmp_path, ["ia3", "lora", "full"]), results_of(trials, num_missing=1), 1, Measures(()))
     content = json.loads((tmp_path / "report.json").read_text())
     assert set(content) == {
         "name", "sentences", "base", "test_rows", "choosing_rows", "test_tokens", "questions", "other_tokens",
-        "methods", "pairs", "quantised", "unequal_tokens", "on_cpu", "trials",
+        "methods", "pairs", "answers", "quantised", "unequal_tokens", "on_cpu", "trials",
     }  # fmt: skip
     assert set(content["methods"][0]) == {
         "name", "works", "point", "learning_rate", "seeds", "trials", "failed", "searched_tokens", "test", "less_base",
-        "by_seed", "exact", "trained", "total", "bytes", "seconds", "memory_mb", "forgetting", "curves", "rates",
-        "recipe", "commands",
+        "by_seed", "exact", "trained", "total", "bytes", "seconds", "memory_mb", "forgetting", "forgetting_interval",
+        "curves", "rates", "recipe", "commands",
     }  # fmt: skip
     assert content["methods"][2] == {"name": "full", "failed": 1, "trials": 1, "works": False}
     assert set(content["pairs"][0]) == {"better", "worse", "value", "interval", "clear"}
@@ -202,12 +211,12 @@ def test_pages_escape_what_users_write(tmp_path):
     """A name with tags stays text in HTML; a bar stays in its cell in Markdown."""
     names = ["<script>alert('1')</script>", "bar|bar"]
     trials = [trial_result(name, {}, seed, [20.0] * 4) for name in names for seed in (1, 2)]
-    report.write_report(study_in(tmp_path, ["ia3", "lora"]), results_of(trials), 1)
+    report.write_report(study_in(tmp_path, ["ia3", "lora"]), results_of(trials), 1, Measures(()))
     page = (tmp_path / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and "<script" not in page and "<b>" not in page
     assert "<script>alert('1')</script>" in html.unescape(page)
-    assert len(re.findall(r'<img src="data:image/png;base64,[A-Za-z0-9+/=]{1000,}" alt="', page)) == 5
+    assert len(re.findall(r'<img src="data:image/png;base64,[A-Za-z0-9+/=]{1000,}" alt="', page)) == 6
     assert not re.search(r"(src|href)=\"?(http|//|\w+\.)", page)
     rows = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| ")]
     num_bars = {len(re.findall(r"(?<!\\)\|", row)) for row in rows if "bar" in row or row.startswith("| base model")}
-    assert num_bars == {5, 12, 13} and any("bar\\|bar" in row for row in rows)
+    assert num_bars == {5, 6, 12, 13} and any("bar\\|bar" in row for row in rows)

@@ -116,7 +116,7 @@ def rouge(
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise InputError("ROUGE needs rouge-score: pip install '.[eval]', or leave rouge out of --metrics") from None
+        raise InputError("ROUGE needs rouge-score: pip install '.[eval]', or leave rouge out of the metrics") from None
     latin, other = RougeScorer(kinds, use_stemmer=stemmer), RougeScorer(kinds, tokenizer=writing.Words())
     rows = [
         (latin if writing_of_all(alternatives) == "latin" else other).score_multi(alternatives, answer)
@@ -153,7 +153,7 @@ class Bleu:
         try:
             from sacrebleu.metrics import BLEU
         except ImportError:
-            raise InputError("BLEU needs sacrebleu: pip install '.[eval]', or leave bleu out of --metrics") from None
+            raise InputError("BLEU needs sacrebleu: pip install '.[eval]', or leave bleu out of the metrics") from None
         metrics = {
             name: BLEU(effective_order=True, tokenize=name) for name in dict.fromkeys(writing.BLEU_TOKENISERS.values())
         }

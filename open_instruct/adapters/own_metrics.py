@@ -14,6 +14,8 @@ from typing import Any
 
 from open_instruct.errors import InputError, one_line
 
+FLAG = "--metric"
+
 
 @dataclass(frozen=True)
 class OwnMetric:
@@ -23,11 +25,13 @@ class OwnMetric:
         name: of the function, and of its figure.
         path: its file.
         function: takes an answer and the list of its references, and returns a number.
+        flag: what named it, for errors.
     """
 
     name: str
     path: Path
     function: Callable[[str, list[str]], Any]
+    flag: str = FLAG
 
     def value(self, answer: str, references: Sequence[str], where: str) -> float:
         """Return the function's number for one answer.
@@ -40,7 +44,7 @@ class OwnMetric:
         Raises:
             InputError: the function raised an error, or returned what is no finite number.
         """
-        flag = f"--metric {self.path}:{self.name}"
+        flag = f"{self.flag} {self.path}:{self.name}"
         try:
             value = self.function(answer, list(references))
         except (Exception, SystemExit) as error:
@@ -55,11 +59,12 @@ class OwnMetric:
         return number
 
 
-def load_metric(word: str) -> OwnMetric:
+def load_metric(word: str, flag: str = FLAG) -> OwnMetric:
     """Import a function; this runs the file's code.
 
     Args:
         word: FILE.py:FUNCTION.
+        flag: what named it, for errors.
 
     Raises:
         InputError: there is no such file or function, the file can't be imported, or the function doesn't take an
@@ -68,9 +73,9 @@ def load_metric(word: str) -> OwnMetric:
     file, _, name = word.rpartition(":")
     path = Path(file).expanduser()
     if path.suffix != ".py" or not name.isidentifier():
-        raise InputError(f"--metric {word} is no FILE.py:FUNCTION: name a file of Python and a function in it")
+        raise InputError(f"{flag} {word} is no FILE.py:FUNCTION: name a file of Python and a function in it")
     if not path.is_file():
-        raise InputError(f"--metric {word}: no such file: {path}")
+        raise InputError(f"{flag} {word}: no such file: {path}")
     sys.path.append(str(path.resolve().parent))  # for modules beside it, also those that the function imports later
     spec = importlib.util.spec_from_file_location(f"metric_of_{path.stem}", path)
     assert spec and spec.loader
@@ -79,19 +84,17 @@ def load_metric(word: str) -> OwnMetric:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise InputError(f"--metric {word} can't be imported: {fault(error, path)}: repair the file") from error
+        raise InputError(f"{flag} {word} can't be imported: {fault(error, path)}: repair the file") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise InputError(f"--metric {word}: {path} has no function {name}: name one that it defines")
+        raise InputError(f"{flag} {word}: {path} has no function {name}: name one that it defines")
     try:
         inspect.signature(function).bind("", [])
     except TypeError:
-        raise InputError(
-            f"--metric {word} does not take an answer and its references: let it take two values"
-        ) from None
+        raise InputError(f"{flag} {word} does not take an answer and its references: let it take two values") from None
     except ValueError:  # a function in C has no signature to look at
         pass
-    return OwnMetric(name, path, function)
+    return OwnMetric(name, path, function, flag)
 
 
 def fault(error: BaseException, path: Path) -> str:

@@ -23,11 +23,12 @@ class Similarity:
     Args:
         model: a SentenceTransformer.
         source: where it comes from, for errors.
+        flag: what named it, for errors.
     """
 
-    def __init__(self, model: Any, source: str) -> None:
+    def __init__(self, model: Any, source: str, flag: str = FLAG) -> None:
         """Take the model."""
-        self.model, self.source = model, source
+        self.model, self.source, self.flag = model, source, flag
 
     def embeddings(self, texts: Sequence[str]) -> np.ndarray:
         """Return the embeddings of texts [texts, D].
@@ -35,7 +36,7 @@ class Similarity:
         Raises:
             InputError: the model fails, or gives what is not finite.
         """
-        what = f"{FLAG} {self.source}"
+        what = f"{self.flag} {self.source}"
         bar = sys.stderr.isatty()
         try:
             vectors = self.model.encode(texts, batch_size=BATCH_SIZE, convert_to_numpy=True, show_progress_bar=bar)
@@ -75,16 +76,21 @@ class Similarity:
             len(ids) > longest for ids in tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
         )
         if num_long:
-            warn(f"{num_long:,} of {len(texts):,} texts have more than the {longest:,} tokens that {FLAG} reads: cut")
+            what = f"more than the {longest:,} tokens that {self.flag} reads"
+            warn(f"{num_long:,} of {len(texts):,} texts have {what}: cut")
 
 
-def check_similarity_model(source: str) -> None:
+def check_similarity_model(source: str, flag: str = FLAG) -> None:
     """Refuse a model of sentence embeddings that can't be loaded, as far as that is seen without loading it.
+
+    Args:
+        source: as in `load_similarity`.
+        flag: what named it, for errors.
 
     Raises:
         InputError: the package is not installed, or the folder holds no such model.
     """
-    what = f"{FLAG} {source}"
+    what = f"{flag} {source}"
     if importlib.util.find_spec("sentence_transformers") is None:
         raise InputError(f"{what} needs sentence-transformers: pip install '.[similarity]', or drop the flag")
     path = Path(source).expanduser()
@@ -93,16 +99,17 @@ def check_similarity_model(source: str) -> None:
         raise InputError(f"{what}: no model of sentence embeddings there (modules.json): name the folder of one")
 
 
-def load_similarity(source: str) -> Similarity:
+def load_similarity(source: str, flag: str = FLAG) -> Similarity:
     """Load a model of sentence embeddings, from a folder or from the Hub's cache. Code that comes with it is not run.
 
     Args:
         source: a folder that sentence-transformers wrote, or a name on the Hub.
+        flag: what named it, for errors.
 
     Raises:
         InputError: the package is not installed, or there is no such model.
     """
-    check_similarity_model(source)
+    check_similarity_model(source, flag)
     from open_instruct.quiet import silence_transformers
 
     silence_transformers()
@@ -112,5 +119,5 @@ def load_similarity(source: str) -> Similarity:
 
         model = SentenceTransformer(str(path) if path.is_dir() else source)
     except Exception as error:  # of many types: files, JSON, safetensors, the Hub
-        raise InputError(f"{FLAG} {source} can't be loaded ({one_line(error, 400)}): name another model") from error
-    return Similarity(model, source)
+        raise InputError(f"{flag} {source} can't be loaded ({one_line(error, 400)}): name another model") from error
+    return Similarity(model, source, flag)

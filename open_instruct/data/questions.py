@@ -163,19 +163,27 @@ def with_system(messages: Sequence[dict[str, Any]], system: str | None) -> Conve
     return with_messages(messages, [{"role": "system", "content": system}, *messages])
 
 
-def check_system(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Question], system: str) -> None:
+def check_system(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Question], system: str, flag: str = "--system"
+) -> None:
     """Refuse a system message that would stand before no conversation.
+
+    Args:
+        tokenizer: with its chat template.
+        rows: the conversations.
+        system: the message.
+        flag: what named it, for errors.
 
     Raises:
         InputError: every row has one of its own, or the chat template refuses it or leaves it out.
     """
     without = next((row for row in rows if row.messages[0]["role"] != "system"), None)
     if without is None:
-        raise InputError("--system has no effect: every row has a system message of its own; drop the flag")
+        raise InputError(f"{flag} has no effect: every row has a system message of its own; drop it")
     if prompt_ids(tokenizer, with_system(without.messages, system)) == prompt_ids(tokenizer, without.messages):
         raise InputError(
-            f"--system has no effect: the chat template of {tokenizer.name_or_path} leaves such a message out; drop "
-            "the flag, or use another with --chat_template_name"
+            f"{flag} has no effect: the chat template of {tokenizer.name_or_path} leaves such a message out; drop "
+            "it, or use another with --chat_template_name"
         )
 
 

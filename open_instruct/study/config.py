@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from open_instruct.adapters.answer_metrics import NORMALISERS, check_regex
+from open_instruct.adapters.answer_metrics import METRICS, NORMALISERS, check_regex
+from open_instruct.adapters.named_files import named_files
 from open_instruct.command_line import flags_in
 from open_instruct.errors import InputError, visible
 from open_instruct.flags import CHOSEN_BY, FIELDS, JOINED, METHOD_NAMES, names_with
@@ -20,6 +21,11 @@ MAX_TRIALS = 10_000
 MAX_BOUND = 1e9  # of a searched range
 MAX_NAME = 100  # characters: names of trials' folders and the pictures' legends hold them
 SEARCH_KINDS = ("grid", "random", "halving")
+ANSWER_METRICS = tuple(name for name in METRICS if name != "loss")  # losses are measured in any case
+REPORT_KEYS = {
+    *("questions", "max_new_tokens", "answer_regex", "normalise", "metrics", "similarity_model", "other_text"),
+    *("files", "system"),
+}
 # Data, tokens and precision: a comparison in which methods differ in these says nothing about the methods.
 SAME_FOR_ALL = names_with("in_study", "same")
 SET_BY_STUDY = names_with("in_study", "decided")
@@ -63,8 +69,18 @@ class Study:
     max_new_tokens: int = 128
     answer_regex: str | None = None
     normalise: str = "none"
+    metrics: tuple[str, ...] = ()  # some of ANSWER_METRICS, and FILE.py:FUNCTION; exact match is always measured
+    similarity_model: str | None = None  # compares answers and references by their embeddings
+    files: tuple[tuple[str, str], ...] = ()  # (name, file) of further questions that each trial answers
+    system: str | None = None  # system message of their conversations that have none
     other_text: Path | None = None  # on which forgetting is measured
     keep_full_weights: bool = False
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Return the settings on which a trial's answers depend, as JSON: trials that differ in them don't compare."""
+        files = {"files": dict(self.files), "system": self.system} if self.files else {}
+        return {"questions": self.num_questions, "max_new_tokens": self.max_new_tokens, **files}
 
 
 def read_study(path: Path) -> Study:
@@ -81,7 +97,7 @@ def read_study(path: Path) -> Study:
     search = mapping(content, "search", problems)
     report = mapping(content, "report", problems)
     check_keys(search, {"kind", "points", "eta", "seed", "space"}, "search.", problems)
-    check_keys(report, {"questions", "max_new_tokens", "answer_regex", "normalise", "other_text"}, "report.", problems)
+    check_keys(report, REPORT_KEYS, "report.", problems)
     for key in flags:
         if flag_name(key) in SET_BY_STUDY:
             problems.append(f"flags.{key} is decided by the study: remove it")
@@ -117,6 +133,10 @@ def read_study(path: Path) -> Study:
         max_new_tokens=integer(report, "max_new_tokens", 128, 1, "report.", problems),
         answer_regex=report.get("answer_regex"),
         normalise=one_of(report.get("normalise", "none"), NORMALISERS, "report.normalise", problems),
+        metrics=answer_metrics_of(report.get("metrics"), problems),
+        similarity_model=text(report, "similarity_model", "report.", problems),
+        files=question_files(mapping(report, "files", problems, "report."), problems),
+        system=text(report, "system", "report.", problems),
         other_text=Path(str(report["other_text"])) if report.get("other_text") else None,
         keep_full_weights=keeps is True,
     )
@@ -150,6 +170,12 @@ def check_whole_study(study: Study, problems: list[str]) -> None:
             check_regex(study.answer_regex, "report.answer_regex")
         except InputError as error:
             problems.append(str(error))
+    if not study.num_questions and (study.metrics or study.similarity_model):
+        problems.append("report.metrics and report.similarity_model need answers, and report.questions is 0: drop them")
+    if study.files and not study.num_questions:
+        problems.append("report.files has no effect, as report.questions is 0: drop it")
+    if study.system and not study.files:
+        problems.append("report.system belongs to report.files, as held-out rows are asked as in training: drop it")
     if study.other_text and not study.other_text.is_file():
         problems.append(f"report.other_text {study.other_text}: no such file")
 
@@ -294,6 +320,50 @@ def integer(
         problems.append(f"{source}{name} {value!r} is not a whole number of at least {smallest} and at most {largest}")
         return default
     return value
+
+
+def text(content: dict[str, Any], name: str, source: str, problems: list[str]) -> str | None:
+    """Return the text under a key, or None where it is missing or can't be used."""
+    value = content.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value.strip() or unusable_text(value):
+        problems.append(f"{source}{name} {visible(str(value))[:200]!r} is no text: give one, or remove it")
+        return None
+    return value
+
+
+def answer_metrics_of(value: Any, problems: list[str]) -> tuple[str, ...]:
+    """Return the figures of answers: names, and functions of the user, as FILE.py:FUNCTION."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        problems.append(
+            f"report.metrics {str(value)[:200]}: give a list of {', '.join(ANSWER_METRICS)}, FILE.py:FUNCTION"
+        )
+        return ()
+    for word in value:
+        if word not in ANSWER_METRICS and ".py:" not in word:
+            problems.append(
+                f"report.metrics {visible(word)[:200]!r} is not known: choose {', '.join(ANSWER_METRICS)}, or name a "
+                "function of yours as FILE.py:FUNCTION"
+            )
+    if len(set(value)) < len(value):
+        problems.append(f"report.metrics {', '.join(value)[:200]}: one stands there twice")
+    return tuple(value)
+
+
+def question_files(content: dict[str, Any], problems: list[str]) -> tuple[tuple[str, str], ...]:
+    """Return name and file of further questions."""
+    for name, file in content.items():
+        try:
+            if not isinstance(file, str) or named_files([f"{name}={file}"], "report.files") != {name: file}:
+                raise InputError(
+                    f"report.files.{visible(str(name))[:MAX_NAME]}: give NAME: FILE, without slash in NAME"
+                )
+        except InputError as error:
+            problems.append(str(error))
+    return tuple((str(name), str(file)) for name, file in content.items())
 
 
 def read_seeds(value: Any, problems: list[str]) -> tuple[int, ...]:

@@ -15,10 +15,10 @@ import numpy as np
 from open_instruct.bootstrap import Resampling, interval
 from open_instruct.errors import InputError
 from open_instruct.ranking import finite_or_inf
+from open_instruct.study.answers import AnswerFigure, StudyScores, answer_figures, exact_match
 from open_instruct.study.results import (
     StudyResults,
     TrialResult,
-    exact_match,
     other_loss,
     params_name,
     split_loss,
@@ -127,6 +127,7 @@ class StudyFigures:
     methods: list[MethodFigures]  # lowest test loss first
     failed_methods: list[FailedMethod]
     pairs: list[PairDifference]
+    answers: list[AnswerFigure]  # figures of the answers to test questions; empty: none were asked
     quantised: dict[str, tuple[str, float]]  # method → how its base is quantised, and that base's test loss
     unequal_tokens: dict[int, list[int]]  # see `find_unequal_tokens`
     on_cpu: bool
@@ -166,8 +167,12 @@ def json_fields(figures: Any) -> dict[str, Any]:
     return {JSON_NAMES.get(name, name): value for name, value in asdict(figures).items()}
 
 
-def analyse(results: StudyResults) -> StudyFigures:
+def analyse(results: StudyResults, scores: StudyScores) -> StudyFigures:
     """Compute all figures of a study from its finished trials.
+
+    Args:
+        results: the trials.
+        scores: of their answers.
 
     Raises:
         InputError: there is no method whose parameters could be chosen.
@@ -180,6 +185,7 @@ def analyse(results: StudyResults) -> StudyFigures:
     by_method: dict[str, list[TrialResult]] = defaultdict(list)
     for result in results.trials:
         by_method[result.spec_name].append(result)
+    chosen_trials: dict[str, list[TrialResult]] = {}
     losses: dict[str, np.ndarray] = {}  # summed over each row: [seeds, test rows]
     methods, failed_methods = [], []
     for name, trials in by_method.items():
@@ -188,14 +194,18 @@ def analyse(results: StudyResults) -> StudyFigures:
             failed_methods.append(FailedMethod(name, len(trials), len(trials)))
             continue
         losses[name] = np.array([[result.summary["study"]["rows"][i][0] for i in test_rows] for result in chosen])
-        methods.append(method_figures(trials, chosen, losses[name], bases[name], resampling))
+        chosen_trials[name] = chosen
+        exact = fmean(exact_match(scores.trials[result.folder]) for result in chosen)
+        methods.append(method_figures(trials, chosen, losses[name], bases[name], resampling, exact))
     if not methods:
         raise InputError(
             "the study has no method yet of which every seed at full length ended with a finite loss: "
             "see trials/*/failed.json and log.txt, or run the rest first"
         )
     return StudyFigures(
-        base=BaseFigures(split_loss(first_base, "test"), exact_match(first_base), other_loss(first_base)),
+        base=BaseFigures(
+            split_loss(first_base, "test"), exact_match(scores.bases[next(iter(bases))]), other_loss(first_base)
+        ),
         num_test_rows=len(test_rows),
         num_choosing_rows=len(first_base["study"]["choosing"]),
         num_test_tokens=int(num_tokens.sum()),
@@ -204,6 +214,7 @@ def analyse(results: StudyResults) -> StudyFigures:
         methods=sorted(methods, key=lambda method: finite_or_inf(method.test.value)),
         failed_methods=failed_methods,
         pairs=pair_differences(losses, resampling),
+        answers=answer_figures(chosen_trials, scores),
         quantised={
             name: (base["quantised"], split_loss(base, "test")) for name, base in bases.items() if base["quantised"]
         },
@@ -260,6 +271,7 @@ def method_figures(
     losses: np.ndarray,
     base: dict[str, Any],
     resampling: Resampling,
+    exact: float,
 ) -> MethodFigures:
     """Compute the figures of one method.
 
@@ -269,6 +281,7 @@ def method_figures(
         losses: summed losses of the chosen trials, [seeds, test rows].
         base: figures of the base model that the method started from.
         resampling: the draws of rows and seeds that all methods share.
+        exact: share of questions that the chosen trials answered right.
     """
     base_losses = np.array([[base["study"]["rows"][i][0] for i in base["study"]["test"]]])  # [1, test rows]
     draws, base_draws = resampling.draws(losses), resampling.draws(base_losses)
@@ -285,7 +298,7 @@ def method_figures(
         test=Estimate(test_loss, interval(draws)),
         less_base=Estimate(test_loss - base_loss, interval(draws - base_draws)),
         by_seed=[result.test_loss for result in chosen],
-        exact=fmean(exact_match(result.summary) for result in chosen),
+        exact=exact,
         num_trained_parameters=first["trainable_parameters"],
         num_parameters=first["total_parameters"],
         num_bytes=first["adapter_bytes"],

@@ -14,7 +14,15 @@ from open_instruct.study.config import Study
 
 MARKER = ".open_instruct.study.json"  # names the study, which replaces FILES whenever it runs again
 COPY = "study.yaml"
-PICTURES = ("losses.png", "pareto_loss.png", "pareto_exact.png", "curves.png", "rates.png", "forgetting.png")
+PICTURES = (
+    "losses.png",
+    "answers.png",
+    "pareto_loss.png",
+    "pareto_exact.png",
+    "curves.png",
+    "rates.png",
+    "forgetting.png",
+)
 FILES = (COPY, "report.html", "report.md", "report.json", "trials.csv", *PICTURES)
 
 

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from open_instruct.adapters.answer_metrics import exact_matches
+from open_instruct.adapters.evaluation import chosen_questions
 from open_instruct.adapters.forgetting import passage_ids, passage_losses
 from open_instruct.adapters.generation import greedy_answers
 from open_instruct.adapters.loaded import max_length
 from open_instruct.adapters.scoring import answer_losses
-from open_instruct.data import dataset
+from open_instruct.data import chat, dataset
 from open_instruct.data.packing import behind_context
+from open_instruct.data.questions import (
+    Question,
+    check_system,
+    key_of,
+    prompt_ids,
+    with_calls_written,
+    with_system,
+)
+from open_instruct.data.rendering import Rendering
+from open_instruct.errors import InputError
 from open_instruct.model.evaluation_mode import evaluating
 from open_instruct.study import other_text
 from open_instruct.study.config import Study
@@ -20,6 +36,7 @@ from open_instruct.training.load_data import Data
 from open_instruct.training.sample_answers import question_of
 
 SCORING_BATCH_SIZE = 16  # rows
+DRAW_SEED = 0  # of the questions of files: the same in every study, so that studies compare
 
 
 def measure_trial(study: Study, model: Any, tokenizer: Any, data: Data) -> dict[str, Any]:
@@ -27,7 +44,9 @@ def measure_trial(study: Study, model: Any, tokenizer: Any, data: Data) -> dict[
 
     Returns:
         {"study": {device, rows: [[summed loss, labelled tokens], …] of every held-out row, choosing: indices of rows,
-        test: indices, exact: [0 or 1, …] of the questions, other: [[summed loss, tokens], …]}, "data": fingerprints}.
+        test: indices, asked: settings, answers and references: texts of each question, exact: [0 or 1, …] of them,
+        other: [[summed loss, tokens], …], files: {name: {losses, answers, references}} of further questions},
+        "data": fingerprints}.
     """
     held_out = data.held_out_answers  # by one rule, whatever a trial learns from
     assert held_out is not None
@@ -36,23 +55,92 @@ def measure_trial(study: Study, model: Any, tokenizer: Any, data: Data) -> dict[
     longest = max(len(example["input_ids"]) for example in examples)
     with evaluating(model):
         rows = score(model, examples)
-        exact = answer_questions(study, model, tokenizer, [examples[i] for i in test[: study.num_questions]])
+        answers, references = answer_questions(
+            study, model, tokenizer, [examples[i] for i in test[: study.num_questions]]
+        )
         other = other_losses(study, model, tokenizer, longest)
+        asked = {name: file_questions(study, file, data.rendering, tokenizer) for name, file in study.files}
+        files = {name: ask_file(study, model, tokenizer, rows, longest, name) for name, rows in asked.items()}
     device = next(model.parameters()).device.type
-    figures = {"device": device, "rows": rows, "choosing": choosing, "test": test, "exact": exact, "other": other}
-    return {"study": figures, "data": data.fingerprints()}
+    exact = exact_matches(answers, references, study.answer_regex, study.normalise).tolist()
+    figures = {
+        **{"device": device, "rows": rows, "choosing": choosing, "test": test, "other": other},
+        **{"asked": study.asked, "answers": answers, "references": references, "exact": exact, "files": files},
+    }
+    contents = {f"file {name}": questions_hash(rows) for name, rows in asked.items()}
+    return {"study": figures, "data": {**data.fingerprints(), **contents}}
 
 
-def answer_questions(study: Study, model: Any, tokenizer: Any, examples: list[dict[str, Any]]) -> list[float]:
-    """Answer the last question of each example greedily; return 1 for each answer that is the example's, else 0."""
+def file_questions(
+    study: Study, file: str, rendering: Rendering | None, tokenizer: PreTrainedTokenizerBase
+) -> list[Question]:
+    """Return the questions of a file that every trial answers: as many as of the test rows, drawn once for all.
+
+    Args:
+        study: the study.
+        file: questions with answers.
+        rendering: how training makes conversations of columns; None: rows have a known form.
+        tokenizer: with its chat template.
+
+    Raises:
+        InputError: the file can't be used, or the system message would stand nowhere.
+    """
+    form = replace(rendering, all_templates=False) if rendering else None
+    rows = chosen_questions(file, study.num_questions, DRAW_SEED, form=form)
+    if study.system is not None:
+        check_system(tokenizer, rows, study.system, "report.system")
+        rows = [replace(question, messages=with_system(question.messages, study.system)) for question in rows]
+    return with_calls_written(rows, tokenizer)
+
+
+def questions_hash(rows: Sequence[Question]) -> str:
+    """Return a hash of questions and references: trials with another one were asked otherwise."""
+    content = json.dumps([[key_of(question.messages), question.reference] for question in rows])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def ask_file(
+    study: Study, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Question], longest: int, name: str
+) -> dict[str, Any]:
+    """Answer a file's questions greedily, and measure the losses of its own answers.
+
+    Args:
+        study: the study.
+        model: as it is.
+        tokenizer: with its chat template.
+        rows: the questions.
+        longest: conversations are cut to so many tokens for their losses, in all trials alike.
+        name: of the file, for errors.
+
+    Returns:
+        {losses: [[summed loss, labelled tokens], …], answers, references}.
+
+    Raises:
+        InputError: nothing is labelled within `longest` tokens.
+    """
+    ids, spans = chat.tokenize(tokenizer, [question.answered for question in rows], longest)
+    losses = [[loss, count] for loss, count in answer_losses(model, ids, spans, SCORING_BATCH_SIZE)]
+    if not sum(count for _, count in losses):
+        raise InputError(
+            f"report.files {name}: no answer begins within {longest} tokens, the length of the longest held-out row: "
+            "give shorter rows"
+        )
+    prompts = [prompt_ids(tokenizer, question.messages) for question in rows]
+    length = max_length(model.config, num_virtual_tokens(model))
+    answers = greedy_answers(model, tokenizer, prompts, study.max_new_tokens, length)
+    return {"losses": losses, "answers": answers, "references": [str(question.reference) for question in rows]}
+
+
+def answer_questions(
+    study: Study, model: Any, tokenizer: Any, examples: list[dict[str, Any]]
+) -> tuple[list[str], list[str]]:
+    """Answer the last question of each example greedily; return the answers, and those of the examples."""
     if not examples:
-        return []
+        return [], []
     questions = [question_of(example, tokenizer) for example in examples]
     length = max_length(model.config, num_virtual_tokens(model))
     prompts, references = [q.prompt for q in questions], [q.reference for q in questions]
-    answers = greedy_answers(model, tokenizer, prompts, study.max_new_tokens, length)
-    matches: list[float] = exact_matches(answers, references, study.answer_regex, study.normalise).tolist()
-    return matches
+    return greedy_answers(model, tokenizer, prompts, study.max_new_tokens, length), references
 
 
 def num_virtual_tokens(model: Any) -> int:

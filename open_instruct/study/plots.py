@@ -39,6 +39,11 @@ def draw_all(figures: StudyFigures, folder: Path) -> dict[str, str]:
             "Exact match against what it costs. The line joins methods that none beats in both",
             draw_pareto_exact,
         )
+    if figures.answers:
+        kinds["answers.png"] = (
+            "Figures of the answers to test questions: mean over seeds with 95 % interval, and each seed",
+            draw_answers,
+        )
     kinds["curves.png"] = (
         "Held-out loss during training, by what each trial learns (--labels), all rows, each seed of the chosen point",
         draw_curves,
@@ -93,6 +98,30 @@ def draw_losses(figures: StudyFigures, colours: Colours) -> Figure:
         axes.set_xscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
+    return picture
+
+
+def draw_answers(figures: StudyFigures, colours: Colours) -> Figure:
+    """Draw a panel for each figure of answers: each method's mean, interval and seeds, and the base model's value."""
+    num_columns = min(3, len(figures.answers))
+    num_rows = math.ceil(len(figures.answers) / num_columns)
+    names = [method.name for method in reversed(figures.methods)]
+    height = 1.2 + 0.4 * len(names)
+    picture, grid = plt.subplots(num_rows, num_columns, figsize=(4.5 * num_columns, height * num_rows), squeeze=False)
+    for axes in list(grid.flat)[len(figures.answers) :]:
+        axes.set_visible(False)
+    for axes, figure in zip(grid.flat, figures.answers, strict=False):
+        for method in figure.methods:
+            position, colour = names.index(method.name), colours[method.name]
+            bar = error_bar(Estimate(method.value, method.interval))
+            axes.errorbar([method.value], [position], xerr=bar, fmt="o", color=colour, capsize=4)
+            axes.plot(method.by_seed, [position + 0.18] * len(method.by_seed), "|", color=colour, markersize=9)
+        axes.axvline(figure.base, color="black", linestyle="--", linewidth=1, label="base model")
+        axes.set_yticks(range(len(names)), [pictures.literal(name) for name in names])
+        axes.set_ylim(-0.6, len(names) - 0.3)
+        axes.set_xlabel(figure.title)
+        axes.grid(alpha=0.3)
+    grid.flat[0].legend(fontsize=8)
     return picture
 
 

@@ -16,28 +16,40 @@ from typing import Any
 
 import jinja2
 
+from open_instruct.adapters.answer_scores import Measures
 from open_instruct.errors import visible
 from open_instruct.files import write_json, write_text
+from open_instruct.study.answers import (
+    BASE,
+    EXACT_MATCH,
+    TEST,
+    AnswerFigure,
+    Scores,
+    exact_match,
+    score_all,
+    title_of,
+    value_of,
+)
 from open_instruct.study.config import Study
 from open_instruct.study.figures import Estimate, MethodFigures, PairDifference, StudyFigures, analyse
 from open_instruct.study.plots import draw_all
-from open_instruct.study.results import StudyResults, TrialResult, exact_match, other_loss, params_name
+from open_instruct.study.results import StudyResults, TrialResult, other_loss, params_name
 from open_instruct.study.sentences import summarise
 
 TEMPLATES = Path(__file__).with_name("templates")
-TRIAL_HEAD = [
-    "method",
-    "point",
-    "seed",
-    "steps",
-    "learning rate",
-    "loss for choosing",
-    "test loss",
-    "exact match",
-    "s",
-    "MB",
-    "failed",
-]
+TRIAL_HEADS = {  # of the page's table, by name in trials.csv
+    "method": "method",
+    "point": "point",
+    "seed": "seed",
+    "steps": "steps",
+    "learning_rate": "learning rate",
+    "choosing_loss": "loss for choosing",
+    "test_loss": "test loss",
+    "exact_match": "exact match",
+    "seconds": "s",
+    "peak_memory_mb": "MB",
+    "failed": "failed",
+}
 
 
 @dataclass(frozen=True)
@@ -57,19 +69,25 @@ class Picture:
     data: str  # base64
 
 
-def write_report(study: Study, results: StudyResults, num_workers: int) -> str:
+def write_report(study: Study, results: StudyResults, num_workers: int, measures: Measures) -> str:
     """Write report.html, report.md, trials.csv, report.json and pictures into the study's folder.
 
     Args:
         study: the study.
         results: its finished trials.
         num_workers: trials that ran at a time.
+        measures: figures of answers.
 
     Returns:
         The summary for the terminal.
+
+    Raises:
+        InputError: no method's parameters can be chosen, or a function of the user fails.
     """
     folder = study.output_dir
-    figures = analyse(results)
+    scores = score_all(results, measures)
+    figures = analyse(results, scores)
+    trial_rows = [trial_row(trial, scores.trials.get(trial.folder, {})) for trial in results.trials]
     sentences = summarise(figures, results.num_missing, num_workers)
     sentences += [f"Damaged, and left out: {text}." for text in results.damaged]
     pictures = [
@@ -83,12 +101,13 @@ def write_report(study: Study, results: StudyResults, num_workers: int) -> str:
         "pictures": pictures,
         "pairs": pairs_table(figures.pairs),
         "level": f"{1 - 0.05 / max(1, len(figures.pairs)):.2%}",
-        "trials": Table(TRIAL_HEAD, [[str(cell) for cell in trial_row(trial).values()] for trial in results.trials]),
+        "answers": answers_table(figures.answers),
+        "answer_pairs": answer_pairs_table(figures.answers),
+        "trials": Table(list(TRIAL_HEADS.values()), [[str(row[name]) for name in TRIAL_HEADS] for row in trial_rows]),
         "commands": [command for method in figures.methods for command in method.commands],
         "source": study.path.read_text(encoding="utf-8").strip(),
     }
-    write_text(folder / "trials.csv", csv_text(results.trials))
-    trial_rows = [trial_row(trial) for trial in results.trials]
+    write_text(folder / "trials.csv", csv_text(results.trials, trial_rows))
     write_json(
         folder / "report.json",
         {"name": study.name, "sentences": sentences, **figures.as_json(), "trials": trial_rows},
@@ -188,7 +207,35 @@ def pairs_table(pairs: Sequence[PairDifference]) -> Table:
     return Table(["pair", "difference of test loss", "interval", "larger than chance"], rows)
 
 
-def trial_row(trial: TrialResult) -> dict[str, Any]:
+def answers_table(figures: Sequence[AnswerFigure]) -> Table:
+    """Return a row for each figure of answers and each model, the base model first."""
+    rows = []
+    for figure in figures:
+        rows.append([figure.title, BASE, with_interval(Estimate(figure.base, figure.base_interval)), ""])
+        for method in figure.methods:
+            value = with_interval(Estimate(method.value, method.interval))
+            less_base = with_interval(Estimate(method.less_base, method.less_base_interval), "+")
+            rows.append([figure.title, method.name, value, less_base])
+    return Table(["figure", "method", "value [95 %]", "less base [95 %]"], rows)
+
+
+def answer_pairs_table(figures: Sequence[AnswerFigure]) -> Table:
+    """Return a row for each figure of answers and each pair of methods."""
+    rows = [
+        [
+            figure.title,
+            f"{pair.first} − {pair.second}",
+            f"{pair.value:+.4f}",
+            f"[{pair.interval[0]:+.4f}, {pair.interval[1]:+.4f}]",
+            "yes" if pair.clear else "no",
+        ]
+        for figure in figures
+        for pair in figure.pairs
+    ]
+    return Table(["figure", "pair", "difference", "interval", "larger than chance"], rows)
+
+
+def trial_row(trial: TrialResult, scores: Scores) -> dict[str, Any]:
     """Return a trial's cells by their names in trials.csv and report.json; a failed trial has no figures."""
     summary = trial.summary
     row = {
@@ -209,25 +256,33 @@ def trial_row(trial: TrialResult) -> dict[str, Any]:
             "steps": summary["steps"],
             "choosing_loss": f"{trial.choosing_loss:.6f}",
             "test_loss": f"{trial.test_loss:.6f}",
-            "exact_match": f"{exact_match(summary):.4f}",
+            "exact_match": f"{exact_match(scores):.4f}",
             "seconds": summary["wall_seconds"],
             "peak_memory_mb": summary["peak_memory_mb"],
         }
-    return row
+    others = {title_of(key): score for key, score in scores.items() if key != (TEST, EXACT_MATCH)}
+    return row | {title: f"{value_of(score):.4f}" for title, score in others.items()}
 
 
-def csv_text(trials: Sequence[TrialResult]) -> str:
-    """Return trials.csv: every trial with its figures, sizes, folder and command."""
+def csv_text(trials: Sequence[TrialResult], trial_rows: Sequence[dict[str, Any]]) -> str:
+    """Return trials.csv: every trial with its figures, sizes, folder and command.
+
+    Args:
+        trials: the trials.
+        trial_rows: their cells, of `trial_row`.
+    """
+    answer_names = list(dict.fromkeys(name for row in trial_rows for name in row if name not in TRIAL_HEADS))
     names = ("trainable_parameters", "adapter_bytes", "tokens", "base_eval_loss", "initial_eval_loss")
     rows = [
         {
-            **trial_row(trial),
+            **{name: row[name] for name in TRIAL_HEADS},
             **{name: trial.summary.get(name, "") for name in names},
             "other_loss": "" if trial.failed else f"{other_loss(trial.summary):.6f}",
             "folder": trial.folder,
             "command": trial.command,
+            **{name: row.get(name, "") for name in answer_names},
         }
-        for trial in trials
+        for trial, row in zip(trials, trial_rows, strict=True)
     ]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from open_instruct import small_files
@@ -68,11 +67,6 @@ def other_loss(summary: dict[str, Any]) -> float:
     return sum(row[0] for row in rows) / sum(row[1] for row in rows) if rows else math.nan
 
 
-def exact_match(summary: dict[str, Any]) -> float:
-    """Return the share of right answers; nan where the study asks no questions."""
-    return fmean(summary["study"]["exact"]) if summary["study"]["exact"] else math.nan
-
-
 def params_name(params: dict[str, Any]) -> str:
     """Return parameters as readable text."""
     return ", ".join(f"{name} {value}" for name, value in params.items()) or "the recipe"
@@ -98,7 +92,7 @@ def collect(study: Study) -> StudyResults:
     """Read all finished trials of a study.
 
     Raises:
-        InputError: no trial has succeeded, or the data changed between trials.
+        InputError: no trial has succeeded, or the data, or what trials were asked, changed between trials.
     """
     by_key: dict[str, TrialResult] = {}
     damaged: list[str] = []
@@ -106,6 +100,9 @@ def collect(study: Study) -> StudyResults:
     for spec in study.specs:
         losses: dict[str, float] = {}
         while stage := search.next_trials(study, spec, losses):
+            for trial in stage:
+                task = trials.Task(study, trial)
+                trials.check_asked(task, trials.read_outcome(task))
             results = {trial.key: read_or_note(study, trial, damaged) for trial in stage}
             finished = {key: result for key, result in results.items() if result is not None}
             by_key |= finished
@@ -154,7 +151,7 @@ def read_result(study: Study, trial: Trial) -> TrialResult | None:
     rate, curve, base = math.nan, [], None
     if "failed" not in summary:
         base_path = trials.base_path(task, base_model_settings(trials.trial_flags(task, check=False)[0]).key)
-        base = trials.read_base(base_path)
+        base = trials.sound_base(task, base_path)
         with input_faults(str(base_path), trials.REPEAT):
             if base is None or (base["data"] == summary["data"] and not same_rows(base, summary)):
                 raise ValueError("it is missing or damaged, or has other rows than the trial")
@@ -188,6 +185,7 @@ def read_result(study: Study, trial: Trial) -> TrialResult | None:
 
 
 def same_rows(base: dict[str, Any], summary: dict[str, Any]) -> bool:
-    """Whether a base and a trial were measured on the same rows and the same other text."""
+    """Whether a base and a trial were measured on the same rows, questions and other text."""
     figures = base["study"], summary["study"]
-    return all(len({len(each[part]) for each in figures}) == 1 for part in ("rows", "choosing", "test", "other"))
+    parts = ("rows", "choosing", "test", "other", "exact")
+    return all(len({len(each[part]) for each in figures}) == 1 for part in parts)

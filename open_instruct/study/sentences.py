@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from open_instruct.ranking import finite_or_inf
+from open_instruct.study.answers import EXACT_MATCH, LOSS, TEST, AnswerFigure
 from open_instruct.study.figures import COSTS, FailedMethod, MethodFigures, PairDifference, StudyFigures, pareto_front
 from open_instruct.study.results import params_name
 
@@ -35,6 +36,7 @@ def summarise(figures: StudyFigures, num_missing: int, num_workers: int) -> list
         rate_sensitivity(methods),
         pareto_fronts(methods),
         answers(figures) if figures.num_questions else None,
+        *(best_answers(figure) for figure in figures.answers if (figure.asked, figure.figure) != (TEST, EXACT_MATCH)),
         forgetting(figures) if figures.num_other_tokens else None,
         *limits(figures, num_workers),
     ]
@@ -136,6 +138,19 @@ def answers(figures: StudyFigures) -> str:
         f"Of {figures.num_questions} test questions the base model answers {figures.base.exact:.0%} exactly right; "
         f"the most is {best.exact:.0%} ({best.name})."
     )
+
+
+def best_answers(figure: AnswerFigure) -> str:
+    """Name the method with the highest figure, or lowest loss, and those from which it differs by more than chance."""
+    most, beyond = ("lowest", "below") if figure.figure == LOSS else ("highest", "above")
+    best = figure.methods[0]
+    low, high = best.interval
+    text = f"{best.name} has the {most} {figure.title}, {best.value:.4f} [{low:.4f}, {high:.4f}]"
+    clear = [pair.second for pair in figure.pairs if pair.first == best.name and pair.clear]
+    unclear = [pair.second for pair in figure.pairs if pair.first == best.name and not pair.clear]
+    text += f", {beyond} {listed(clear)} by more than chance" if clear else ""
+    text += f", no more than chance {beyond} {listed(unclear)}" if unclear else ""
+    return f"{text}; the base model's is {figure.base:.4f}."
 
 
 def forgetting(figures: StudyFigures) -> str:

@@ -106,8 +106,22 @@ def checked_figures(content: dict[str, Any]) -> dict[str, Any]:
     if rows["other"] and not sum(count for _, count in rows["other"]) > 0:
         raise ValueError("the other text has no token")
     exact = [float(match) for match in study["exact"]]
-    figures = {**study, **rows, "exact": exact, "device": str(study["device"])}
+    texts = {name: [str(text) for text in study.get(name, [])] for name in ("answers", "references")}
+    if any(len(each) != (len(exact) if "asked" in study else 0) for each in texts.values()):
+        raise ValueError("it has not an answer and a reference for each question")
+    files = {name: checked_file(file) for name, file in study.get("files", {}).items()}
+    asked = {"asked": dict(study["asked"])} if "asked" in study else {}
+    figures = {**study, **rows, **texts, **asked, "files": files, "exact": exact, "device": str(study["device"])}
     return {"study": figures, "data": dict(content["data"])}
+
+
+def checked_file(content: dict[str, Any]) -> dict[str, Any]:
+    """Return what `ask_file` measured. Whatever it raises means damage."""
+    losses = [[loss_of(loss), int(count)] for loss, count in content["losses"]]
+    texts = {name: [str(text) for text in content[name]] for name in ("answers", "references")}
+    if not sum(count for _, count in losses) > 0 or any(len(each) != len(losses) for each in texts.values()):
+        raise ValueError("a file has no labelled token, or not an answer and a reference for each question")
+    return {"losses": losses, **texts}
 
 
 def loss_of(value: Any) -> float:
@@ -126,6 +140,41 @@ def read_base(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def asked_otherwise(study: Study, figures: dict[str, Any]) -> str | None:
+    """Return in which settings figures were measured that are not the study's now, or None.
+
+    Args:
+        study: the study.
+        figures: what `measure_trial` made, of a trial or a base.
+    """
+    asked = figures["study"].get("asked")
+    if asked is None:  # of an older version
+        return "no answers were kept, which its metrics need" if study.metrics or study.similarity_model else None
+    different = [
+        f"{name} was {asked.get(name)!r} and is {now!r}" for name, now in study.asked.items() if asked.get(name) != now
+    ]
+    return "; ".join(different) or None
+
+
+def check_asked(task: Task, outcome: dict[str, Any] | None) -> None:
+    """Refuse a finished trial that was measured with other settings than the study has now.
+
+    Raises:
+        InputError: it was.
+    """
+    if outcome and "failed" not in outcome and (different := asked_otherwise(task.study, outcome)):
+        raise InputError(
+            f"study {task.study.path}: {task.folder} was finished with another report ({different}): "
+            "give the same, or name another output_dir"
+        )
+
+
+def sound_base(task: Task, path: Path) -> dict[str, Any] | None:
+    """Return the figures of a base model; None where they are missing, damaged, or measured with other settings."""
+    base = read_base(path)
+    return None if base is None or asked_otherwise(task.study, base) else base
+
+
 def is_finished(task: Task) -> bool:
     """Whether a trial's outcome is there, and the figures of its base with which a success is compared."""
     from open_instruct.training.settings import base_model_settings
@@ -134,7 +183,7 @@ def is_finished(task: Task) -> bool:
     if outcome is None or "failed" in outcome:
         return outcome is not None
     key = base_model_settings(trial_flags(task, check=False)[0]).key
-    return read_base(base_path(task, key)) is not None
+    return sound_base(task, base_path(task, key)) is not None
 
 
 def run_trial(task: Task, bases: Bases) -> dict[str, Any]:
@@ -211,7 +260,7 @@ def base_figures(task: Task, flags: Flags, bases: Bases) -> dict[str, Any]:
 
     base_settings = base_model_settings(flags)
     path = base_path(task, base_settings.key)
-    figures = read_base(path)
+    figures = sound_base(task, path)
     if figures is None:
         silence_transformers()
         config = base_model.load_base_config(base_settings)
