@@ -30,6 +30,7 @@ from open_instruct.model.configuration import parse_arguments
 from open_instruct.model.fit import try_out
 from open_instruct.model.new_tokens import grow_vocabulary, sources_of
 from open_instruct.model.placed_prompts import load_placed, prefix_width
+from open_instruct.model.quantised import is_of_bitsandbytes
 from open_instruct.model.weights import check_tensor_names, misfit, missing_parts, read_tensors
 
 
@@ -377,7 +378,7 @@ def load_adapted_base(
         name, config, precision, attention, quantise, allow_pickle, arguments=arguments, **options
     )
     grow_for(model, folders)
-    if not quantise:
+    if not is_of_bitsandbytes(model):
         model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model.config.use_cache = True
     return model.eval()
