@@ -59,6 +59,8 @@ OTHER = {
     "chat_template_name": ["zephyr"],
     "adapter_name_or_path": ["{folder}/adapter"],
     "peft_config": ["{folder}/peft.json"],
+    "quantisation_config": ['{{"load_in_8bit": true}}'],
+    "skip_modules": ["gate_proj"],
     "prompt_tuning_init_text": ["text"],
     "soft_prompt_at": ["decoder"],
     "num_train_epochs": ["1"],
@@ -186,6 +188,8 @@ def beside(name: str, flags: dict[str, list[str]]) -> dict[str, list[str]]:
         chosen["template"] = ["{folder}/template.txt"]
     if name in ("source_weights", "mixture_temperature"):
         chosen["train_file"] = ["{data}", "{other}"]  # of two sources
+    if name == "skip_modules":
+        chosen["load_in_8bit"] = []
     if name == "distill_system":
         chosen["train_file"] = ["{spoken}"]
     return {key: value for key, value in flags.items() if key not in REPLACES.get(name, ())} | chosen

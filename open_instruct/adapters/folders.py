@@ -20,6 +20,7 @@ from open_instruct.adapters.base_changes import BaseChanges, same_base
 from open_instruct.errors import InputError, input_faults, one_line, warn
 from open_instruct.files import check_path, check_readable
 from open_instruct.flags import FIELDS
+from open_instruct.flags.quantisation import bits_of, form_of_base
 from open_instruct.methods import METHODS, Method, method_of_pair, method_of_type, placement
 from open_instruct.methods.prompt_and_lora import PARTS
 
@@ -318,7 +319,9 @@ def base_name(requested: str | None, folders: Sequence[AdapterFolder], any_base:
 
 
 def quantisation(folders: Sequence[AdapterFolder], stated: str | None = None) -> str | None:
-    """Return the form of the base on which all adapters were trained: "4bit", "8bit", or None for full precision.
+    """Return the form of the base on which all adapters were trained: "4bit", "8bit", JSON, or None for full precision.
+
+    JSON is that of a quantisation configuration; see `flags.quantisation`.
 
     Where they differ it is None, with a warning.
 
@@ -332,10 +335,11 @@ def quantisation(folders: Sequence[AdapterFolder], stated: str | None = None) ->
     forms = set()
     for folder in folders:
         four_bits = folder.trained_on("use_qlora") or folder.trained_on("load_in_4bit")
-        recorded = "4bit" if four_bits else "8bit" if folder.trained_on("load_in_8bit") else None
-        if stated and folder.record and recorded != stated:
+        bits = "4bit" if four_bits else "8bit" if folder.trained_on("load_in_8bit") else None
+        recorded = form_of_base(bits, folder.trained_on("quantisation_config"), None)
+        if stated and folder.record and bits_of(recorded) != stated:
             raise InputError(
-                f"adapter {folder.name} was trained on a base in {recorded or 'full precision'}, not in {stated}: "
+                f"adapter {folder.name} was trained on a base in {bits or 'full precision'}, not in {stated}: "
                 "drop the flag that says so (--qlora)"
             )
         forms.add(recorded or stated)

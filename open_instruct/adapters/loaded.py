@@ -32,6 +32,7 @@ from open_instruct.model.fit import try_out
 from open_instruct.model.new_tokens import grow_vocabulary, sources_of
 from open_instruct.model.placed_prompts import load_placed, prefix_width
 from open_instruct.model.prompt_over_lora import changes_embeddings, has_adapter
+from open_instruct.model.quantised import is_of_bitsandbytes
 from open_instruct.model.weights import check_tensor_names, misfit, missing_parts, read_tensors
 
 
@@ -383,7 +384,7 @@ def load_adapted_base(
         name, config, precision, attention, quantise, allow_pickle, arguments=arguments, **options
     )
     grow_for(model, folders)
-    if not quantise:
+    if not is_of_bitsandbytes(model):
         model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model.config.use_cache = True
     return model.eval()

@@ -24,6 +24,7 @@ from open_instruct.errors import InputError, input_faults, warn
 from open_instruct.files import flush, write_json
 from open_instruct.model import loading
 from open_instruct.model.encoder_decoder import decoder_start_of
+from open_instruct.model.quantised import dequantised
 from open_instruct.quiet import silence_transformers
 from open_instruct.serving.checkpoint import MERGED, Prefix, read_prefixes, write_prefix
 from open_instruct.temporary import share, temporary_folder
@@ -77,7 +78,7 @@ def merge(
     base = loaded.load_adapted_base(name, dtype, folders, trust_remote_code, allow_pickle, quantised_in_training)
     check_pairs(base, folders)
     if getattr(base, "is_quantized", False):
-        base = base.dequantize()  # an adapter corrects the base that it was trained on, rounding included
+        base = dequantised(base)  # an adapter corrects the base that it was trained on, rounding included
     check_length(base, folders)
     adapters = Adapters(base, folders)
     tokenizer = loaded.tokenizer_for(name, folders, trust_remote_code)

@@ -97,7 +97,7 @@ def bad_init(flags: Any) -> str | None:
         return f"no such start: use {KNOWN_INITS} (N from 1 to {MAX_ITERATIONS})"
     if not starts_from_weights(init):
         return None
-    if flags.use_qlora or flags.load_in_4bit or flags.load_in_8bit:
+    if flags.use_qlora or flags.load_in_4bit or flags.load_in_8bit or flags.quantisation_config:
         return "it splits the base's weights, which are not exact where they are quantised: use true or gaussian"
     if flags.weight_decay:
         return f"--weight_decay {flags.weight_decay:g} would shrink the copy of the start that stays fixed: drop one"
@@ -108,7 +108,8 @@ def bad_init(flags: Any) -> str | None:
 
 def bad_bias(flags: Any) -> str | None:
     """Refuse to train biases that a quantised layer casts to its own precision whenever it computes."""
-    if flags.lora_bias != "none" and (flags.use_qlora or flags.load_in_4bit or flags.load_in_8bit):
+    quantised = flags.use_qlora or flags.load_in_4bit or flags.load_in_8bit or flags.quantisation_config
+    if flags.lora_bias != "none" and quantised:
         return "quantised layers round their biases to their own precision in every pass: use none"
     return None
 

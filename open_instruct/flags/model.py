@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from open_instruct.flags import combinations as checks
+from open_instruct.flags import quantisation
 from open_instruct.flags.declare import flag
 
 
@@ -48,6 +49,20 @@ class ModelFlags:
     )
     load_in_8bit: bool = flag(
         False, "load the frozen base in 8 bits (needs the quant extra); adapters stay float32", on_resume="same"
+    )
+    quantisation_config: str | None = flag(
+        None,
+        "quantise the frozen base as a transformers quantisation configuration says: a JSON object, or a file of it; "
+        "a probe refuses what passes no right gradient to the base's input",
+        check=quantisation.bad_quantisation,
+        form="json",
+        on_resume="content",
+    )
+    skip_modules: list[str] | None = flag(
+        None,
+        "names of modules that are not quantised, besides those that transformers leaves whole (the head)",
+        check=quantisation.bad_skip_modules,
+        on_resume="same",
     )
     use_flash_attn: bool | None = flag(
         None,

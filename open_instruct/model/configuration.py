@@ -22,7 +22,7 @@ INSTEAD = {
     "revision": "use --model_revision",
     "dtype": "use --dtype",
     "torch_dtype": "use --dtype",
-    "quantization_config": "use --load_in_4bit or --load_in_8bit",
+    "quantization_config": "use --load_in_4bit, --load_in_8bit or --quantisation_config",
     "load_in_4bit": "use --load_in_4bit",
     "load_in_8bit": "use --load_in_8bit",
     "trust_remote_code": "use --trust_remote_code",

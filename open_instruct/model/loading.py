@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import importlib.util
@@ -17,7 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +28,12 @@ from open_instruct.files import check_readable
 from open_instruct.model.backends import FLASH_CAPABILITY
 from open_instruct.model.configuration import check_causal, loader_arguments, with_arguments
 from open_instruct.model.fit import INDEX, check_fit, check_index, check_token_ids, try_out
+from open_instruct.model.quantised import (
+    forget_quantisation,
+    loading_configuration,
+    other_quantised,
+    quantised_layers,
+)
 from open_instruct.model.sizes import check_sizes
 from open_instruct.model.weights import check_finite, scales_of
 from open_instruct.small_files import must_be_file
@@ -229,8 +235,7 @@ def load_model(
         config: result of `load_config`.
         dtype: type of the weights, and of the products of quantised ones.
         attention: result of `choose_attention`.
-        quantise: "4bit" (NormalFloat with double quantisation, as in QLoRA), "8bit" (LLM.int8()), or None; for linear
-            layers.
+        quantise: form of the linear layers, see `flags.quantisation`; None: as the checkpoint has them.
         allow_pickle: weights may be pickled.
         use_liger_kernel: load it with Liger's GPU kernels.
         arguments: value of --additional_model_arguments, which `config` has already; None: none.
@@ -247,15 +252,10 @@ def load_model(
         if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():
             raise InputError("--use_liger_kernel needs a GPU and `pip install liger-kernel`: drop the flag")
         loader = importlib.import_module("liger_kernel.transformers").AutoLigerKernelForCausalLM
-    if quantise:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise InputError("a quantised base needs bitsandbytes: pip install '.[quant]', or load it without")
-        four_bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-        options["quantization_config"] = (
-            BitsAndBytesConfig(load_in_8bit=True)
-            if quantise == "8bit"
-            else BitsAndBytesConfig(load_in_4bit=True, **four_bits)
-        )
+    quantisation = loading_configuration(quantise, config, dtype, model_class(config).from_config)
+    if quantisation is not None:
+        options["quantization_config"] = quantisation
+        config = copy.deepcopy(config)  # transformers writes the quantisation into it
     if not allow_pickle:
         options["use_safetensors"] = True
     with readable(f"model {name}"):
@@ -268,12 +268,13 @@ def load_model(
     if arguments:
         what = f"--additional_model_arguments {arguments}"[:200]
         try_out(model, what, "give values that this model can run with", training=True)
-    if quantise:
-        for module in model.modules():
-            # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weights at the first evaluation for a kernel that
-            # has no derivative: from then on, training would reach the last layers only, without an error.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks the weights at the first evaluation for a kernel that has
+        # no derivative: from then on, training would reach the last layers only, without an error.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if getattr(model, "is_quantized", False) and not quantised_layers(model) and not other_quantised(model):
+        forget_quantisation(model)  # dequantised when loaded
     model.config.use_cache = False
     return model
 

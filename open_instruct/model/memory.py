@@ -9,6 +9,8 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from open_instruct.model.weights import plain_tensors
+
 # Numbers that a layer keeps for each token, in hidden and in feed-forward sizes: fitted to the growth of a step's peak
 # memory over layers and sizes of random Llamas in float32 on CPU (torch 2.13). Frozen matrices need no copy of their
 # inputs.
@@ -99,7 +101,8 @@ def estimate_mb(
 
 def bytes_of(module: torch.nn.Module) -> int:
     """Return the bytes of a module's parameters."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    parts = (part for parameter in module.parameters() for part in plain_tensors(parameter))
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def counts(model: torch.nn.Module) -> dict[str, Any]:

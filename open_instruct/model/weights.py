@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,16 @@ def misfit(
     return "; ".join(parts) or None
 
 
+def plain_tensors(tensor: Any) -> Iterator[torch.Tensor]:
+    """Yield the plain tensors that a tensor consists of: itself, or those of a quantised tensor (codes and scales)."""
+    values = tensor.detach()
+    if type(values) in (torch.Tensor, torch.nn.Parameter) or not hasattr(values, "__tensor_flatten__"):
+        yield values
+        return
+    for name in values.__tensor_flatten__()[0]:
+        yield from plain_tensors(getattr(values, name))
+
+
 def not_finite(tensors: Iterable[tuple[str, Any]]) -> list[str]:
     """Return the names of the tensors that hold a value that is not finite.
 
@@ -49,12 +59,13 @@ def not_finite(tensors: Iterable[tuple[str, Any]]) -> list[str]:
     """
     found = []
     for name, tensor in tensors:
-        values = tensor.detach()
-        if values.dtype not in COMPARABLE or values.device.type == "meta" or not values.numel():
-            continue
-        low, high = values.aminmax()  # both are nan where there is one
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            found.append(name)
+        for values in plain_tensors(tensor):
+            if values.dtype not in COMPARABLE or values.device.type == "meta" or not values.numel():
+                continue
+            low, high = values.aminmax()  # both are nan where there is one
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                found.append(name)
+                break
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,16 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from open_instruct.adapters.folders import AdapterFolder
 from open_instruct.adapters.loaded import chat_template
 from open_instruct.data import chat
-from open_instruct.errors import warn
-from open_instruct.model import loading
+from open_instruct.errors import InputError, warn
+from open_instruct.flags.quantisation import BITSANDBYTES, bits_of
+from open_instruct.model import loading, quantised
 from open_instruct.model.configuration import canonical, loader_arguments
 from open_instruct.model.fit import try_out
 from open_instruct.model.new_tokens import add_new_tokens, grow_vocabulary, sources_of
 from open_instruct.model.precision import autocast
 from open_instruct.model.prompt_over_lora import PromptOverLora
+from open_instruct.model.quantised import stored_quantisation
+from open_instruct.model.weights import plain_tensors
 from open_instruct.model.without_weights import check_countable, has_weights
 from open_instruct.training import engines
 
@@ -36,13 +40,29 @@ class BaseModelSettings:
     arguments: str | None  # JSON object of further arguments
     dtype: torch.dtype  # precision of the stored weights
     compute_dtype: torch.dtype  # precision in which they are used
-    quantise: str | None  # "4bit", "8bit" or None
+    quantise: str | None  # see `flags.quantisation`
     trains_base: bool  # the run changes the base's weights
     use_flash_attn: bool | None
     use_liger_kernel: bool
     allow_pickle: bool
     trust_remote_code: bool
     new_tokens: tuple[str, ...] = ()  # value of --new_tokens
+    stored: str | None = None  # JSON of the checkpoint's own quantisation; None where it is not quantised
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the base is quantised, by flags or in its checkpoint."""
+        return self.quantise is not None or self.stored is not None
+
+    @property
+    def bits(self) -> str | None:
+        """Return "4bit" or "8bit" where bitsandbytes holds the base, else None."""
+        return bits_of(self.quantise or self.stored)
+
+    @property
+    def configured(self) -> str | None:
+        """Return the quantisation configuration as JSON; None where other flags say all of it."""
+        return None if self.quantise in BITSANDBYTES else self.quantise
 
     @property
     def key(self) -> str:
@@ -83,6 +103,14 @@ def load_base_config(settings: BaseModelSettings, needs_weights: bool = True) ->
     loading.choose_attention(settings.use_flash_attn, settings.dtype, settings.compute_dtype)
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     config = loading.load_config(settings.config_name or settings.name, settings.arguments, **options)
+    stored = stored_quantisation(config)
+    if settings.quantise and stored:
+        kind = json.loads(stored).get("quant_method")
+        raise InputError(
+            f"model {settings.name} is quantised already ({kind}), and the flags would quantise it again: drop "
+            "--load_in_4bit, --load_in_8bit, --quantisation_config and --skip_modules, and use --use_lora for QLoRA"
+        )
+    quantised.configuration_of(settings.quantise, settings.dtype)
     if not needs_weights and not has_weights(settings.name, settings.revision):
         check_countable(settings.name, config)
         return config
@@ -142,7 +170,8 @@ def load_base(
         )  # an adapter records it; absolute, it works from any folder
     if sharded:
         return model
-    model = model if settings.quantise else model.to(accelerator.device)
+    if not quantised.is_of_bitsandbytes(model):  # which has chosen the device itself
+        model = model.to(accelerator.device)
     with autocast(accelerator.device.type, settings.compute_dtype):
         try_out(model, f"model {settings.name}", "repair its config.json, or choose another --dtype", training=False)
     return model
@@ -216,4 +245,5 @@ class Bases:
 
 def sums(model: Any) -> list[float]:
     """Return the sum of each parameter."""
-    return [parameter.detach().sum(dtype=torch.float64).item() for parameter in model.parameters()]
+    parts = (part for parameter in model.parameters() for part in plain_tensors(parameter))
+    return [part.double().sum().item() for part in parts]

@@ -58,9 +58,7 @@ def adopt_adapter(flags: Flags, origins: dict[str, str]) -> tuple[Flags, dict[st
                 f"--adapter_name_or_path {folder.path} is {folder.title}, which can't be trained here: use {known}"
             )
         method = maker
-        for name in ("load_in_4bit", "load_in_8bit"):
-            if folder.trained_on(name) and name not in origins:
-                values[name] = True
+        values |= quantisation_of(folder, origins)
     if new_tokens_of(folder):
         raise InputError(
             f"--adapter_name_or_path {folder.path} has new tokens, which can't be trained on: merge it with "
@@ -115,6 +113,20 @@ def base_values(given: BaseChanges, folder: AdapterFolder) -> dict[str, str]:
         elif not is_equal and folder.record:
             warn(f"{folder.path} was trained without --{name} {value}: training continues on another form of its base")
     return values
+
+
+def quantisation_of(folder: AdapterFolder, origins: Mapping[str, str]) -> dict[str, Any]:
+    """Return the flags that quantise a base as the adapter's was, where no flag says how.
+
+    Raises:
+        InputError: the record of the run is damaged.
+    """
+    names = ("load_in_4bit", "load_in_8bit", "quantisation_config")
+    if any(name in origins for name in (*names, "skip_modules")):
+        return {}
+    if configuration := folder.trained_on("quantisation_config"):  # complete, with the modules that were skipped
+        return {"quantisation_config": configuration}
+    return {name: True for name in names[:2] if folder.trained_on(name)}
 
 
 def check_adopted(values: Mapping[str, Any], folder: AdapterFolder) -> None:
@@ -174,9 +186,13 @@ def put_adapter_on(
         except Exception as error:  # PEFT's refusals of a model have many types
             if is_out_of_memory(error):
                 raise InputError(f"there is no memory for an adapter with {settings}: give a smaller one") from None
-            kind = model.config.model_type
+            is_quantised = getattr(model, "is_quantized", False)
+            kind = f"{'quantised ' if is_quantised else ''}{model.config.model_type}"
+            remedy = (
+                "use --use_prompt_tuning, which needs no layers of PEFT" if is_quantised else "choose another method"
+            )
             raise InputError(
-                f"{method.title} can't be put on a {kind} model ({one_line(error, 200)}): choose another method"
+                f"{method.title} can't be put on a {kind} model ({one_line(error, 200)}): {remedy}"
             ) from error
         set_revision(wrapped, revision)
         return wrapped

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import set_seed
 
 from open_instruct.errors import InputError, one_line, warn
+from open_instruct.flags.quantisation import title_of
 from open_instruct.methods import Feature
 from open_instruct.model.memory import Sharing
 from open_instruct.training import deepspeed_config
@@ -171,7 +172,7 @@ def describe(accelerator: Accelerator, dtype: torch.dtype, quantise: str | None,
     """Return one line on processes, engine, device and precision."""
     count, engine = accelerator.num_processes, engine_of(accelerator)
     processes = f"{count} {'processes' if count > 1 else 'process'}" + (f" ({engine})" if engine else "")
-    base = {"4bit": "4-bit", "8bit": "8-bit", None: dtype_name(dtype)}[quantise]
+    base = title_of(quantise) or dtype_name(dtype)
     computed = "" if quantise is None and dtype == compute_dtype else f", computed in {dtype_name(compute_dtype)}"
     return f"{processes} on {accelerator.device.type}, base in {base}{computed}"
 

@@ -35,6 +35,7 @@ from open_instruct.training import (
     forward_pairs,
     identity,
     output,
+    quantised_base,
     sample_answers,
     settings,
     sharding,
@@ -106,6 +107,10 @@ def run(
     # Model
     load = base_model.load_or_count if flags.dry_run else bases.take if bases else base_model.load_base
     base = load(before.model, config, tokenizer, accelerator)
+    with autocast(accelerator.device.type, before.compute_dtype):
+        quantisation = quantised_base.check_quantised(base, before.model)
+    for line in quantisation.lines:
+        accelerator.print(line)
     num_questions = 0 if is_sharded or flags.dry_run else flags.num_sample_answers
     questions = sample_answers.draw_questions(data, tokenizer, num_questions, before.data.seed)
     with autocast(accelerator.device.type, before.compute_dtype):
@@ -159,6 +164,7 @@ def run(
             accelerator.print(f"no complete checkpoint in {before.output.checkpoints} yet: starting at step 0")
         state.identity = own
         hard = {KEY: before.data.hard_prompt.record()} if before.data.hard_prompt else {}
+        hard |= quantisation.record
         record = resolved.record(data, accelerator.num_processes, engine, saved) | hard | output.environment()
         folder = output.open_folder(before.output, accelerator, record, vectors, rates, saved)
         tracking.start_trackers(before.tracking, accelerator, resolved.values())

@@ -26,9 +26,11 @@ from open_instruct.data.sources import Mixture
 from open_instruct.errors import InputError
 from open_instruct.flags import FIELDS, Flags, belongs, names_with
 from open_instruct.flags.declare import wrong_model_problems
+from open_instruct.flags.quantisation import form_of_base
 from open_instruct.methods import Feature, Method, ModelFacts, method_of
 from open_instruct.model import loading
 from open_instruct.model.distillation import DistillationSettings
+from open_instruct.model.quantised import stored_quantisation
 from open_instruct.training.base_model import BaseModelSettings, TokenizerSettings, absolute
 from open_instruct.training.checkpoint import Checkpoint
 from open_instruct.training.doctor import RunInfo
@@ -82,8 +84,8 @@ class Settings:
         obstacles = method.obstacles_of(method.settings(asdict(flags)))
         wanted = {
             Feature.PADDED_CHECKPOINTING: flags.gradient_checkpointing and not flags.packing,
-            Feature.FOUR_BITS: flags.load_in_4bit,
-            Feature.EIGHT_BITS: flags.load_in_8bit,
+            Feature.FOUR_BITS: self.model.bits == "4bit",
+            Feature.EIGHT_BITS: self.model.bits == "8bit",
             engine: engine is not None,
         }
         problems = [
@@ -93,11 +95,14 @@ class Settings:
         ]
         if method.causal_only and self.tokenizer.makes_pairs:
             problems.append(f"{method.title} can't be trained together on an encoder–decoder: choose one of the two")
+        if method.trains_base and self.model.is_quantised and not self.model.bits:
+            problems.append("quantised weights can't be trained in full: choose another method, as --use_prompt_tuning")
         problems += wrong_model_problems(flags, FIELDS.values(), self.origins, self.tokenizer.makes_pairs)
         if is_sharded(engine):
-            if flags.load_in_4bit or flags.load_in_8bit:
-                flag = "--load_in_4bit" if flags.load_in_4bit else "--load_in_8bit"
-                problems.append(f"quantised weights can't be sharded by {engine}: use DDP or ZeRO-2, or drop {flag}")
+            if self.model.is_quantised and not method.quantises_base:
+                given = ("load_in_4bit", "load_in_8bit", "quantisation_config")
+                used = next((f"drop --{name}" for name in given if getattr(flags, name)), "use a base in 16 bits")
+                problems.append(f"quantised weights can't be sharded by {engine}: use DDP or ZeRO-2, or {used}")
             if method.init_flag and getattr(flags, method.init_flag) == "screened":
                 problems.append(
                     f"a screened start needs the full model, which no process holds under {engine}: use the "
@@ -155,7 +160,7 @@ class Resolved(Settings):
         return {
             "flags": {
                 name: {"value": value, "origin": self.origins.get(name, "default")}
-                for name, value in sorted((self.values() | {"config_name": self.model.config_name}).items())
+                for name, value in sorted((self.values() | self.as_found()).items())
             },
             "method": self.method.name,
             "recipe_sources": self.recipe_sources,
@@ -165,6 +170,10 @@ class Resolved(Settings):
             **data.record(),
             "resumed_from": saved and str(saved.path),
         }
+
+    def as_found(self) -> dict[str, Any]:
+        """Return the flags that name files and folders, with what makes them usable from other folders."""
+        return {"config_name": self.model.config_name, "quantisation_config": self.model.configured}
 
     def run_info(self, data: Data, plan: Plan, facts: ModelFacts) -> RunInfo:
         """Return what the loss doctor knows of the run before its first step."""
@@ -213,7 +222,7 @@ def base_model_settings(flags: Flags) -> BaseModelSettings:
     """Return the settings of the base model."""
     method = method_of(flags.method, flags.peft_config)
     assert flags.model_name_or_path is not None  # `check_flags` and `adopt_adapter` ensure it
-    quantise = method.quantises_base or ("4bit" if flags.load_in_4bit else "8bit" if flags.load_in_8bit else None)
+    bits = method.quantises_base or ("4bit" if flags.load_in_4bit else "8bit" if flags.load_in_8bit else None)
     return BaseModelSettings(
         name=flags.model_name_or_path,
         # An adapter records it, and is used from other folders.
@@ -223,7 +232,7 @@ def base_model_settings(flags: Flags) -> BaseModelSettings:
         # Full fine-tuning trains float32 weights, whatever the precision in which it computes.
         dtype=torch.float32 if method.trains_base else loading.choose_dtype(flags.dtype),
         compute_dtype=loading.choose_dtype(flags.dtype),
-        quantise=quantise,
+        quantise=form_of_base(bits, flags.quantisation_config, flags.skip_modules),
         trains_base=method.changes_base(method.settings(asdict(flags))),
         use_flash_attn=flags.use_flash_attn,
         use_liger_kernel=flags.use_liger_kernel,
@@ -247,7 +256,8 @@ def before_data(
     Raises:
         InputError: virtual tokens and conversations do not fit into the model's context.
     """
-    method, model = method_of(flags.method, flags.peft_config), base_model_settings(flags)
+    method = method_of(flags.method, flags.peft_config)
+    model = replace(base_model_settings(flags), stored=stored_quantisation(config))
     context = loading.context_length(config)
     makes_pairs, is_chosen = bool(config.is_encoder_decoder), "chat_template_name" in origins
     num_virtual_tokens = flags.num_virtual_tokens or 0
