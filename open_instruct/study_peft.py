@@ -132,11 +132,12 @@ def check(study: Study) -> Study:
         )
     if study.other_text or study.files or not first.max_seq_length:
         from open_instruct.training import base_model
-        from open_instruct.training.settings import base_model_settings, before_data
+        from open_instruct.training.base_model import base_model_settings
+        from open_instruct.training.settings import before_data
 
         model_config = base_model.load_base_config(base_model_settings(first))
     if study.other_text:
-        other_text.check_text(study.other_text, model_config.is_encoder_decoder)
+        other_text.check_other_text(study.other_text, model_config.is_encoder_decoder)
     if study.files:
         from open_instruct.study.measuring import file_questions
         from open_instruct.training.load_data import drawn_rendering

@@ -144,7 +144,7 @@ def identity_of(given: SimpleNamespace, flags: dict[str, list[str]]) -> dict[str
     check_flags(parsed, origins)
     AcceleratorState._reset_state(reset_partial_state=True)
     parsed, origins, adapter = adopt_adapter(parsed, origins)
-    config = base_model.load_base_config(settings.base_model_settings(parsed))
+    config = base_model.load_base_config(base_model.base_model_settings(parsed))
     before = settings.before_data(parsed, origins, config, adapter)
     tokenizer = base_model.load_base_tokenizer(before.tokenizer)
     before = hard_prompts.with_hard_prompt(before, config, tokenizer)

@@ -31,7 +31,7 @@ def other_conversations(path: Path) -> Any:
     return reading.conversations(reading.read_files(reading.files_of(str(path))), "messages")
 
 
-def check_text(path: Path, is_encoder_decoder: bool) -> None:
+def check_other_text(path: Path, is_encoder_decoder: bool) -> None:
     """Read the beginning of a text, so that a wrong one is said before the first trial.
 
     Args:

@@ -141,7 +141,7 @@ def read_result(study: Study, trial: Trial) -> TrialResult | None:
     Raises:
         InputError: a file of it, or of its base, is damaged.
     """
-    from open_instruct.training.settings import base_model_settings  # these import torch
+    from open_instruct.training.base_model import base_model_settings  # these import torch
     from open_instruct.training.tracking import read_metrics
 
     task = trials.Task(study, trial)

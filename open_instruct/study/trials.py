@@ -177,7 +177,7 @@ def sound_base(task: Task, path: Path) -> dict[str, Any] | None:
 
 def is_finished(task: Task) -> bool:
     """Whether a trial's outcome is there, and the figures of its base with which a success is compared."""
-    from open_instruct.training.settings import base_model_settings
+    from open_instruct.training.base_model import base_model_settings
 
     outcome = read_outcome(task)
     if outcome is None or "failed" in outcome:
@@ -255,8 +255,9 @@ def base_figures(task: Task, flags: Flags, bases: Bases) -> dict[str, Any]:
     from open_instruct.quiet import silence_transformers
     from open_instruct.study.measuring import measure_trial
     from open_instruct.training import base_model, engines
+    from open_instruct.training.base_model import base_model_settings
     from open_instruct.training.load_data import load_data
-    from open_instruct.training.settings import base_model_settings, before_data
+    from open_instruct.training.settings import before_data
 
     base_settings = base_model_settings(flags)
     path = base_path(task, base_settings.key)

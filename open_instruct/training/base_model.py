@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from open_instruct.adapters.folders import AdapterFolder
 from open_instruct.adapters.loaded import chat_template
 from open_instruct.data import chat
 from open_instruct.errors import InputError, warn
-from open_instruct.flags.quantisation import BITSANDBYTES, bits_of
+from open_instruct.flags import Flags
+from open_instruct.flags.quantisation import BITSANDBYTES, bits_of, form_of_base
+from open_instruct.methods import method_of
 from open_instruct.model import loading, quantised
 from open_instruct.model.configuration import canonical, loader_arguments
 from open_instruct.model.fit import try_out
@@ -69,6 +71,30 @@ class BaseModelSettings:
         """Key that identifies the weights and how they are held."""
         parts = [self.quantise, self.dtype, self.name, self.revision, self.config_name, canonical(self.arguments)]
         return repr([*parts, self.use_liger_kernel, *self.new_tokens])
+
+
+def base_model_settings(flags: Flags) -> BaseModelSettings:
+    """Return the settings of the base model."""
+    method = method_of(flags.method, flags.peft_config)
+    assert flags.model_name_or_path is not None  # `check_flags` and `adopt_adapter` ensure it
+    bits = method.quantises_base or ("4bit" if flags.load_in_4bit else "8bit" if flags.load_in_8bit else None)
+    return BaseModelSettings(
+        name=flags.model_name_or_path,
+        # An adapter records it, and is used from other folders.
+        config_name=absolute(flags.config_name),
+        revision=flags.model_revision,
+        arguments=flags.additional_model_arguments,
+        # Full fine-tuning trains float32 weights, whatever the precision in which it computes.
+        dtype=torch.float32 if method.trains_base else loading.choose_dtype(flags.dtype),
+        compute_dtype=loading.choose_dtype(flags.dtype),
+        quantise=form_of_base(bits, flags.quantisation_config, flags.skip_modules),
+        trains_base=method.changes_base(method.settings(asdict(flags))),
+        use_flash_attn=flags.use_flash_attn,
+        use_liger_kernel=flags.use_liger_kernel,
+        allow_pickle=flags.allow_pickle,
+        trust_remote_code=flags.trust_remote_code,
+        new_tokens=tuple(flags.new_tokens or ()),
+    )
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def run(
 
     # Setup
     flags, given, adapter = adopt_adapter(flags, given)
-    config = base_model.load_base_config(settings.base_model_settings(flags), needs_weights=not flags.dry_run)
+    config = base_model.load_base_config(base_model.base_model_settings(flags), needs_weights=not flags.dry_run)
     before = settings.before_data(flags, given, config, adapter)
     saved = output.occupy_folder(before.output, guard)
     tracking.check_trackers(before.tracking)

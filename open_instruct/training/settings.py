@@ -26,12 +26,11 @@ from open_instruct.data.sources import Mixture
 from open_instruct.errors import InputError
 from open_instruct.flags import FIELDS, Flags, belongs, names_with
 from open_instruct.flags.declare import wrong_model_problems
-from open_instruct.flags.quantisation import form_of_base
 from open_instruct.methods import Feature, Method, ModelFacts, method_of
 from open_instruct.model import loading
 from open_instruct.model.distillation import DistillationSettings
 from open_instruct.model.quantised import stored_quantisation
-from open_instruct.training.base_model import BaseModelSettings, TokenizerSettings, absolute
+from open_instruct.training.base_model import BaseModelSettings, TokenizerSettings, base_model_settings
 from open_instruct.training.checkpoint import Checkpoint
 from open_instruct.training.doctor import RunInfo
 from open_instruct.training.engines import ProcessSettings, is_sharded
@@ -216,30 +215,6 @@ class Resolved(Settings):
         """Return the settings with the rate that --auto_lr chose: the third moment."""
         optimizer = replace(self.optimizer, learning_rate=rate)
         return replace(self, optimizer=optimizer, origins={**self.origins, "learning_rate": "auto_lr"})
-
-
-def base_model_settings(flags: Flags) -> BaseModelSettings:
-    """Return the settings of the base model."""
-    method = method_of(flags.method, flags.peft_config)
-    assert flags.model_name_or_path is not None  # `check_flags` and `adopt_adapter` ensure it
-    bits = method.quantises_base or ("4bit" if flags.load_in_4bit else "8bit" if flags.load_in_8bit else None)
-    return BaseModelSettings(
-        name=flags.model_name_or_path,
-        # An adapter records it, and is used from other folders.
-        config_name=absolute(flags.config_name),
-        revision=flags.model_revision,
-        arguments=flags.additional_model_arguments,
-        # Full fine-tuning trains float32 weights, whatever the precision in which it computes.
-        dtype=torch.float32 if method.trains_base else loading.choose_dtype(flags.dtype),
-        compute_dtype=loading.choose_dtype(flags.dtype),
-        quantise=form_of_base(bits, flags.quantisation_config, flags.skip_modules),
-        trains_base=method.changes_base(method.settings(asdict(flags))),
-        use_flash_attn=flags.use_flash_attn,
-        use_liger_kernel=flags.use_liger_kernel,
-        allow_pickle=flags.allow_pickle,
-        trust_remote_code=flags.trust_remote_code,
-        new_tokens=tuple(flags.new_tokens or ()),
-    )
 
 
 def before_data(
