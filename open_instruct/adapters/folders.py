@@ -336,6 +336,7 @@ def quantisation(folders: Sequence[AdapterFolder], stated: str | None = None) ->
     """Return the form of the base on which all adapters were trained: "4bit", "8bit", JSON, or None for full precision.
 
     Where they differ it is None, with a warning. JSON is a quantisation configuration's.
+
     Args:
         folders: the adapters.
         stated: the form that the user names, which holds for adapters that record none.
