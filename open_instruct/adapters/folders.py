@@ -321,9 +321,7 @@ def base_name(requested: str | None, folders: Sequence[AdapterFolder], any_base:
 def quantisation(folders: Sequence[AdapterFolder], stated: str | None = None) -> str | None:
     """Return the form of the base on which all adapters were trained: "4bit", "8bit", JSON, or None for full precision.
 
-    JSON is that of a quantisation configuration; see `flags.quantisation`.
-
-    Where they differ it is None, with a warning.
+    Where they differ it is None, with a warning. JSON is a quantisation configuration's.
 
     Args:
         folders: the adapters.
@@ -334,8 +332,8 @@ def quantisation(folders: Sequence[AdapterFolder], stated: str | None = None) ->
     """
     forms = set()
     for folder in folders:
-        four_bits = folder.trained_on("use_qlora") or folder.trained_on("load_in_4bit")
-        bits = "4bit" if four_bits else "8bit" if folder.trained_on("load_in_8bit") else None
+        bits = "8bit" if folder.trained_on("load_in_8bit") else None
+        bits = "4bit" if folder.trained_on("use_qlora") or folder.trained_on("load_in_4bit") else bits
         recorded = form_of_base(bits, folder.trained_on("quantisation_config"), None)
         if stated and folder.record and bits_of(recorded) != stated:
             raise InputError(

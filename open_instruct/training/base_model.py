@@ -67,6 +67,11 @@ class BaseModelSettings:
         return None if self.quantise in BITSANDBYTES else self.quantise
 
     @property
+    def as_found(self) -> dict[str, str | None]:
+        """Return the flags that name files and folders, with what makes them usable from other folders."""
+        return {"config_name": self.config_name, "quantisation_config": self.configured}
+
+    @property
     def key(self) -> str:
         """Key that identifies the weights and how they are held."""
         parts = [self.quantise, self.dtype, self.name, self.revision, self.config_name, canonical(self.arguments)]

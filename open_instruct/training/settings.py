@@ -84,7 +84,7 @@ class Settings:
         wanted = {
             Feature.PADDED_CHECKPOINTING: flags.gradient_checkpointing and not flags.packing,
             Feature.FOUR_BITS: self.model.bits == "4bit",
-            Feature.EIGHT_BITS: self.model.bits == "8bit",
+            Feature.EIGHT_BITS: flags.load_in_8bit or self.model.bits == "8bit",
             engine: engine is not None,
         }
         problems = [
@@ -99,9 +99,7 @@ class Settings:
         problems += wrong_model_problems(flags, FIELDS.values(), self.origins, self.tokenizer.makes_pairs)
         if is_sharded(engine):
             if self.model.is_quantised and not method.quantises_base:
-                given = ("load_in_4bit", "load_in_8bit", "quantisation_config")
-                used = next((f"drop --{name}" for name in given if getattr(flags, name)), "use a base in 16 bits")
-                problems.append(f"quantised weights can't be sharded by {engine}: use DDP or ZeRO-2, or {used}")
+                problems.append(f"quantised weights can't be sharded by {engine}: use DDP or ZeRO-2, or a whole base")
             if method.init_flag and getattr(flags, method.init_flag) == "screened":
                 problems.append(
                     f"a screened start needs the full model, which no process holds under {engine}: use the "
@@ -159,7 +157,7 @@ class Resolved(Settings):
         return {
             "flags": {
                 name: {"value": value, "origin": self.origins.get(name, "default")}
-                for name, value in sorted((self.values() | self.as_found()).items())
+                for name, value in sorted((self.values() | self.model.as_found).items())
             },
             "method": self.method.name,
             "recipe_sources": self.recipe_sources,
@@ -169,10 +167,6 @@ class Resolved(Settings):
             **data.record(),
             "resumed_from": saved and str(saved.path),
         }
-
-    def as_found(self) -> dict[str, Any]:
-        """Return the flags that name files and folders, with what makes them usable from other folders."""
-        return {"config_name": self.model.config_name, "quantisation_config": self.model.configured}
 
     def run_info(self, data: Data, plan: Plan, facts: ModelFacts) -> RunInfo:
         """Return what the loss doctor knows of the run before its first step."""
