@@ -46,6 +46,9 @@ def plan_of(capsys: pytest.CaptureFixture, model: Path, rows: Path, *flags: str)
 def differences(found: list[str], expected: list[str]) -> tuple[set[str], set[str]]:
     """The names of hyperparameters that are unknown, and the other lines in which plans differ."""
     assert "has no weights here" in found[-2] and found[-1].startswith("  unknown ")
+    probed = [line for line in expected if line.startswith(("quantised base:", "gradient at the embeddings:"))]
+    assert bool(probed) == ("quantised base" in found[-1])
+    expected = [line for line in expected if line not in probed]
     pairs = list(zip(found[:-2], expected, strict=True))
     unknown = {new.split()[0] for new, _ in pairs if " unknown " in new}
     return unknown, {new for new, old in pairs if new != old and " unknown " not in new}

@@ -332,7 +332,8 @@ def test_a_trial_of_a_study_is_measured_behind_the_text(files):
     data: Any = SimpleNamespace(
         held_out_answers=rows, hard_prompt=hard_prompt_of(TURNS, tokenizer).tokens.ids, fingerprints=dict
     )
-    study: Any = SimpleNamespace(num_questions=0, other_text=None)
+    nothing = {"answer_regex": None, "normalise": None, "asked": {}}
+    study: Any = SimpleNamespace(num_questions=0, other_text=None, files=(), **nothing)
     base = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
     sums = torch.tensor(measure_trial(study, base, tokenizer, data)["study"]["rows"]).double().sum(0)
     assert (sums[0] / sums[1]).item() == pytest.approx(plain_loss(base, files.held_out, TURNS), rel=1e-5)

@@ -131,6 +131,8 @@ def unweighed_lines(unweighed: Unweighed, settings: Resolved) -> list[str]:
     unknown = [*unweighed.unknown, "whether the weights can be loaded, and are finite"]
     if settings.forward.packing:
         unknown.append("whether packing is exact for this model, which a run finds out by a probe")
+    if settings.model.is_quantised:
+        unknown.append("what stays whole of the quantised base, and whether a right gradient passes through it")
     return [
         f"  base model           {visible(name)} has no weights here: counted from its config.json",
         f"  {UNKNOWN:<20} until they are there: {'; '.join(unknown)}",

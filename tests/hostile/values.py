@@ -88,7 +88,7 @@ BAD_FLAGS = [
     ["--use_lora", "--lora_alpha", "nan"],
     ["--use_lora", "--lora_alpha", "0"],
     ["--use_lora", "--lora_dropout", "1.5"],
-    ["--use_lora", "--use_prefix_tuning"],
+    ["--use_lora", "--use_ia3"],
     ["--output_dir", "/proc/x"],
     ["--output_dir", "/dev/null/x"],
     ["--output_dir", "y" * 300],
