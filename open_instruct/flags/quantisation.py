@@ -34,7 +34,7 @@ def read_quantisation(value: str) -> dict[str, Any]:
     Raises:
         InputError: the file can't be read, or holds no object that names a way of quantisation.
     """
-    what = f"{FLAG} {visible(value)[:200]}"
+    what = named_value(value)
     text = value if value.lstrip().startswith("{") else read_text(Path(value), what, REMEDY)
     with input_faults(what, REMEDY):
         values = json_object(text)
@@ -49,6 +49,11 @@ def read_quantisation(value: str) -> dict[str, Any]:
         if skipped is not None and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
             raise ValueError(f"its {skip_key(method)} is no list of names")
     return values
+
+
+def named_value(value: str) -> str:
+    """Return the flag with its value, as errors name them."""
+    return f"{FLAG} {visible(value)[:200]}"
 
 
 def skip_key(quant_method: str) -> str:
@@ -110,7 +115,7 @@ def bad_quantisation(flags: Any) -> str | None:
     try:
         values = read_quantisation(flags.quantisation_config)
     except InputError as error:
-        return reason_of(error)
+        return reason_of(error).removeprefix(named_value(flags.quantisation_config)).lstrip(": ")
     if flags.use_qlora and bits_of(values) != "4bit":
         return "QLoRA holds its base in 4 bits of bitsandbytes: use --use_lora"
     if flags.skip_modules and values.get(skip_key(values["quant_method"])):
