@@ -14,10 +14,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import open_instruct
+from open_instruct import study_peft
 from open_instruct.adapters.harness import check_hard_prompts
-from open_instruct.data import chat, dataset, packing
-from open_instruct.data.hard_prompt import hard_prompt_of
-from open_instruct.data.reading import conversations, read_rows
+from open_instruct.data import packing
 from open_instruct.errors import InputError
 from open_instruct.evaluate_peft import main as evaluate_main
 from open_instruct.generate_peft import main as generate_main
@@ -25,7 +24,6 @@ from open_instruct.merge_peft import main as merge_main
 from open_instruct.model import attention_blocked, attention_varlen, shared_prefix
 from open_instruct.model.backends import BACKENDS
 from open_instruct.model.training_model import PackedModel, PaddedModel
-from open_instruct.study.measuring import measure_trial
 from tests.conftest import TINY_MODEL, method_flags, no_dropout, write_conversations
 from tests.test_backends import reference_kernel
 from tests.tiny_models import (
@@ -325,18 +323,27 @@ def test_what_can_not_be_is_refused_in_one_line(train, files, tmp_path, capsys):
         open_instruct.load(adapter)
 
 
-def test_a_trial_of_a_study_is_measured_behind_the_text(files):
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
-    chat.set_chat_template(tokenizer, "tulu")
-    rows = dataset.build(conversations(read_rows(files.held_out)), tokenizer, 1000, "", None)
-    data: Any = SimpleNamespace(
-        held_out_answers=rows, hard_prompt=hard_prompt_of(TURNS, tokenizer).tokens.ids, fingerprints=dict
-    )
-    nothing = {"answer_regex": None, "normalise": None, "asked": {}}
-    study: Any = SimpleNamespace(num_questions=0, other_text=None, files=(), **nothing)
+def test_a_study_measures_base_and_trials_behind_the_text(files, tmp_path):
+    """Held-out losses of both equal those by hand; a base without the text would be another."""
+    flags = {"model_name_or_path": TINY_MODEL, "train_file": [files.train], "validation_file": files.held_out}
+    flags |= {
+        "hard_prompt": files.turns,
+        "max_seq_length": 200,
+        "max_train_steps": 1,
+        "dataset_local_cache_dir": tmp_path / "cache",
+    }
+    study = {"flags": flags, "methods": ["lora"], "report": {"questions": 1}, "output_dir": tmp_path / "study"}
+    (tmp_path / "study.yaml").write_text(json.dumps(study, default=str))
+    assert study_peft.main(["--config", str(tmp_path / "study.yaml")]) == 0
+    folder, *_ = (tmp_path / "study" / "trials").iterdir()
+    (base_file,) = (tmp_path / "study").glob("base-*.json")
     base = AutoModelForCausalLM.from_pretrained(TINY_MODEL)
-    sums = torch.tensor(measure_trial(study, base, tokenizer, data)["study"]["rows"]).double().sum(0)
-    assert (sums[0] / sums[1]).item() == pytest.approx(plain_loss(base, files.held_out, TURNS), rel=1e-5)
+    expected = plain_loss(base, files.held_out, TURNS)
+    assert expected != pytest.approx(plain_loss(base, files.held_out, []), rel=1e-2)
+    adapted = PeftModel.from_pretrained(base, str(folder)).eval()
+    for path, loss in ((base_file, expected), (folder / "summary.json", plain_loss(adapted, files.held_out, TURNS))):
+        sums = torch.tensor(json.loads(path.read_text())["study"]["rows"]).double().sum(0)
+        assert (sums[0] / sums[1]).item() == pytest.approx(loss, rel=1e-5), path.name
 
 
 def test_an_adapter_is_continued_behind_the_same_text(train, files):

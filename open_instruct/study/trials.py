@@ -256,6 +256,7 @@ def base_figures(task: Task, flags: Flags, bases: Bases) -> dict[str, Any]:
     from open_instruct.study.measuring import measure_trial
     from open_instruct.training import base_model, engines
     from open_instruct.training.base_model import base_model_settings
+    from open_instruct.training.hard_prompts import with_hard_prompt
     from open_instruct.training.load_data import load_data
     from open_instruct.training.settings import before_data
 
@@ -268,6 +269,7 @@ def base_figures(task: Task, flags: Flags, bases: Bases) -> dict[str, Any]:
         settings = before_data(flags, {}, config)
         accelerator = engines.make_accelerator(settings.processes)
         tokenizer = base_model.load_base_tokenizer(settings.tokenizer)
+        settings = with_hard_prompt(settings, config, tokenizer)
         data = load_data(settings.data, accelerator, tokenizer)
         if data.held_out_answers is None or len(data.held_out_answers) < MIN_HELD_OUT_ROWS:
             raise InputError(
